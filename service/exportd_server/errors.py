@@ -1,0 +1,285 @@
+"""Every error exportd raises, and the one table that says how a caller sees it.
+
+    Exception
+    ├── ConfigurationError          the operator's mistake, told at start
+    └── ExportdError                a caller may read its message
+        ├── InvalidRequest          with one violation for each bad field
+        ├── QuotaExceeded           with the quota that is used up
+        ├── JobNotFinished          with when to ask again
+        └── ExportFailed            ends a job, or one attempt at it
+            ├── SourceFailed
+            ├── ValueNotEncodable
+            ├── ExportTooLarge
+            └── StoreFailed
+
+Internal causes travel as `__cause__`, go to the log and never to the caller. Messages
+given here must therefore be free of paths, SQL, addresses and driver texts.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from types import MappingProxyType
+
+
+class Code(enum.IntEnum):
+    """The canonical codes of `google.rpc.Code` that exportd uses."""
+
+    CANCELLED = 1
+    INVALID_ARGUMENT = 3
+    NOT_FOUND = 5
+    ALREADY_EXISTS = 6
+    RESOURCE_EXHAUSTED = 8
+    FAILED_PRECONDITION = 9
+    ABORTED = 10
+    OUT_OF_RANGE = 11
+    UNIMPLEMENTED = 12
+    INTERNAL = 13
+    UNAVAILABLE = 14
+    DATA_LOSS = 15
+
+
+class ErrorReason(enum.StrEnum):
+    """Reasons as the contract names them, without the `ERROR_REASON_` prefix."""
+
+    INVALID_REQUEST = "INVALID_REQUEST"
+    INVALID_PAGE_TOKEN = "INVALID_PAGE_TOKEN"  # noqa: S105 - a reason, no secret
+    JOB_NOT_FOUND = "JOB_NOT_FOUND"
+    DATASET_NOT_FOUND = "DATASET_NOT_FOUND"
+    DATASET_NOT_EXPORTABLE = "DATASET_NOT_EXPORTABLE"
+    REQUEST_ID_CONFLICT = "REQUEST_ID_CONFLICT"
+    JOB_NOT_FINISHED = "JOB_NOT_FINISHED"
+    JOB_FAILED = "JOB_FAILED"
+    JOB_CANCELLED = "JOB_CANCELLED"
+    OUTPUT_EXPIRED = "OUTPUT_EXPIRED"
+    OFFSET_OUT_OF_RANGE = "OFFSET_OUT_OF_RANGE"
+    PART_NOT_FOUND = "PART_NOT_FOUND"
+    GENERATION_MISMATCH = "GENERATION_MISMATCH"
+    PARTS_NOT_JOINABLE = "PARTS_NOT_JOINABLE"
+    QUOTA_EXCEEDED = "QUOTA_EXCEEDED"
+    EXPORT_TOO_LARGE = "EXPORT_TOO_LARGE"
+    CHECKSUM_MISMATCH = "CHECKSUM_MISMATCH"
+    DRAINING = "DRAINING"
+    SOURCE_FAILED = "SOURCE_FAILED"
+    VALUE_NOT_ENCODABLE = "VALUE_NOT_ENCODABLE"
+    STORE_FULL = "STORE_FULL"
+    STORE_FAILED = "STORE_FAILED"
+    ATTEMPTS_EXHAUSTED = "ATTEMPTS_EXHAUSTED"
+    INTERNAL = "INTERNAL"
+    READER_STALLED = "READER_STALLED"
+    SOURCE_CHANGED = "SOURCE_CHANGED"
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """How a reason reaches the caller: its code, and its text when none is given."""
+
+    code: Code
+    text: str
+
+
+TABLE: Mapping[ErrorReason, Answer] = MappingProxyType(
+    {
+        ErrorReason.INVALID_REQUEST: Answer(
+            Code.INVALID_ARGUMENT, "the request has bad fields"
+        ),
+        ErrorReason.INVALID_PAGE_TOKEN: Answer(
+            Code.INVALID_ARGUMENT,
+            "page_token was not issued for this query; begin again without one",
+        ),
+        ErrorReason.JOB_NOT_FOUND: Answer(Code.NOT_FOUND, "there is no such job"),
+        ErrorReason.DATASET_NOT_FOUND: Answer(
+            Code.NOT_FOUND, "there is no such dataset; ListDatasets names them"
+        ),
+        ErrorReason.DATASET_NOT_EXPORTABLE: Answer(
+            Code.FAILED_PRECONDITION, "the dataset may not be exported"
+        ),
+        ErrorReason.REQUEST_ID_CONFLICT: Answer(
+            Code.ALREADY_EXISTS,
+            "request_id was used with another payload; use a fresh UUID",
+        ),
+        ErrorReason.JOB_NOT_FINISHED: Answer(
+            Code.FAILED_PRECONDITION, "the job has not finished"
+        ),
+        ErrorReason.JOB_FAILED: Answer(
+            Code.FAILED_PRECONDITION, "the job failed and has no output"
+        ),
+        ErrorReason.JOB_CANCELLED: Answer(
+            Code.FAILED_PRECONDITION, "the job was cancelled and has no output"
+        ),
+        ErrorReason.OUTPUT_EXPIRED: Answer(
+            Code.NOT_FOUND, "the output has expired; create the export anew"
+        ),
+        ErrorReason.OFFSET_OUT_OF_RANGE: Answer(
+            Code.OUT_OF_RANGE, "read_offset lies outside the output"
+        ),
+        ErrorReason.PART_NOT_FOUND: Answer(
+            Code.NOT_FOUND, "the job has no part with that index"
+        ),
+        ErrorReason.GENERATION_MISMATCH: Answer(
+            Code.FAILED_PRECONDITION,
+            "the output was made anew; begin the download again",
+        ),
+        ErrorReason.PARTS_NOT_JOINABLE: Answer(
+            Code.FAILED_PRECONDITION,
+            "the parts of this format do not join; download each by part_index",
+        ),
+        ErrorReason.QUOTA_EXCEEDED: Answer(Code.RESOURCE_EXHAUSTED, "a quota is used up"),
+        ErrorReason.EXPORT_TOO_LARGE: Answer(
+            Code.RESOURCE_EXHAUSTED, "the export passed its size cap"
+        ),
+        ErrorReason.CHECKSUM_MISMATCH: Answer(
+            Code.DATA_LOSS, "stored bytes do not match their checksum"
+        ),
+        ErrorReason.DRAINING: Answer(
+            Code.UNAVAILABLE, "the server is shutting down; try again"
+        ),
+        ErrorReason.SOURCE_FAILED: Answer(
+            Code.UNAVAILABLE, "the source of the dataset failed"
+        ),
+        ErrorReason.VALUE_NOT_ENCODABLE: Answer(
+            Code.DATA_LOSS, "the source holds a value that cannot be exported"
+        ),
+        ErrorReason.STORE_FULL: Answer(Code.RESOURCE_EXHAUSTED, "the output store is full"),
+        ErrorReason.STORE_FAILED: Answer(Code.UNAVAILABLE, "the output store failed"),
+        ErrorReason.ATTEMPTS_EXHAUSTED: Answer(
+            Code.ABORTED, "every attempt was lost to a worker that died"
+        ),
+        ErrorReason.INTERNAL: Answer(Code.INTERNAL, "internal error"),
+        ErrorReason.READER_STALLED: Answer(
+            Code.RESOURCE_EXHAUSTED,
+            "no data was taken for too long; resume from the last offset",
+        ),
+        ErrorReason.SOURCE_CHANGED: Answer(
+            Code.FAILED_PRECONDITION,
+            "the source changed during the export; create it anew",
+        ),
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class FieldViolation:
+    """One bad field: its path in the request, and what to do about it."""
+
+    field: str
+    description: str
+
+
+class ConfigurationError(Exception):
+    """The operator's configuration is wrong: where, what, and the mend, in one line."""
+
+
+class ExportdError(Exception):
+    """An error whose message and metadata the caller may read."""
+
+    def __init__(
+        self,
+        reason: ErrorReason,
+        message: str | None = None,
+        *,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        self.reason = reason
+        self.message = message or TABLE[reason].text
+        self.metadata = dict(metadata or {})
+        super().__init__(self.message)
+
+    @property
+    def code(self) -> Code:
+        """The canonical code that goes with the reason."""
+        return TABLE[self.reason].code
+
+
+class InvalidRequest(ExportdError):
+    """At least one field of the request is wrong."""
+
+    def __init__(self, violations: Sequence[FieldViolation]) -> None:
+        self.violations = tuple(violations)
+        text = "; ".join(f"{v.field}: {v.description}" for v in self.violations)
+        super().__init__(ErrorReason.INVALID_REQUEST, text or None)
+
+    @classmethod
+    def of(cls, field_path: str, description: str) -> InvalidRequest:
+        """One violation."""
+        return cls([FieldViolation(field_path, description)])
+
+
+class QuotaExceeded(ExportdError):
+    """A quota of the caller is used up."""
+
+    def __init__(self, subject: str, message: str, retry_after: timedelta) -> None:
+        self.subject = subject
+        self.retry_after = retry_after
+        super().__init__(ErrorReason.QUOTA_EXCEEDED, message)
+
+
+class JobNotFinished(ExportdError):
+    """The call needs a job that has ended."""
+
+    def __init__(self, message: str, retry_after: timedelta) -> None:
+        self.retry_after = retry_after
+        super().__init__(ErrorReason.JOB_NOT_FINISHED, message)
+
+
+class ExportFailed(ExportdError):
+    """An attempt at a job failed; `retryable` says whether another one may do better."""
+
+    retryable: bool = False
+
+
+class SourceFailed(ExportFailed):
+    """The source failed. Retryable: it may be back in a moment."""
+
+    retryable = True
+
+    def __init__(self, message: str | None = None) -> None:
+        super().__init__(ErrorReason.SOURCE_FAILED, message)
+
+
+class ValueNotEncodable(ExportFailed):
+    """The source holds a value that cannot be read or written losslessly."""
+
+    def __init__(self, message: str, *, column: str | None = None) -> None:
+        super().__init__(
+            ErrorReason.VALUE_NOT_ENCODABLE,
+            message,
+            metadata={"column": column} if column else None,
+        )
+
+
+class ExportTooLarge(ExportFailed):
+    """The export passed a cap. `cap` is `max_rows` or `max_bytes`."""
+
+    def __init__(self, cap: str, limit: int, count: int) -> None:
+        super().__init__(
+            ErrorReason.EXPORT_TOO_LARGE,
+            f"the export passed {cap} = {limit}: it had reached {count}; "
+            "narrow it by filters, a time range or a limit",
+            metadata={"cap": cap, "limit": str(limit), "count": str(count)},
+        )
+
+
+class StoreFailed(ExportFailed):
+    """The output store failed; `full` when it has no room, which no retry mends."""
+
+    def __init__(self, *, full: bool = False) -> None:
+        super().__init__(ErrorReason.STORE_FULL if full else ErrorReason.STORE_FAILED)
+        self.retryable = not full
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorRecord:
+    """A caller-safe error as the ledger keeps it."""
+
+    reason: ErrorReason
+    message: str
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, error: ExportdError) -> ErrorRecord:
+        """What the ledger keeps of an error."""
+        return cls(error.reason, error.message, error.metadata)

@@ -1,0 +1,282 @@
+"""The seam between exportd and its durable memory of jobs, tasks and parts.
+
+The ledger decides. A job is what its row says; a worker may act only while it holds a
+lease, and every write of a worker carries the lease's fencing token.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Protocol
+
+from exportd_server.errors import ErrorRecord
+from exportd_server.jobs.model import (
+    CancelOutcome,
+    ExportSpec,
+    Job,
+    JobState,
+    ManifestColumn,
+    PartRecord,
+)
+from exportd_server.sources.base import Shard
+
+
+class TaskKind(enum.StrEnum):
+    """Kinds of work that are claimed."""
+
+    PLAN = "plan"
+    """Cut the job into shards."""
+    SHARD = "shard"
+    """Write one shard's parts."""
+    CLEANUP = "cleanup"
+    """Delete from the store what a job must not have."""
+    REAP = "reap"
+    """Find expired jobs; one such task exists, and it returns for ever."""
+
+
+@dataclass(frozen=True, slots=True)
+class NewJob:
+    """A job to record. `fingerprint` is equal for equal payloads."""
+
+    job_id: str
+    tenant: str
+    spec: ExportSpec
+    request_id: str = ""
+    fingerprint: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class JobQuery:
+    """Conditions on jobs that must all hold; empty ones hold always."""
+
+    states: frozenset[JobState] = frozenset()
+    dataset: str = ""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    created_from: datetime | None = None
+    created_before: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """The right to work on one task until `expires_at` by the ledger's clock. `token`
+    is greater than that of every earlier lease of the ledger."""
+
+    task_id: int
+    kind: TaskKind
+    token: int
+    owner: str
+    expires_at: datetime
+    attempt: int
+    tenant: str = ""
+    job_id: str = ""
+    generation: int = 1
+    shard: Shard | None = None
+    forget: bool = False
+    """Of a cleanup: forget the job once its output is gone."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimLimits:
+    """Limits that hold for the whole ledger at the moment of the claim."""
+
+    running_per_tenant: int | None = None
+    """Most jobs of one tenant with a live lease on a plan or shard."""
+
+
+class LeaseLost(Exception):  # noqa: N818 - the protocol's own word for it
+    """The lease is no longer the task's: it ran out and was taken over, or the job was
+    cancelled, failed or deleted. Nothing was changed; stop the work."""
+
+
+class RequestIdConflict(Exception):  # noqa: N818 - the contract's own word for it
+    """The request_id was used before with another payload."""
+
+    def __init__(self, job_id: str) -> None:
+        self.job_id = job_id
+        super().__init__(f"request_id belongs to job {job_id}")
+
+
+class TooManyActiveJobs(Exception):  # noqa: N818 - a verdict, told to the caller
+    """The tenant has as many unfinished jobs as it may."""
+
+
+class Ledger(Protocol):
+    """Jobs, tasks, parts.
+
+    Each method is one transaction: all of it or nothing, durable when it returns.
+    Time is the ledger's own clock. Methods that take a lease raise `LeaseLost`, and
+    change nothing, unless the lease's token is still the task's and the task is leased;
+    an expired lease that nobody took over is still good. Tenants never see each other:
+    a job of another tenant is as missing as one that does not exist. None blocks the
+    event loop.
+
+    States move as `jobs.model.TRANSITIONS` says and no other way; each change to a job
+    raises its revision and wakes those who wait for it.
+    """
+
+    # --- callers
+
+    async def create_job(
+        self, new: NewJob, *, max_active: int | None = None
+    ) -> tuple[Job, bool]:
+        """Record a job with its plan task; the flag says whether it is new.
+
+        With a request_id that the tenant's jobs have: the same fingerprint answers with
+        that job, whatever the quota; another one raises `RequestIdConflict`. Else more
+        than `max_active` unfinished jobs of the tenant raise `TooManyActiveJobs`.
+        """
+        ...
+
+    async def get_job(self, tenant: str, job_id: str) -> Job | None:
+        """The job with its progress, and its manifest if it succeeded. None when it is
+        missing or deleted."""
+        ...
+
+    async def list_jobs(
+        self,
+        tenant: str,
+        query: JobQuery,
+        *,
+        limit: int,
+        before: tuple[datetime, str] | None = None,
+    ) -> list[Job]:
+        """Jobs, newest first by (create_time, job_id), without manifests; `before` is
+        the last of the page before."""
+        ...
+
+    async def cancel_job(
+        self, tenant: str, job_id: str
+    ) -> tuple[Job, CancelOutcome] | None:
+        """Cancel an unfinished job: its leases are lost and its output is cleaned up, at
+        once and again after the last lost lease has run out."""
+        ...
+
+    async def delete_job(self, tenant: str, job_id: str) -> JobState | None:
+        """Hide a finished job and have its output deleted and the job forgotten.
+        Returns the state it had, None when missing; an unfinished job is left as it
+        is."""
+        ...
+
+    async def finished_parts(self, tenant: str, job_id: str) -> list[PartRecord]:
+        """Finalized parts of the current generation by (shard, sequence), up to the
+        first shard that is not complete and including what that one has."""
+        ...
+
+    # --- workers
+
+    async def claim(
+        self,
+        owner: str,
+        kinds: Collection[TaskKind],
+        *,
+        lease: timedelta,
+        limits: ClaimLimits = ...,
+    ) -> Lease | None:
+        """Lease the next task that is due, or whose lease has run out: the tenant with
+        the fewest running jobs first, then the higher priority, then the older task.
+        Counts as an attempt. The job turns RUNNING. Tasks whose lease ran out on their
+        last attempt fail the job with ATTEMPTS_EXHAUSTED, or with the last error that
+        one of its attempts recorded."""
+        ...
+
+    async def renew(self, leases: Sequence[Lease], lease: timedelta) -> list[Lease]:
+        """Extend leases; returns those that are lost."""
+        ...
+
+    async def release(self, lease: Lease) -> None:
+        """Give a lease back unused: the task is due at once and the attempt is not
+        counted."""
+        ...
+
+    async def record_plan(
+        self,
+        lease: Lease,
+        shards: Sequence[Shard],
+        columns: Sequence[ManifestColumn],
+        *,
+        estimated_rows: int | None,
+    ) -> Lease:
+        """End a plan: record its shards as tasks and lease the first of them to the same
+        owner, until the same moment. At least one shard."""
+        ...
+
+    async def record_progress(
+        self, lease: Lease, *, rows: int, bytes_: int, rows_per_second: float
+    ) -> tuple[int, int]:
+        """Note how far a shard is, finished parts included; returns rows and stored
+        bytes of the whole job so far, for its caps."""
+        ...
+
+    async def shard_parts(self, lease: Lease) -> list[PartRecord]:
+        """The finalized parts of the lease's shard, by sequence: what an earlier
+        attempt left and this one need not do again."""
+        ...
+
+    async def add_part(self, lease: Lease, part: PartRecord) -> None:
+        """Record a part that is durable in the store. Its sequence follows the last
+        one; its token is the lease's."""
+        ...
+
+    async def complete_shard(self, lease: Lease) -> bool:
+        """End a shard; the last one publishes the manifest and turns the job SUCCEEDED
+        in the same transaction, and returns True. What lies in the store and is not in
+        the manifest is cleaned up after."""
+        ...
+
+    async def restart_output(self, lease: Lease) -> None:
+        """Throw away what the job has and plan it anew under the next generation. Counts
+        against the attempts of the plan."""
+        ...
+
+    async def fail_attempt(
+        self, lease: Lease, error: ErrorRecord, *, retry_in: timedelta | None
+    ) -> bool:
+        """End an attempt: with `retry_in` and attempts left the task is due again after
+        it; else the job turns FAILED with the error, and its output is cleaned up.
+        Returns whether the job failed. For cleanup and reap tasks there is no job to
+        fail: they are always due again."""
+        ...
+
+    # --- housekeeping
+
+    async def kept_parts(self, lease: Lease) -> list[PartRecord] | None:
+        """For a cleanup: the parts that the job's manifest names, which must stay; None
+        when nothing must stay (the job failed, was cancelled or deleted, or expired)."""
+        ...
+
+    async def complete_cleanup(self, lease: Lease) -> None:
+        """End a cleanup; a forgetting one removes every row of the job."""
+        ...
+
+    async def expire_jobs(self, lease: Lease, *, limit: int) -> int:
+        """For the reap task: hide up to `limit` jobs past their expire_time, each with a
+        forgetting cleanup; returns how many."""
+        ...
+
+    async def complete_reap(self, lease: Lease, *, again_in: timedelta) -> None:
+        """End this round of reaping; the task is due again after `again_in`."""
+        ...
+
+    async def known_jobs(self, job_ids: Collection[str]) -> set[str]:
+        """Those of the ids that the ledger has a row for, hidden ones included: what
+        the store has beyond them is an orphan."""
+        ...
+
+    # --- waiting
+
+    async def wait_for_work(self, timeout: float) -> None:
+        """Return when a task may be due that was not before, or after `timeout` seconds.
+        A wake-up between a failed claim and this call is not missed."""
+        ...
+
+    async def wait_for_change(self, job_id: str, revision: int, timeout: float) -> None:
+        """Return when the job's revision passes `revision` or the job is gone, or after
+        `timeout` seconds."""
+        ...
+
+    async def close(self) -> None:
+        """Free what is held. Leases stay: they run out, or were released."""
+        ...

@@ -1,0 +1,175 @@
+"""What a job is: its request, states, transitions, progress and output.
+
+Everything here is a value. Nothing here knows protobuf, SQL or files.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from types import MappingProxyType
+from typing import Literal
+
+from exportd_server.encoders.base import OutputFormat
+from exportd_server.errors import ErrorRecord
+from exportd_server.sources.base import FilterOperator
+
+
+class JobState(enum.StrEnum):
+    """States of a job, as the contract names them."""
+
+    PENDING = "PENDING"
+    RUNNING = "RUNNING"
+    SUCCEEDED = "SUCCEEDED"
+    FAILED = "FAILED"
+    CANCELLED = "CANCELLED"
+
+    @property
+    def terminal(self) -> bool:
+        """Whether the state is final."""
+        return not TRANSITIONS[self]
+
+
+TRANSITIONS: Mapping[JobState, frozenset[JobState]] = MappingProxyType(
+    {
+        JobState.PENDING: frozenset(
+            {JobState.RUNNING, JobState.FAILED, JobState.CANCELLED}
+        ),
+        JobState.RUNNING: frozenset(
+            {
+                JobState.PENDING,
+                JobState.SUCCEEDED,
+                JobState.FAILED,
+                JobState.CANCELLED,
+            }
+        ),
+        JobState.SUCCEEDED: frozenset(),
+        JobState.FAILED: frozenset(),
+        JobState.CANCELLED: frozenset(),
+    }
+)
+"""The transition table. RUNNING goes back to PENDING when no worker is left on the job:
+its lease was given back, lost, or its attempt failed and another one waits."""
+
+
+LiteralKind = Literal["string", "int", "double", "bool", "timestamp", "bytes"]
+
+
+@dataclass(frozen=True, slots=True)
+class FilterLiteral:
+    """A filter value as the caller sent it. `text` is its canonical text: decimal for
+    int, `repr` for double, `true`/`false`, RFC 3339 UTC, base64 for bytes."""
+
+    kind: LiteralKind
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class FilterSpec:
+    """A condition as the caller sent it."""
+
+    column: str
+    operator: FilterOperator
+    values: tuple[FilterLiteral, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ExportSpec:
+    """A request as accepted: what to export and how, defaults filled in."""
+
+    dataset: str
+    output: OutputFormat
+    target_id: str = ""
+    network: str = ""
+    start_time: datetime | None = None
+    end_time: datetime | None = None
+    columns: tuple[str, ...] = ()
+    filters: tuple[FilterSpec, ...] = ()
+    limit: int | None = None
+    max_part_rows: int | None = None
+    max_part_bytes: int | None = None
+    ttl: timedelta = timedelta(days=1)
+    priority: int = 0
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class PartRecord:
+    """A finalized part as the ledger keeps it. (`shard`, `sequence`, `token`) name its
+    key in the store; checksums are of the part alone, `body_crc32c` of what the joined
+    file takes from its middle: without prefix and suffix."""
+
+    shard: int
+    sequence: int
+    token: int
+    rows: int
+    bytes: int
+    prefix_bytes: int
+    suffix_bytes: int
+    crc32c: int
+    prefix_crc32c: int
+    body_crc32c: int
+    suffix_crc32c: int
+    sha256: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ManifestColumn:
+    """A column of the output; `type` in Arrow's notation, `kind` a `ColumnKind`."""
+
+    name: str
+    kind: str
+    type: str
+    nullable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a succeeded job has to give; parts in the order of the output."""
+
+    columns: tuple[ManifestColumn, ...]
+    parts: tuple[PartRecord, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a job is; None where it is not known."""
+
+    rows: int = 0
+    bytes: int = 0
+    parts_done: int = 0
+    parts_total: int | None = None
+    estimated_rows: int | None = None
+    queue_position: int | None = None
+    rows_per_second: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A job at one moment."""
+
+    job_id: str
+    tenant: str
+    state: JobState
+    spec: ExportSpec
+    request_id: str
+    create_time: datetime
+    start_time: datetime | None = None
+    finish_time: datetime | None = None
+    expire_time: datetime | None = None
+    generation: int = 1
+    attempt: int = 0
+    revision: int = 1
+    progress: Progress = field(default_factory=Progress)
+    error: ErrorRecord | None = None
+    manifest: Manifest | None = None
+
+
+class CancelOutcome(enum.StrEnum):
+    """What a cancel found."""
+
+    CANCELLED = "CANCELLED"
+    ALREADY_CANCELLED = "ALREADY_CANCELLED"
+    ALREADY_FINISHED = "ALREADY_FINISHED"

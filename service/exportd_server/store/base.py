@@ -1,0 +1,94 @@
+"""The seam between exportd and where the bytes of outputs lie.
+
+A store knows keys and bytes. It knows nothing of jobs' states: what may be read is
+decided by the ledger's manifest, never by what happens to lie here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+from exportd_server.store.key import JobPrefix, OutputKey
+
+Buffer = bytes | bytearray | memoryview
+
+
+class PartWriter(Protocol):
+    """Writes one part; for one thread at a time, off the event loop.
+
+    Nothing can be read under the key before `finalize` has returned, and everything,
+    durably, from then on: no reader ever sees a piece. After `finalize` or `abort` the
+    writer is done; `abort` is idempotent, never raises, and leaves nothing behind. A
+    writer whose job was deleted meanwhile fails instead of bringing it back.
+    """
+
+    def write(self, data: Buffer, /) -> int:
+        """Append all of `data`; raises `StoreFailed`, `full` when there is no room."""
+        ...
+
+    def finalize(self) -> None:
+        """Make the part readable and durable; raises `StoreFailed`, and then nothing is
+        left under the key."""
+        ...
+
+    def abort(self) -> None:
+        """Throw away what was written."""
+        ...
+
+
+class PartReader(Protocol):
+    """Reads one finalized part from an offset on. Deleting the part does not disturb a
+    reader that is open, where the store can promise it."""
+
+    async def readinto(self, buffer: memoryview, /) -> int:
+        """Fill `buffer` from its start with the next bytes; returns how many, fewer than
+        asked at will, 0 only at the end. Never blocks the event loop."""
+        ...
+
+    async def close(self) -> None:
+        """Free what is held; idempotent."""
+        ...
+
+
+class OutputStore(Protocol):
+    """Keeps finalized parts until they are deleted."""
+
+    def create(self, key: OutputKey) -> PartWriter:
+        """Begin a part; blocks, for worker threads. Raises `StoreFailed`."""
+        ...
+
+    async def open(self, key: OutputKey, offset: int = 0) -> PartReader:
+        """Open a finalized part at a byte offset. Raises `KeyError` when there is none,
+        `StoreFailed` when the store does not answer."""
+        ...
+
+    async def size(self, key: OutputKey) -> int:
+        """Bytes of a finalized part. Raises `KeyError` when there is none."""
+        ...
+
+    async def delete(self, key: OutputKey) -> None:
+        """Delete one part; a missing one is fine."""
+        ...
+
+    async def delete_job(self, prefix: JobPrefix) -> int:
+        """Delete everything of a job, unfinished writes included; returns how many
+        objects went. Idempotent; a missing job is fine; never touches another's."""
+        ...
+
+    def list_job(self, prefix: JobPrefix) -> AsyncIterator[OutputKey]:
+        """The finalized parts of a job, in no order."""
+        ...
+
+    def list_jobs(self) -> AsyncIterator[JobPrefix]:
+        """Every job that has anything here, unfinished writes included, in no order."""
+        ...
+
+    async def sweep_unfinished(self, prefix: JobPrefix) -> int:
+        """Delete writes of a job that never finished and whose writer is gone; returns
+        how many."""
+        ...
+
+    async def close(self) -> None:
+        """Free what is held."""
+        ...
