@@ -17,10 +17,12 @@ Buffer = bytes | bytearray | memoryview
 class PartWriter(Protocol):
     """Writes one part; for one thread at a time, off the event loop.
 
-    Nothing can be read under the key before `finalize` has returned, and everything,
-    durably, from then on: no reader ever sees a piece. After `finalize` or `abort` the
-    writer is done; `abort` is idempotent, never raises, and leaves nothing behind. A
-    writer whose job was deleted meanwhile fails instead of bringing it back.
+    Nothing can be read under the key before `finalize`, which brings everything there at
+    once, durably when it returns: no reader ever sees a piece. A key that has a part
+    already is refused and keeps it. After `finalize`, `abort` or an error the writer is
+    done, and used again it raises `ValueError` or the error; `abort` is idempotent, never
+    raises, and leaves nothing behind. A writer whose job was deleted meanwhile fails
+    instead of bringing it back.
     """
 
     def write(self, data: Buffer, /) -> int:

@@ -86,12 +86,12 @@ class ClaimLimits:
     """Most jobs of one tenant with a live lease on a plan or shard."""
 
 
-class LeaseLost(Exception):  # noqa: N818 - the protocol's own word for it
+class LeaseLost(Exception):
     """The lease is no longer the task's: it ran out and was taken over, or the job was
     cancelled, failed or deleted. Nothing was changed; stop the work."""
 
 
-class RequestIdConflict(Exception):  # noqa: N818 - the contract's own word for it
+class RequestIdConflict(Exception):
     """The request_id was used before with another payload."""
 
     def __init__(self, job_id: str) -> None:
@@ -99,7 +99,7 @@ class RequestIdConflict(Exception):  # noqa: N818 - the contract's own word for 
         super().__init__(f"request_id belongs to job {job_id}")
 
 
-class TooManyActiveJobs(Exception):  # noqa: N818 - a verdict, told to the caller
+class TooManyActiveJobs(Exception):
     """The tenant has as many unfinished jobs as it may."""
 
 

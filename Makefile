@@ -1,0 +1,75 @@
+# Everything runs in .venv, which the targets make by themselves from the locked
+# requirements. Needs Python 3.11 or newer, and make.
+
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+DATA := .data
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	&& { echo "$$p"; break; }; done)
+DISTRIBUTIONS := pyproject.toml clients/python/pyproject.toml
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+
+# pip install of locked requirements, then of the two distributions themselves.
+define install
+	@test -n "$(PYTHON)" || { echo "exportd needs Python 3.11 or newer"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --require-hashes --requirement $(1)
+	$(PIP) install --quiet --no-deps --no-build-isolation --editable clients/python --editable .
+	@touch $@
+endef
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' Makefile
+
+$(VENV)/.runtime: requirements/runtime.txt $(DISTRIBUTIONS)
+	$(call install,requirements/runtime.txt)
+
+$(VENV)/.dev: requirements/dev.txt $(VENV)/.runtime
+	$(call install,requirements/dev.txt)
+
+demo: $(VENV)/.runtime ## Export, watch, download and verify the sample data
+	$(BIN)/python tools/demo.py --data-dir $(DATA)
+
+run: $(VENV)/.runtime ## Run a server on the sample data, in the foreground
+	$(BIN)/python tools/run.py --data-dir $(DATA)
+
+test: $(VENV)/.dev ## Run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.dev ## Format, lint, types, imports, contract, stubs, audit
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pyright --pythonpath $(BIN)/python tests/typing
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/buf lint proto
+	$(BIN)/python tools/generate.py --check
+	$(BIN)/python tools/audit.py
+
+format: $(VENV)/.dev ## Format the code and mend what the linter can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+gen: $(VENV)/.dev ## Generate the stubs from proto/
+	$(BIN)/python tools/generate.py
+
+bench: $(VENV)/.dev ## Measure memory, latency and throughput (minutes)
+	$(BIN)/python -m bench all
+
+lock: $(VENV)/.dev ## Resolve the requirements anew
+	$(BIN)/uv pip compile pyproject.toml --group build $(LOCK) \
+		--output-file requirements/runtime.txt
+	$(BIN)/uv pip compile pyproject.toml --group build --group dev $(LOCK) \
+		--constraint requirements/runtime.txt --output-file requirements/dev.txt
+
+LOCK := --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
+	--no-emit-index-url --no-emit-package exportd --no-header
+
+clean: ## Remove what the targets made, the virtual environment included
+	rm -rf $(VENV) $(DATA) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+.PHONY: help demo run test check format gen bench lock clean

@@ -1,0 +1,52 @@
+"""Client of exportd, the dataset export service.
+
+    from exportd import Client
+
+    with Client("localhost:50051") as client:
+        job = client.export("token_transfers", format="parquet")
+        job.wait().download("transfers.parquet")
+
+`AsyncClient` has the same shape for asyncio. Errors are in `exportd.errors`, the
+generated contract in `exportd.v1`.
+"""
+
+from __future__ import annotations
+
+from exportd._aio import AsyncClient, AsyncJob
+from exportd._client import Client, Job
+from exportd._connection import Retry
+from exportd._download import Download, DownloadProgress
+from exportd._model import (
+    CancelOutcome,
+    Column,
+    Dataset,
+    JobInfo,
+    JobState,
+    Manifest,
+    Part,
+    Progress,
+)
+from exportd._request import ExportOptions, Filter, FilterLike
+from exportd.errors import ExportdError
+
+__all__ = [
+    "AsyncClient",
+    "AsyncJob",
+    "CancelOutcome",
+    "Client",
+    "Column",
+    "Dataset",
+    "Download",
+    "DownloadProgress",
+    "ExportOptions",
+    "ExportdError",
+    "Filter",
+    "FilterLike",
+    "Job",
+    "JobInfo",
+    "JobState",
+    "Manifest",
+    "Part",
+    "Progress",
+    "Retry",
+]

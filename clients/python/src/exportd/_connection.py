@@ -1,0 +1,159 @@
+"""How the client reaches a server: address, security, time limits, retries."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import grpc
+import grpc.aio
+
+from exportd.errors import ExportdError, Unavailable
+
+DEFAULT_ADDRESS = "localhost:50051"
+
+OptionValue = int | str | bool
+
+_OPTIONS: Mapping[str, OptionValue] = {
+    # A download carries up to 2 MiB a message, a page of 1 000 jobs can be larger.
+    "grpc.max_receive_message_length": 16 * 1024 * 1024,
+    # Each channel gets connections of its own: parallel ranges would otherwise all
+    # share one TCP connection.
+    "grpc.use_local_subchannel_pool": 1,
+    # Notice a peer that vanished without a word. Pings go out only while a call is
+    # open, and rarely enough for a server with gRPC's default ping policy.
+    "grpc.keepalive_time_ms": 30_000,
+    "grpc.keepalive_timeout_ms": 10_000,
+    "grpc.keepalive_permit_without_calls": 0,
+    # gRPC would wait a second before it dials again; the client's own retries are
+    # sooner than that and would only hear the old failure repeated.
+    "grpc.initial_reconnect_backoff_ms": 100,
+    "grpc.max_reconnect_backoff_ms": 5_000,
+}
+
+_LOOPBACK = ("localhost", "127.", "[::1]", "unix:", "dns:///localhost", "ipv4:127.")
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """How often and how patiently a call is tried again.
+
+    Only calls that are safe to repeat are: reads, cancel, delete, and CreateExport,
+    which carries a `request_id`. Attempt n waits `initial * 2**(n-1)` seconds, at most
+    `maximum`, of which up to half is left to chance so that clients do not march in step.
+    """
+
+    attempts: int = 4
+    initial: float = 0.1
+    maximum: float = 5.0
+
+    def delay(self, failures: int, retry_after: timedelta | None = None) -> float:
+        """Seconds to wait after this many failures in a row. What the server asked for
+        counts, as far as `maximum` goes."""
+        exponent = min(max(failures - 1, 0), 30)
+        delay = min(self.maximum, self.initial * float(2**exponent))
+        delay *= 1 - random.random() / 2  # noqa: S311 - spreads load, guards nothing
+        if retry_after is not None:
+            delay = max(delay, min(self.maximum, retry_after.total_seconds()))
+        return delay
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """Everything needed to open a channel; shared by both clients.
+
+    Attributes:
+        address: `host:port`, or any gRPC target.
+        tls: False for plain text, True for TLS with the system's roots, or credentials.
+        token: Sent as `authorization: Bearer <token>` with every call.
+        timeout: Seconds that a call may take, its retries included.
+        retry: For single calls.
+        stream_retry: For watching and downloading: attempts in a row that bring nothing
+            new. The default rides out a restart of some 20 seconds.
+        stall_timeout: Seconds without a message after which a download is resumed on a
+            new stream.
+        options: gRPC channel options that are added to the client's own, or replace
+            them.
+    """
+
+    address: str = DEFAULT_ADDRESS
+    tls: bool | grpc.ChannelCredentials = False
+    token: str | None = field(default=None, repr=False)
+    timeout: float = 30.0
+    retry: Retry = field(default_factory=Retry)
+    stream_retry: Retry = field(default_factory=lambda: Retry(attempts=10))
+    stall_timeout: float = 60.0
+    options: Sequence[tuple[str, OptionValue]] = ()
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """Metadata that goes with every call."""
+        return (("authorization", f"Bearer {self.token}"),) if self.token else ()
+
+    def channel(self) -> grpc.Channel:
+        """Open a blocking channel; nothing is dialled yet."""
+        credentials = self._credentials()
+        if credentials is None:
+            return grpc.insecure_channel(self.address, options=self._channel_options())
+        return grpc.secure_channel(
+            self.address, credentials, options=self._channel_options()
+        )
+
+    def aio_channel(self) -> grpc.aio.Channel:
+        """Open an asyncio channel on the running loop; nothing is dialled yet."""
+        credentials = self._credentials()
+        if credentials is None:
+            return grpc.aio.insecure_channel(self.address, options=self._channel_options())
+        return grpc.aio.secure_channel(
+            self.address, credentials, options=self._channel_options()
+        )
+
+    def _credentials(self) -> grpc.ChannelCredentials | None:
+        if self.tls is False:
+            return None
+        return grpc.ssl_channel_credentials() if self.tls is True else self.tls
+
+    def _channel_options(self) -> list[tuple[str, OptionValue]]:
+        merged = dict(_OPTIONS)
+        if self.address.startswith(_LOOPBACK):
+            # A proxy from the environment cannot know this machine's own ports.
+            merged["grpc.enable_http_proxy"] = 0
+        merged.update(self.options)
+        return list(merged.items())
+
+
+class Attempts:
+    """The retries of one call: `next_delay` says how long to wait, or raises."""
+
+    def __init__(self, retry: Retry, timeout: float | None) -> None:
+        self._retry = retry
+        self._deadline = None if timeout is None else time.monotonic() + timeout
+        self.failures = 0
+
+    def remaining(self) -> float | None:
+        """Seconds left for the next attempt; None: no limit."""
+        if self._deadline is None:
+            return None
+        return max(0.001, self._deadline - time.monotonic())
+
+    def progress(self) -> None:
+        """Something new came: failures before it no longer count."""
+        self.failures = 0
+
+    def next_delay(self, error: ExportdError, *, retryable: bool | None = None) -> float:
+        """Seconds to wait before the next attempt.
+
+        Raises:
+            ExportdError: `error` itself, when another attempt is no use or not allowed.
+        """
+        if not (isinstance(error, Unavailable) if retryable is None else retryable):
+            raise error
+        self.failures += 1
+        delay = self._retry.delay(self.failures, error.retry_after)
+        left = self.remaining()
+        if self.failures >= self._retry.attempts or (left is not None and delay >= left):
+            raise error
+        return delay

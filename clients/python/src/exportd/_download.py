@@ -1,0 +1,726 @@
+"""Downloads: resumed by themselves, verified, never half there under the final name."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, Protocol
+
+import crc32c
+import grpc
+
+from exportd._connection import Attempts, Connection
+from exportd._files import (
+    Identity,
+    PartialFile,
+    Range,
+    exists,
+    free_ranges,
+    refuse_existing,
+    safe_name,
+)
+from exportd._model import JobInfo, Manifest, Part
+from exportd.errors import (
+    DataLoss,
+    ExportdError,
+    GenerationMismatch,
+    InvalidRequest,
+    JobEnded,
+    LocalFileError,
+    NotFound,
+    PartNotFound,
+    Unavailable,
+    from_rpc_error,
+)
+from exportd.v1 import export_service_pb2, export_service_pb2_grpc
+
+MIN_RANGE = 8 * 1024 * 1024
+"""A parallel range is not cut smaller than this many bytes."""
+
+_TICK = 0.1  # seconds between looks at stop, stalls and progress
+_SAVE_EVERY = 0.5  # seconds between records of what is there
+_CORRUPT_LIMIT = 3  # bad messages at one place before it counts as lost
+_RESTARTS = 3  # generations to follow before giving up
+
+# Codes that proxies and broken connections produce. With a reason of exportd's they
+# would be an answer; without one the stream was merely cut.
+_CUT = frozenset(
+    {
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.INTERNAL,
+        grpc.StatusCode.UNKNOWN,
+        grpc.StatusCode.CANCELLED,
+        grpc.StatusCode.ABORTED,
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class DownloadProgress:
+    """How far a download is, in bytes; `total` is None while following a job."""
+
+    done: int
+    total: int | None
+    file_name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Download:
+    """A finished download; usable as a path.
+
+    Attributes:
+        path: The file, or the directory of the part files.
+        files: The files, in the order of the parts.
+        size: Bytes in all.
+        crc32c: Of the file; None for a directory.
+        sha256: Of the file, in hex; None for a directory and for several joined parts.
+        verified_by: `sha256` when every byte was proven by SHA-256. `crc32c` when a
+            part's header could not be told from the joined file, so that the CRC32C of
+            the whole had to do.
+        resumed: Bytes that were there from an earlier try.
+    """
+
+    path: Path
+    files: tuple[Path, ...]
+    size: int
+    crc32c: int | None
+    sha256: str | None
+    verified_by: Literal["sha256", "crc32c"]
+    resumed: int
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a download was asked to do."""
+
+    path: str | os.PathLike[str]
+    part: int | None = None
+    parallel: int = 1
+    overwrite: bool = False
+    follow: bool = False
+
+
+class _Stream(Protocol):
+    """The part of a gRPC stream that is used here."""
+
+    def __next__(self) -> export_service_pb2.StreamDownloadResponse: ...
+    def __iter__(self) -> Iterator[export_service_pb2.StreamDownloadResponse]: ...
+    def cancel(self) -> bool: ...
+
+
+Report = Callable[[DownloadProgress], object]
+
+
+class Stop:
+    """Lets another thread end a download."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+
+    def set(self) -> None:
+        """End it soon."""
+        self._event.set()
+
+    @property
+    def wanted(self) -> bool:
+        """Whether it shall end."""
+        return self._event.is_set()
+
+
+class Stopped(Exception):
+    """The download was told to stop."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """The bytes of one file. `parts` are those it joins; `total` and the checksums are
+    None while they are not known yet."""
+
+    job_id: str
+    generation: int
+    file_name: str
+    part: int | None = None
+    total: int | None = None
+    crc32c: int | None = None
+    sha256: bytes = b""
+    parts: tuple[Part, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """Names the temporary file."""
+        name = safe_name(self.job_id, "job")
+        return name if self.part is None else f"{name}-{self.part}"
+
+    @property
+    def identity(self) -> Identity:
+        """What the temporary file's record must agree with."""
+        return {
+            "job_id": self.job_id,
+            "part": self.part,
+            "generation": self.generation,
+        }
+
+
+class Downloader:
+    """Downloads outputs of one server; blocks, holds no state between calls."""
+
+    def __init__(
+        self, connection: Connection, get_job: Callable[[str], JobInfo], stop: Stop
+    ) -> None:
+        self._connection = connection
+        self._get_job = get_job
+        self._stop = stop
+
+    def download(self, job_id: str, plan: Plan, report: Report | None = None) -> Download:
+        """Download a job's output.
+
+        Raises:
+            NotFinished, JobFailed, JobCancelled, OutputExpired: There is nothing to get.
+            OutputExists: A file stands in the way and `overwrite` is not set.
+            DataLoss: The bytes do not match their checksums, whatever was tried.
+            LocalFileError: This machine's disk is full or refuses.
+            Unavailable: The server stayed away for longer than the retries.
+        """
+        if plan.parallel < 1:
+            raise InvalidRequest.of("parallel", "at least 1")
+        if plan.follow and plan.part is not None:
+            raise InvalidRequest.of("follow", "follows the whole output, not one part")
+        restarts = 0
+        while True:
+            job = self._get_job(job_id)
+            try:
+                if plan.follow and not job.state.final:
+                    return self._follow(job, plan, report)
+                return self._fetch(job, job.raise_unless_succeeded(), plan, report)
+            except GenerationMismatch:
+                restarts += 1
+                if restarts > _RESTARTS:
+                    raise
+
+    def _fetch(
+        self, job: JobInfo, manifest: Manifest, plan: Plan, report: Report | None
+    ) -> Download:
+        if plan.part is not None:
+            part = next((p for p in manifest.parts if p.index == plan.part), None)
+            if part is None:
+                raise PartNotFound(
+                    f"job {job.id} has {len(manifest.parts)} parts, none with index "
+                    f"{plan.part}",
+                    reason="PART_NOT_FOUND",
+                )
+            return self._file(_part_source(job, part), plan, report)
+        if manifest.joinable:
+            return self._file(_joined_source(job, manifest), plan, report)
+        if len(manifest.parts) == 1:
+            return self._file(_part_source(job, manifest.parts[0]), plan, report)
+        return self._directory(job, manifest, plan, report)
+
+    def _follow(self, job: JobInfo, plan: Plan, report: Report | None) -> Download:
+        """Take a job's parts as they are finished; verified once the job is done."""
+        source = _Source(job.id, job.generation, f"{job.dataset}-{job.id}")
+        final = _target(plan.path, source.file_name)
+        into_directory = final != Path(plan.path)
+        if not (into_directory or plan.overwrite):
+            refuse_existing(final)
+        with PartialFile(final, source.key) as file:
+            transfer = self._transfer(source, file, 1)
+            resumed = transfer.done
+            self._run(transfer, file, _from_zero(report, source))
+            job = self._get_job(job.id)
+            manifest = job.raise_unless_succeeded()
+            whole = _joined_source(job, manifest)
+            if len(manifest.parts) == 1:
+                whole = replace(whole, sha256=manifest.parts[0].sha256)
+            if job.generation != source.generation:
+                file.discard()
+                raise GenerationMismatch("the output was made anew while it was followed")
+            if into_directory:
+                final = _target(plan.path, whole.file_name)
+            return self._finish(whole, file, final, plan, resumed)
+
+    def _file(self, source: _Source, plan: Plan, report: Report | None) -> Download:
+        final = _target(plan.path, source.file_name)
+        if not plan.overwrite:
+            refuse_existing(final)
+        return self._to_file(source, final, plan, _from_zero(report, source))
+
+    def _to_file(
+        self,
+        source: _Source,
+        final: Path,
+        plan: Plan,
+        report: Callable[[int], object] | None,
+    ) -> Download:
+        with PartialFile(final, source.key) as file:
+            transfer = self._transfer(source, file, plan.parallel)
+            resumed = transfer.done
+            self._run(transfer, file, report)
+            return self._finish(source, file, final, plan, resumed)
+
+    def _directory(
+        self, job: JobInfo, manifest: Manifest, plan: Plan, report: Report | None
+    ) -> Download:
+        """Parts that do not join become files of their own in a directory. A part that
+        is there and matches is kept, so that the same call again goes on."""
+        directory = Path(plan.path)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            raise exists(directory) from None
+        except OSError as error:
+            raise LocalFileError.of(error, f"cannot make {directory}") from error
+        sources = [_part_source(job, p) for p in manifest.parts]
+        finals = _part_paths(directory, manifest.parts)
+        total = sum(p.size for p in manifest.parts)
+        before = resumed = 0
+        for source, final, part in zip(sources, finals, manifest.parts, strict=True):
+            if _matches(final, part):
+                resumed += part.size
+            else:
+                if not plan.overwrite:
+                    refuse_existing(final)
+                done = self._to_file(
+                    source, final, plan, _shifted(report, before, total, final.name)
+                )
+                resumed += done.resumed
+            before += part.size
+        return Download(directory, finals, total, None, None, "sha256", resumed)
+
+    def _transfer(self, source: _Source, file: PartialFile, parallel: int) -> _Transfer:
+        ranges = file.load(source.identity)
+        if source.total is None:
+            whole = Range(0, None)
+            if ranges and ranges[0].start == 0:
+                whole.done, whole.crc = ranges[0].done, ranges[0].crc
+            ranges = [whole]
+        else:
+            ranges = free_ranges(ranges, source.total, parallel, MIN_RANGE)
+            file.reserve(source.total - sum(r.done for r in ranges))
+        return _Transfer(
+            self._connection, source, file, ranges, workers=parallel, stop=self._stop
+        )
+
+    def _run(
+        self,
+        transfer: _Transfer,
+        file: PartialFile,
+        report: Callable[[int], object] | None,
+    ) -> None:
+        try:
+            transfer.run(report)
+        except (NotFound, JobEnded, GenerationMismatch):
+            file.discard()  # nothing will ever complete these bytes
+            raise
+
+    def _finish(
+        self, source: _Source, file: PartialFile, final: Path, plan: Plan, resumed: int
+    ) -> Download:
+        try:
+            crc, sha256 = _verify(source, file, self._stop)
+        except DataLoss:
+            file.discard()  # so that the next try begins anew
+            raise
+        if not plan.overwrite:
+            refuse_existing(final)
+        file.publish(final, overwrite=plan.overwrite)
+        return Download(
+            final,
+            (final,),
+            source.total or 0,
+            crc,
+            source.sha256.hex() or None,
+            "sha256" if sha256 else "crc32c",
+            resumed,
+        )
+
+
+class _Transfer:
+    """Fetches the missing ranges of one file, each on a thread and channel of its own.
+
+    The calling thread waits, reports, records what is there and looks for stalls; so a
+    KeyboardInterrupt reaches it at once, and callbacks run on the caller's thread.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        source: _Source,
+        file: PartialFile,
+        ranges: Sequence[Range],
+        *,
+        workers: int,
+        stop: Stop,
+    ) -> None:
+        self._connection = connection
+        self._source = source
+        self._file = file
+        self._ranges = ranges
+        self._todo = [r for r in ranges if not r.complete]
+        self._workers = min(workers, len(self._todo))
+        self._stop = stop
+        self._changed = threading.Condition()
+        self._running = 0
+        self._ending = threading.Event()
+        self._error: BaseException | None = None
+        self._calls: dict[_Stream, float | None] = {}
+
+    @property
+    def done(self) -> int:
+        """Bytes that are there and verified."""
+        return sum(r.done for r in self._ranges)
+
+    def run(self, report: Callable[[int], object] | None) -> None:
+        """Fetch everything. What is there when it fails is recorded for the next try."""
+        threads = [
+            threading.Thread(target=self._work, name=f"exportd-download-{n}", daemon=True)
+            for n in range(self._workers)
+        ]
+        self._running = len(threads)
+        try:
+            for thread in threads:
+                thread.start()
+            self._wait(report)
+        finally:
+            self._end()
+            for thread in threads:
+                if thread.ident is not None:
+                    thread.join()
+            self._save()
+        if report is not None:
+            report(self.done)
+
+    def _wait(self, report: Callable[[int], object] | None) -> None:
+        saved = time.monotonic()
+        reported = -1
+        while True:
+            with self._changed:
+                if self._running and self._error is None:
+                    self._changed.wait(_TICK)
+                if self._error is not None:
+                    raise self._error
+                if not self._running:
+                    return
+            if self._stop.wanted:
+                raise Stopped
+            now = time.monotonic()
+            if now - saved >= _SAVE_EVERY:
+                self._save()
+                saved = now
+            self._cancel_stalled(now)
+            if report is not None and self.done != reported:
+                reported = self.done
+                report(reported)
+
+    def _save(self) -> None:
+        with self._changed:
+            ranges = [Range(r.start, r.end, r.done, r.crc) for r in self._ranges]
+        self._file.save(self._source.identity, ranges)
+
+    def _cancel_stalled(self, now: float) -> None:
+        with self._changed:
+            stalled = [
+                call
+                for call, since in self._calls.items()
+                if since is not None and now - since > self._connection.stall_timeout
+            ]
+        for call in stalled:
+            call.cancel()
+
+    def _end(self) -> None:
+        self._ending.set()
+        with self._changed:
+            calls = list(self._calls)
+        for call in calls:
+            call.cancel()
+
+    def _work(self) -> None:
+        error: BaseException | None = None
+        try:
+            channel = self._connection.channel()
+            with channel:
+                stub = export_service_pb2_grpc.ExportServiceStub(channel)
+                while (wanted := self._next()) is not None:
+                    self._fetch(stub, wanted)
+        except Stopped:
+            pass
+        except BaseException as raised:  # noqa: BLE001 - raised again where run() waits
+            error = raised
+        with self._changed:
+            self._running -= 1
+            if self._error is None:
+                self._error = error
+            self._changed.notify_all()
+
+    def _next(self) -> Range | None:
+        with self._changed:
+            return self._todo.pop(0) if self._todo else None
+
+    def _fetch(
+        self, stub: export_service_pb2_grpc.ExportServiceStub, wanted: Range
+    ) -> None:
+        attempts = Attempts(self._connection.stream_retry, None)
+        corrupt_at, corrupt = -1, 0
+        while not wanted.complete:
+            before = wanted.position
+            try:
+                if self._stream(stub, wanted, attempts):
+                    return
+                problem: ExportdError = Unavailable("the download was cut short")
+                retryable = True
+            except _Corrupt as error:
+                corrupt = corrupt + 1 if wanted.position == corrupt_at else 1
+                corrupt_at = wanted.position
+                problem = DataLoss(f"{error} at byte {corrupt_at}, {corrupt} times")
+                retryable = corrupt < _CORRUPT_LIMIT
+            except grpc.RpcError as error:
+                problem = from_rpc_error(error, self._connection.address)
+                retryable = isinstance(problem, Unavailable) or (
+                    not problem.reason and problem.code in _CUT
+                )
+            if self._ending.is_set():
+                raise Stopped
+            if wanted.position > before:
+                attempts.progress()
+            if self._ending.wait(attempts.next_delay(problem, retryable=retryable)):
+                raise Stopped
+
+    def _stream(
+        self,
+        stub: export_service_pb2_grpc.ExportServiceStub,
+        wanted: Range,
+        attempts: Attempts,
+    ) -> bool:
+        """Read one stream into the range. True when the range is complete."""
+        request = export_service_pb2.StreamDownloadRequest(
+            job_id=self._source.job_id,
+            part_index=self._source.part,
+            read_offset=wanted.position,
+            read_limit=0 if wanted.end is None else wanted.end - wanted.position,
+            if_generation_match=self._source.generation,
+            follow=wanted.end is None,
+        )
+        ended = False
+        call = stub.StreamDownload(request, metadata=self._connection.metadata)
+        try:
+            for message in self._messages(call):
+                if message.HasField("metadata"):
+                    self._check(message.metadata)
+                    if wanted.end is None:
+                        attempts.progress()  # the server lives; parts take their time
+                        ended = message.metadata.HasField(
+                            "total_bytes"
+                        ) and message.metadata.total_bytes == wanted.position + len(
+                            message.data
+                        )
+                if message.data:
+                    self._take(wanted, message)
+        finally:
+            call.cancel()
+            with self._changed:
+                self._calls.pop(call, None)
+        if ended:
+            wanted.end = wanted.position
+        return wanted.complete
+
+    def _messages(
+        self, call: _Stream
+    ) -> Iterator[export_service_pb2.StreamDownloadResponse]:
+        """The stream's messages; keeps note of since when the next is waited for."""
+        while True:
+            with self._changed:
+                self._calls[call] = time.monotonic()
+            if self._ending.is_set():
+                raise Stopped
+            message = next(call, None)
+            self._calls[call] = None
+            if message is None:
+                return
+            yield message
+
+    def _check(self, metadata: export_service_pb2.DownloadMetadata) -> None:
+        known = self._source.total
+        changed = metadata.generation != self._source.generation
+        if known is not None and metadata.total_bytes != known:
+            changed = True
+        if changed:
+            raise GenerationMismatch(
+                f"the output of job {self._source.job_id} is not the one that the "
+                "download began with",
+                reason="GENERATION_MISMATCH",
+            )
+
+    def _take(
+        self, wanted: Range, message: export_service_pb2.StreamDownloadResponse
+    ) -> None:
+        data = message.data
+        position = wanted.position
+        if message.offset != position:
+            raise _Corrupt(f"bytes of offset {message.offset} came")
+        if crc32c.crc32c(data) != message.crc32c:
+            raise _Corrupt("bytes came that do not match their checksum")
+        if wanted.end is not None and position + len(data) > wanted.end:
+            raise _Corrupt("more bytes came than were asked for")
+        self._file.write(data, position)
+        crc = crc32c.crc32c(data, wanted.crc)
+        with self._changed:
+            wanted.crc = crc
+            wanted.done += len(data)
+
+
+class _Corrupt(Exception):
+    """A message is not what it should be; DataLoss when that does not go away."""
+
+
+def _verify(source: _Source, file: PartialFile, stop: Stop) -> tuple[int, bool]:
+    """Read the whole file back and hold it against its checksums.
+
+    Answers with the CRC32C, and whether SHA-256 vouches for every byte. A part of a
+    joined file is rebuilt from the header and the trailer that the joined file carries
+    once. That can fail without any damage, when two headers of equal length differ; the
+    CRC32C of the whole decides then.
+
+    Raises:
+        DataLoss: A checksum does not hold.
+    """
+    total = source.total or 0
+    if file.size() > total:
+        file.truncate(total)  # leftovers of an earlier try past the end
+    pieces = _pieces(source, file)
+    crc = seen = 0
+    proven = True
+    for piece in pieces:
+        digest = hashlib.sha256(piece.head, usedforsecurity=False)
+        for block in file.blocks(seen, seen + piece.size):
+            if stop.wanted:
+                raise Stopped
+            crc = crc32c.crc32c(block, crc)
+            digest.update(block)
+            seen += len(block)
+        digest.update(piece.tail)
+        if not piece.sha256:
+            proven = False
+        elif digest.digest() != piece.sha256:
+            if piece.certain:
+                raise DataLoss(f"{piece.name} does not match its SHA-256; download again")
+            proven = False
+    if seen != total:
+        raise DataLoss(f"{seen} bytes are here, {total} should be; download again")
+    if source.crc32c is not None and crc != source.crc32c:
+        raise DataLoss("the file does not match its CRC32C; download again")
+    return crc, proven
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """What a SHA-256 is known for: `size` bytes of the file between `head` and `tail`.
+    Not `certain` when head or tail are only presumed to be the part's own."""
+
+    name: str
+    size: int
+    sha256: bytes
+    head: bytes = b""
+    tail: bytes = b""
+    certain: bool = True
+
+
+def _pieces(source: _Source, file: PartialFile) -> list[_Piece]:
+    total = source.total or 0
+    if source.sha256 or len(source.parts) < 2:
+        return [_Piece("the file", total, source.sha256)]
+    first, last = source.parts[0], source.parts[-1]
+    prefix = b"".join(map(bytes, file.blocks(0, first.prefix_bytes)))
+    suffix = b"".join(map(bytes, file.blocks(total - last.suffix_bytes, total)))
+    pieces = []
+    for part in source.parts:
+        head = 0 if part is first else part.prefix_bytes
+        tail = 0 if part is last else part.suffix_bytes
+        # Other lengths mean other bytes: then nothing is left to compare with.
+        known = head in {0, len(prefix)} and tail in {0, len(suffix)}
+        pieces.append(
+            _Piece(
+                f"part {part.index}",
+                part.size - head - tail,
+                part.sha256 if known else b"",
+                prefix if head else b"",
+                suffix if tail else b"",
+                certain=not (head or tail),
+            )
+        )
+    if sum(p.size for p in pieces) != total:
+        return [_Piece("the file", total, b"")]
+    return pieces
+
+
+def _joined_source(job: JobInfo, manifest: Manifest) -> _Source:
+    return _Source(
+        job.id,
+        job.generation,
+        manifest.file_name,
+        None,
+        manifest.size,
+        manifest.crc32c,
+        manifest.sha256,
+        manifest.parts,
+    )
+
+
+def _part_source(job: JobInfo, part: Part) -> _Source:
+    return _Source(
+        job.id,
+        job.generation,
+        part.file_name,
+        part.index,
+        part.size,
+        part.crc32c,
+        part.sha256,
+    )
+
+
+def _target(path: str | os.PathLike[str], file_name: str) -> Path:
+    """The final name: `path`, or a name of the server's in it when it is a directory."""
+    target = Path(path)
+    if target.is_dir() or os.fspath(path).endswith("/"):
+        try:
+            target.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise LocalFileError.of(error, f"cannot make {target}") from error
+        return target / safe_name(file_name, "export")
+    return target
+
+
+def _part_paths(directory: Path, parts: Sequence[Part]) -> tuple[Path, ...]:
+    names = [safe_name(p.file_name, f"part-{p.index:05d}") for p in parts]
+    if len(set(names)) < len(names):  # made equal by what was taken out
+        names = [f"{p.index:05d}-{n}" for p, n in zip(parts, names, strict=True)]
+    return tuple(directory / n for n in names)
+
+
+def _matches(path: Path, part: Part) -> bool:
+    """Whether a part file is there and whole."""
+    if not part.sha256 or not path.is_file() or path.stat().st_size != part.size:
+        return False
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+    return digest.digest() == part.sha256
+
+
+def _from_zero(report: Report | None, source: _Source) -> Callable[[int], object] | None:
+    return _shifted(report, 0, source.total, safe_name(source.file_name, "export"))
+
+
+def _shifted(
+    report: Report | None, before: int, total: int | None, name: str
+) -> Callable[[int], object] | None:
+    if report is None:
+        return None
+    return lambda done: report(DownloadProgress(before + done, total, name))

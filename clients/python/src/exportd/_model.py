@@ -1,0 +1,310 @@
+"""What the server tells, as plain values: datasets, jobs, progress, manifests."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Self
+
+from google.protobuf.descriptor import EnumDescriptor
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from exportd.errors import JobCancelled, JobFailed, NotFinished, from_job_error
+from exportd.v1 import dataset_pb2, export_service_pb2, job_pb2
+
+
+class JobState(enum.StrEnum):
+    """States of a job."""
+
+    UNKNOWN = "UNKNOWN"  # a state newer than this client
+    PENDING = "PENDING"
+    RUNNING = "RUNNING"
+    SUCCEEDED = "SUCCEEDED"
+    FAILED = "FAILED"
+    CANCELLED = "CANCELLED"
+
+    @property
+    def final(self) -> bool:
+        """Whether the job has ended."""
+        return self in {JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED}
+
+
+class CancelOutcome(enum.StrEnum):
+    """What a cancel found."""
+
+    UNKNOWN = "UNKNOWN"
+    CANCELLED = "CANCELLED"
+    ALREADY_CANCELLED = "ALREADY_CANCELLED"
+    ALREADY_FINISHED = "ALREADY_FINISHED"
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One column of a dataset or of an output.
+
+    Attributes:
+        name: As filters and `columns` give it.
+        kind: `BOOLEAN`, `INTEGER`, `FLOAT`, `DECIMAL`, `STRING`, `BINARY`, `DATE`,
+            `TIME`, `TIMESTAMP`, `DURATION` or `NESTED`.
+        type: The exact type in Arrow's notation.
+        nullable: Whether a value may be missing.
+        operators: Contract names of the operators a filter may use.
+        description: For a person.
+    """
+
+    name: str
+    kind: str
+    type: str
+    nullable: bool
+    operators: tuple[str, ...] = ()
+    description: str = ""
+
+    @classmethod
+    def of(cls, proto: dataset_pb2.Column) -> Self:
+        """From the wire."""
+        return cls(
+            proto.name,
+            _name(dataset_pb2.ColumnKind.DESCRIPTOR, proto.kind, "COLUMN_KIND_"),
+            proto.type,
+            proto.nullable,
+            tuple(
+                _name(dataset_pb2.FilterOperator.DESCRIPTOR, o, "FILTER_OPERATOR_")
+                for o in proto.operators
+            ),
+            proto.description,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """What may be exported. `max_rows` and `max_bytes` are None without a cap."""
+
+    name: str
+    description: str
+    exportable: bool
+    columns: tuple[Column, ...]
+    formats: tuple[str, ...]
+    target_column: str
+    network_column: str
+    time_column: str
+    max_rows: int | None
+    max_bytes: int | None
+    estimated_rows: int | None
+    proto: dataset_pb2.Dataset = field(repr=False, compare=False)
+
+    @classmethod
+    def of(cls, proto: dataset_pb2.Dataset) -> Self:
+        """From the wire."""
+        return cls(
+            proto.name,
+            proto.description,
+            proto.exportable,
+            tuple(Column.of(c) for c in proto.columns),
+            tuple(_format(f) for f in proto.formats),
+            proto.target_column,
+            proto.network_column,
+            proto.time_column,
+            proto.max_rows or None,
+            proto.max_bytes or None,
+            proto.estimated_rows if proto.HasField("estimated_rows") else None,
+            proto,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a job is; None where the server does not know.
+
+    Attributes:
+        rows: Rows written so far; falls back when work is done again.
+        size: Stored bytes written so far; likewise.
+        parts_done: Parts that are finished.
+        parts_total: Parts in all.
+        estimated_rows: About how many rows the export will have.
+        fraction: Share that is done, from 0 to 1.
+        queue_position: Jobs that stand before this one; only while pending.
+        rows_per_second: Over the last few seconds; only while running.
+    """
+
+    rows: int = 0
+    size: int = 0
+    parts_done: int = 0
+    parts_total: int | None = None
+    estimated_rows: int | None = None
+    fraction: float | None = None
+    queue_position: int | None = None
+    rows_per_second: float | None = None
+
+    @classmethod
+    def of(cls, proto: job_pb2.Progress) -> Self:
+        """From the wire."""
+        has = proto.HasField
+        return cls(
+            proto.rows,
+            proto.bytes,
+            proto.parts_done,
+            proto.parts_total if has("parts_total") else None,
+            proto.estimated_rows if has("estimated_rows") else None,
+            proto.fraction if has("fraction") else None,
+            proto.queue_position if has("queue_position") else None,
+            proto.rows_per_second if has("rows_per_second") else None,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One immutable file of an output; `size` in bytes."""
+
+    index: int
+    rows: int
+    size: int
+    crc32c: int
+    sha256: bytes
+    file_name: str
+    prefix_bytes: int
+    suffix_bytes: int
+
+    @classmethod
+    def of(cls, proto: job_pb2.Part) -> Self:
+        """From the wire."""
+        return cls(
+            proto.index,
+            proto.rows,
+            proto.bytes,
+            proto.crc32c,
+            proto.sha256,
+            proto.file_name,
+            proto.prefix_bytes,
+            proto.suffix_bytes,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """A finished output of `size` bytes. `crc32c` and `sha256` are of the joined file;
+    `crc32c` is 0 when the parts do not join, `sha256` empty when there are several."""
+
+    columns: tuple[Column, ...]
+    parts: tuple[Part, ...]
+    rows: int
+    size: int
+    joinable: bool
+    crc32c: int
+    sha256: bytes
+    content_type: str
+    content_encoding: str
+    file_name: str
+
+    @classmethod
+    def of(cls, proto: job_pb2.Manifest) -> Self:
+        """From the wire."""
+        return cls(
+            tuple(Column.of(c) for c in proto.columns),
+            tuple(Part.of(p) for p in proto.parts),
+            proto.rows,
+            proto.bytes,
+            proto.joinable,
+            proto.crc32c,
+            proto.sha256,
+            proto.content_type,
+            proto.content_encoding,
+            proto.file_name,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class JobInfo:
+    """A job at one moment. Times are UTC; `error` is an exception that is not raised."""
+
+    id: str
+    state: JobState
+    dataset: str
+    format: str
+    progress: Progress
+    manifest: Manifest | None
+    error: JobFailed | None
+    create_time: datetime | None
+    start_time: datetime | None
+    finish_time: datetime | None
+    expire_time: datetime | None
+    generation: int
+    attempt: int
+    revision: int
+    labels: dict[str, str]
+    proto: job_pb2.Job = field(repr=False, compare=False)
+
+    @classmethod
+    def of(cls, proto: job_pb2.Job) -> Self:
+        """From the wire."""
+        failed = proto.HasField("error")
+        return cls(
+            proto.job_id,
+            job_state(proto.state),
+            proto.request.dataset,
+            _format(proto.request.format),
+            Progress.of(proto.progress),
+            Manifest.of(proto.manifest) if proto.HasField("manifest") else None,
+            from_job_error(proto.error, proto.job_id) if failed else None,
+            _time(proto.create_time),
+            _time(proto.start_time),
+            _time(proto.finish_time),
+            _time(proto.expire_time),
+            proto.generation,
+            proto.attempt,
+            proto.revision,
+            dict(proto.request.labels),
+            proto,
+        )
+
+    def raise_unless_succeeded(self) -> Manifest:
+        """The manifest of a job that succeeded.
+
+        Raises:
+            NotFinished, JobFailed, JobCancelled: When there is none.
+        """
+        if self.state is JobState.FAILED:
+            raise self.error or JobFailed(
+                f"job {self.id} failed", reason="JOB_FAILED", metadata={"job_id": self.id}
+            )
+        if self.state is JobState.CANCELLED:
+            raise JobCancelled(
+                f"job {self.id} was cancelled and has no output",
+                reason="JOB_CANCELLED",
+                metadata={"job_id": self.id},
+            )
+        if self.state is not JobState.SUCCEEDED or self.manifest is None:
+            raise NotFinished(
+                f"job {self.id} is {self.state.lower()}; wait until it has finished",
+                reason="JOB_NOT_FINISHED",
+                metadata={"job_id": self.id},
+            )
+        return self.manifest
+
+
+def job_state(state: int) -> JobState:
+    """The state by its number; `UNKNOWN` for one this client does not know."""
+    name = _name(job_pb2.JobState.DESCRIPTOR, state, "JOB_STATE_")
+    return JobState.__members__.get(name, JobState.UNKNOWN)
+
+
+def cancel_outcome(outcome: int) -> CancelOutcome:
+    """The outcome by its number; `UNKNOWN` for one this client does not know."""
+    short = _name(export_service_pb2.CancelOutcome.DESCRIPTOR, outcome, "CANCEL_OUTCOME_")
+    return CancelOutcome.__members__.get(short, CancelOutcome.UNKNOWN)
+
+
+def _format(number: int) -> str:
+    return _name(dataset_pb2.Format.DESCRIPTOR, number, "FORMAT_").lower()
+
+
+def _name(descriptor: EnumDescriptor, number: int, prefix: str) -> str:
+    """An enum value's name without its prefix; its number when it is newer than us."""
+    value = descriptor.values_by_number.get(number)
+    return str(number) if value is None else value.name.removeprefix(prefix)
+
+
+def _time(proto: Timestamp) -> datetime | None:
+    if not proto.seconds and not proto.nanos:
+        return None
+    return proto.ToDatetime(tzinfo=UTC)

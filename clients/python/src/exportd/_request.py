@@ -1,0 +1,364 @@
+"""From Python values to a `CreateExportRequest`, checked before anything is sent."""
+
+from __future__ import annotations
+
+import math
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, date, datetime, time, timedelta
+from decimal import Decimal
+from typing import Literal, Required, TypedDict, TypeVar, cast
+
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from exportd._model import JobState
+from exportd.errors import InvalidRequest
+from exportd.v1 import dataset_pb2, export_service_pb2, job_pb2
+
+_T = TypeVar("_T")
+
+FormatName = Literal["csv", "jsonl", "parquet", "arrow"]
+CompressionName = Literal["none", "gzip", "zstd", "snappy", "lz4"]
+Operator = Literal[
+    "=",
+    "==",
+    "!=",
+    "<",
+    "<=",
+    ">",
+    ">=",
+    "in",
+    "not in",
+    "is null",
+    "is not null",
+    "starts with",
+    "contains",
+]
+Scalar = str | int | float | bool | Decimal | datetime | date | time | bytes
+"""What a filter compares with."""
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """One condition on one column. `value` is a scalar, a sequence of them for `in` and
+    `not in`, and left out for `is null` and `is not null`."""
+
+    column: str
+    operator: Operator
+    value: Scalar | Sequence[Scalar] | None = field(default=None)
+
+
+FilterLike = (
+    Filter
+    | tuple[str, Literal["is null", "is not null"]]
+    | tuple[str, Operator, Scalar | Sequence[Scalar] | None]
+)
+"""A `Filter`, or a tuple such as `("amount", ">=", Decimal("1.5"))`."""
+
+
+class ExportOptions(TypedDict, total=False):
+    """What `export` takes beside the dataset's name; the contract explains each.
+
+    Attributes:
+        format: File format. Required.
+        target_id: Keep only rows of this target.
+        network: Keep only rows of this network.
+        start: First moment to keep; must carry its time zone.
+        end: First moment to leave out again; likewise.
+        columns: Columns to carry, in this order.
+        filters: Conditions; a row must meet all.
+        limit: Stop after this many rows.
+        compression: Around CSV and JSON Lines: none, gzip, zstd. Inside Parquet: none,
+            snappy, zstd, lz4. Inside Arrow: none, lz4, zstd.
+        delimiter: CSV's separator.
+        header: Whether CSV begins with the column names.
+        null_marker: How CSV writes a missing value.
+        spreadsheet_safe: Whether CSV makes formulas harmless; not lossless.
+        row_group_rows: Most rows in a Parquet row group.
+        max_part_rows: Begin a new part after this many rows.
+        max_part_bytes: Begin a new part after about this many bytes.
+        ttl: How long the output is kept once the job has ended.
+        priority: From -100 to 100, higher first.
+        labels: Marks to find jobs by.
+        request_id: Makes the call safe to repeat; a fresh UUID unless given.
+        validate_only: Check and estimate, but record nothing.
+    """
+
+    format: Required[FormatName]
+    target_id: str
+    network: str
+    start: datetime | None
+    end: datetime | None
+    columns: Sequence[str]
+    filters: Iterable[FilterLike]
+    limit: int | None
+    compression: CompressionName | None
+    delimiter: str | None
+    header: bool | None
+    null_marker: str | None
+    spreadsheet_safe: bool
+    row_group_rows: int | None
+    max_part_rows: int | None
+    max_part_bytes: int | None
+    ttl: timedelta | None
+    priority: int
+    labels: Mapping[str, str]
+    request_id: str | uuid.UUID | None
+    validate_only: bool
+
+
+_FORMATS: Mapping[str, dataset_pb2.Format.ValueType] = {
+    "csv": dataset_pb2.FORMAT_CSV,
+    "jsonl": dataset_pb2.FORMAT_JSONL,
+    "parquet": dataset_pb2.FORMAT_PARQUET,
+    "arrow": dataset_pb2.FORMAT_ARROW,
+}
+_TEXT_COMPRESSION: Mapping[str, job_pb2.Compression.ValueType] = {
+    "none": job_pb2.COMPRESSION_NONE,
+    "gzip": job_pb2.COMPRESSION_GZIP,
+    "zstd": job_pb2.COMPRESSION_ZSTD,
+}
+_PARQUET_COMPRESSION: Mapping[str, job_pb2.ParquetCompression.ValueType] = {
+    "none": job_pb2.PARQUET_COMPRESSION_UNCOMPRESSED,
+    "snappy": job_pb2.PARQUET_COMPRESSION_SNAPPY,
+    "zstd": job_pb2.PARQUET_COMPRESSION_ZSTD,
+    "lz4": job_pb2.PARQUET_COMPRESSION_LZ4,
+}
+_ARROW_COMPRESSION: Mapping[str, job_pb2.ArrowCompression.ValueType] = {
+    "none": job_pb2.ARROW_COMPRESSION_UNCOMPRESSED,
+    "lz4": job_pb2.ARROW_COMPRESSION_LZ4,
+    "zstd": job_pb2.ARROW_COMPRESSION_ZSTD,
+}
+_OPERATORS: Mapping[str, dataset_pb2.FilterOperator.ValueType] = {
+    "=": dataset_pb2.FILTER_OPERATOR_EQUAL,
+    "==": dataset_pb2.FILTER_OPERATOR_EQUAL,
+    "!=": dataset_pb2.FILTER_OPERATOR_NOT_EQUAL,
+    "<": dataset_pb2.FILTER_OPERATOR_LESS,
+    "<=": dataset_pb2.FILTER_OPERATOR_LESS_OR_EQUAL,
+    ">": dataset_pb2.FILTER_OPERATOR_GREATER,
+    ">=": dataset_pb2.FILTER_OPERATOR_GREATER_OR_EQUAL,
+    "in": dataset_pb2.FILTER_OPERATOR_IN,
+    "not in": dataset_pb2.FILTER_OPERATOR_NOT_IN,
+    "is null": dataset_pb2.FILTER_OPERATOR_IS_NULL,
+    "is not null": dataset_pb2.FILTER_OPERATOR_IS_NOT_NULL,
+    "starts with": dataset_pb2.FILTER_OPERATOR_STARTS_WITH,
+    "contains": dataset_pb2.FILTER_OPERATOR_CONTAINS,
+}
+_NO_VALUE = frozenset({"is null", "is not null"})
+_MANY_VALUES = frozenset({"in", "not in"})
+_INT64 = range(-(2**63), 2**63)
+
+
+def create_export(dataset: str, options: ExportOptions) -> job_pb2.CreateExportRequest:
+    """Build the request. Raises `InvalidRequest` for what cannot be sent at all; all
+    else is the server's to judge."""
+    request = job_pb2.CreateExportRequest(
+        request_id=str(options.get("request_id") or uuid.uuid4()),
+        dataset=dataset,
+        target_id=options.get("target_id", ""),
+        network=options.get("network", ""),
+        columns=_names("columns", options.get("columns", ())),
+        filters=[
+            filter_proto(f"filters[{i}]", f)
+            for i, f in enumerate(options.get("filters", ()))
+        ],
+        priority=options.get("priority", 0),
+        labels=dict(options.get("labels", {})),
+        validate_only=options.get("validate_only", False),
+    )
+    if (limit := options.get("limit")) is not None:
+        request.limit = limit
+    if (rows := options.get("max_part_rows")) is not None:
+        request.max_part_rows = rows
+    if (size := options.get("max_part_bytes")) is not None:
+        request.max_part_bytes = size
+    if (ttl := options.get("ttl")) is not None:
+        request.ttl.CopyFrom(_duration(ttl))
+    if (start := options.get("start")) is not None:
+        request.time_range.start_time.CopyFrom(timestamp("start", start))
+    if (end := options.get("end")) is not None:
+        request.time_range.end_time.CopyFrom(timestamp("end", end))
+    _set_format(request, options)
+    return request
+
+
+def list_jobs(
+    *,
+    states: Iterable[JobState | str] = (),
+    dataset: str = "",
+    labels: Mapping[str, str] | None = None,
+    created_from: datetime | None = None,
+    created_before: datetime | None = None,
+    page_size: int = 0,
+) -> export_service_pb2.ListJobsRequest:
+    """Build the request for the first page."""
+    request = export_service_pb2.ListJobsRequest(
+        states=[_state(s) for s in states],
+        dataset=dataset,
+        labels=dict(labels or {}),
+        page_size=page_size,
+    )
+    if created_from is not None:
+        request.created_from.CopyFrom(timestamp("created_from", created_from))
+    if created_before is not None:
+        request.created_before.CopyFrom(timestamp("created_before", created_before))
+    return request
+
+
+def timestamp(name: str, moment: object) -> Timestamp:
+    """A moment for the wire; refuses one without a time zone."""
+    if not isinstance(moment, datetime):
+        raise InvalidRequest.of(
+            name, f"a datetime with a time zone is needed, not {type(moment).__name__}"
+        )
+    if moment.utcoffset() is None:
+        raise InvalidRequest.of(
+            name,
+            f"{moment.isoformat()} has no time zone; give one, for example "
+            f"datetime({moment.year}, {moment.month}, {moment.day}, tzinfo=UTC)",
+        )
+    proto = Timestamp()
+    proto.FromDatetime(moment.astimezone(UTC))
+    return proto
+
+
+def filter_proto(where: str, condition: FilterLike) -> job_pb2.Filter:
+    """One condition for the wire. `where` names it in errors."""
+    if not isinstance(condition, Filter):
+        condition = _from_tuple(where, condition)
+    operator: str = condition.operator
+    number = _OPERATORS.get(operator)
+    if number is None:
+        known = ", ".join(_OPERATORS)
+        raise InvalidRequest.of(where, f"unknown operator {operator!r}; use {known}")
+    value = condition.value
+    if operator in _NO_VALUE:
+        if value is not None:
+            raise InvalidRequest.of(where, f"{operator!r} takes no value")
+        values: Sequence[object] = ()
+    elif operator in _MANY_VALUES:
+        if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+            raise InvalidRequest.of(where, f"{operator!r} needs a sequence of values")
+        values = tuple(value)
+    else:
+        values = (value,)
+    return job_pb2.Filter(
+        column=condition.column,
+        operator=number,
+        values=[filter_value(where, v) for v in values],
+    )
+
+
+def filter_value(where: str, value: object) -> job_pb2.FilterValue:
+    """A typed literal for the wire."""
+    # The order matters: a bool is an int too, and a datetime a date.
+    if isinstance(value, bool):
+        return job_pb2.FilterValue(bool_value=value)
+    if isinstance(value, bytes):
+        return job_pb2.FilterValue(bytes_value=value)
+    if isinstance(value, datetime):
+        return job_pb2.FilterValue(timestamp_value=timestamp(where, value))
+    if isinstance(value, int) and value in _INT64:
+        return job_pb2.FilterValue(int_value=value)
+    if isinstance(value, float):
+        if math.isnan(value):
+            raise InvalidRequest.of(where, "NaN compares with nothing")
+        return job_pb2.FilterValue(double_value=value)
+    return job_pb2.FilterValue(string_value=_text(where, value))
+
+
+def _text(where: str, value: object) -> str:
+    """Values that travel as text."""
+    match value:
+        case str():
+            return value
+        case int():  # beyond 64 bits: only a decimal column can hold it
+            return str(value)
+        case Decimal() if value.is_finite():
+            return format(value, "f")
+        case date():
+            return value.isoformat()
+        case time() if value.tzinfo is None:
+            return value.isoformat()
+        case None:
+            problem = "nothing equals None; use 'is null' or 'is not null'"
+        case Decimal():
+            problem = f"{value} is no finite decimal"
+        case time():
+            problem = "a time of day carries no time zone"
+        case _:
+            problem = f"cannot compare with a {type(value).__name__}"
+    raise InvalidRequest.of(where, problem)
+
+
+def _from_tuple(where: str, condition: tuple[object, ...]) -> Filter:
+    if len(condition) not in {2, 3}:
+        raise InvalidRequest.of(where, "give (column, operator, value), or a Filter")
+    return Filter(*cast("tuple[str, Operator]", condition))
+
+
+def _set_format(request: job_pb2.CreateExportRequest, options: ExportOptions) -> None:
+    """Sets the format and what belongs to it; an option of another format is refused
+    here, so that it is never dropped without a word."""
+    name: str = options["format"]
+    if name not in _FORMATS:
+        raise InvalidRequest.of("format", f"{name!r}: use {', '.join(_FORMATS)}")
+    request.format = _FORMATS[name]
+    if (compression := options.get("compression")) is not None:
+        _set_compression(request, name, compression)
+    csv = job_pb2.CsvOptions(
+        delimiter=options.get("delimiter") or "",
+        header=options.get("header"),
+        null_marker=options.get("null_marker") or "",
+        dialect=job_pb2.CSV_DIALECT_SPREADSHEET_SAFE
+        if options.get("spreadsheet_safe")
+        else job_pb2.CSV_DIALECT_UNSPECIFIED,
+    )
+    if csv != job_pb2.CsvOptions():
+        if name != "csv":
+            raise InvalidRequest.of("csv_options", f"format {name} takes no CSV options")
+        request.csv_options.CopyFrom(csv)
+    if (rows := options.get("row_group_rows")) is not None:
+        if name != "parquet":
+            raise InvalidRequest.of("row_group_rows", f"format {name} has no row groups")
+        request.parquet_options.row_group_rows = rows
+
+
+def _set_compression(
+    request: job_pb2.CreateExportRequest, name: str, compression: str
+) -> None:
+    if name == "parquet":
+        request.parquet_options.compression = _pick(_PARQUET_COMPRESSION, name, compression)
+    elif name == "arrow":
+        request.arrow_options.compression = _pick(_ARROW_COMPRESSION, name, compression)
+    else:
+        request.compression = _pick(_TEXT_COMPRESSION, name, compression)
+
+
+def _pick(table: Mapping[str, _T], name: str, compression: str) -> _T:
+    if compression not in table:
+        raise InvalidRequest.of(
+            "compression", f"{compression!r}: format {name} takes {', '.join(table)}"
+        )
+    return table[compression]
+
+
+def _duration(value: timedelta) -> Duration:
+    proto = Duration()
+    proto.FromTimedelta(value)
+    return proto
+
+
+def _names(where: str, names: Sequence[str]) -> Sequence[str]:
+    if isinstance(names, str):  # a string is a sequence of strings too
+        raise InvalidRequest.of(where, f"give a list: [{names!r}]")
+    return names
+
+
+def _state(state: JobState | str) -> job_pb2.JobState.ValueType:
+    known = {s.value for s in JobState} - {JobState.UNKNOWN.value}
+    if state not in known:
+        raise InvalidRequest.of("states", f"{state!r}: use {', '.join(sorted(known))}")
+    return job_pb2.JobState.Value(f"JOB_STATE_{state}")

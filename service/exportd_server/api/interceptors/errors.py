@@ -1,0 +1,114 @@
+"""Turns every error of a call into a status that says no more than it should, and logs
+the call."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+import structlog
+from grpc_status import rpc_status
+
+from exportd_server.api.convert import error_status
+from exportd_server.errors import Code, ErrorReason, ExportdError
+
+log = structlog.get_logger(__name__)
+
+Behaviour = Callable[[Any, Any], Any]
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):
+    """Wraps every unary and server-streaming method of the services named."""
+
+    def __init__(self, services: frozenset[str]) -> None:
+        self._services = services
+
+    async def intercept_service(
+        self,
+        continuation: Callable[
+            [grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]
+        ],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        """Give the method's handler with its behaviour wrapped."""
+        handler = await continuation(handler_call_details)
+        _, service, method = handler_call_details.method.split("/", 2)
+        if handler is None or service not in self._services:
+            return handler
+        if handler.unary_unary is not None:
+            return grpc.unary_unary_rpc_method_handler(
+                _unary(handler.unary_unary, method),
+                handler.request_deserializer,
+                handler.response_serializer,
+            )
+        if handler.unary_stream is not None:
+            return grpc.unary_stream_rpc_method_handler(
+                _stream(handler.unary_stream, method),
+                handler.request_deserializer,
+                handler.response_serializer,
+            )
+        raise RuntimeError(f"{method} streams requests, which nothing here wraps")
+
+
+def _unary(behaviour: Behaviour, method: str) -> Behaviour:
+    async def call(request: Any, context: Any) -> Any:
+        started = time.monotonic()
+        try:
+            response = await behaviour(request, context)
+        except Exception as error:  # noqa: BLE001 - every error becomes a status
+            await _abort(context, error, method, started)
+        else:
+            _log_call(method, started, "OK")
+            return response
+
+    return call
+
+
+def _stream(behaviour: Behaviour, method: str) -> Behaviour:
+    async def call(request: Any, context: Any) -> None:
+        started = time.monotonic()
+        try:
+            answer = behaviour(request, context)
+            if isinstance(answer, AsyncIterator):
+                async for response in answer:
+                    await context.write(response)
+            else:
+                await answer
+        except Exception as error:  # noqa: BLE001 - every error becomes a status
+            await _abort(context, error, method, started)
+        else:
+            _log_call(method, started, "OK")
+
+    return call
+
+
+async def _abort(context: Any, error: Exception, method: str, started: float) -> None:
+    if isinstance(error, grpc.aio.AbortError | asyncio.CancelledError):
+        raise error
+    if isinstance(error, ExportdError):
+        public = error
+    else:
+        reference = secrets.token_hex(6)
+        log.error("unforeseen error", method=method, reference=reference, exc_info=error)
+        public = ExportdError(
+            ErrorReason.INTERNAL,
+            f"internal error; the operator finds it by reference {reference}",
+            metadata={"reference": reference},
+        )
+    _log_call(method, started, public.code.name, public.reason)
+    await context.abort_with_status(rpc_status.to_status(error_status(public)))
+
+
+def _log_call(method: str, started: float, code: str, reason: str | None = None) -> None:
+    level = log.warning if code == Code.INTERNAL.name else log.debug
+    level(
+        "call",
+        method=method,
+        code=code,
+        reason=reason,
+        milliseconds=round(1000 * (time.monotonic() - started), 1),
+    )

@@ -1,0 +1,224 @@
+"""The RPCs: read the request, ask the manager, write the answer."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import AsyncIterator, Callable
+from datetime import UTC, datetime
+from typing import Any
+
+from exportd.v1 import export_service_pb2 as pb
+from exportd.v1 import job_pb2
+from exportd_server.api import convert
+from exportd_server.api.convert import Reader
+from exportd_server.api.download import Context, Downloads
+from exportd_server.errors import ErrorReason, ExportdError
+from exportd_server.jobs.manager import JobManager
+from exportd_server.sources.catalogue import Dataset
+
+DATASET_PAGE = 100
+JOB_PAGE = 50
+MAX_PAGE = 1000
+
+
+class ExportService:
+    """One method for each RPC of `exportd.v1.ExportService`, by its name. `tenant` says
+    whose call it is."""
+
+    def __init__(
+        self,
+        manager: JobManager,
+        downloads: Downloads,
+        tenant: Callable[[Any], str],
+        is_draining: Callable[[], bool],
+    ) -> None:
+        self._manager = manager
+        self._downloads = downloads
+        self._tenant = tenant
+        self._is_draining = is_draining
+
+    async def ListDatasets(  # noqa: N802 - the contract's name
+        self, request: pb.ListDatasetsRequest, _context: object
+    ) -> pb.ListDatasetsResponse:
+        """See the contract."""
+        reader = Reader()
+        size = _page_size(reader, request.page_size, DATASET_PAGE)
+        reader.check()
+        names = self._manager.dataset_names()
+        after = (
+            str(_read_token(request.page_token, "datasets", str)[0])
+            if (request.page_token)
+            else ""
+        )
+        rest = [name for name in names if name > after]
+        page = [self._manager.dataset(name) for name in rest[:size]]
+        more = len(rest) > size
+        return pb.ListDatasetsResponse(
+            datasets=[self._dataset(dataset) for dataset in page],
+            next_page_token=_token("datasets", page[-1].name) if more else "",
+        )
+
+    async def GetDataset(  # noqa: N802 - the contract's name
+        self, request: pb.GetDatasetRequest, _context: object
+    ) -> pb.GetDatasetResponse:
+        """See the contract."""
+        if not request.name:
+            reader = Reader()
+            reader.complain("name", "is required; ListDatasets names the datasets")
+            reader.check()
+        dataset = self._manager.dataset(request.name)
+        count = await self._manager.count(dataset)
+        return pb.GetDatasetResponse(dataset=self._dataset(dataset, count))
+
+    def _dataset(self, dataset: Dataset, count: int | None = None) -> Any:
+        policy = self._manager.policy
+        return convert.dataset_message(
+            dataset,
+            max_rows=policy.row_cap(dataset),
+            max_bytes=policy.byte_cap(dataset),
+            estimated_rows=count,
+        )
+
+    async def CreateExport(  # noqa: N802 - the contract's name
+        self, request: job_pb2.CreateExportRequest, context: object
+    ) -> pb.CreateExportResponse:
+        """See the contract."""
+        if self._is_draining():
+            raise ExportdError(ErrorReason.DRAINING)
+        tenant = self._tenant(context)
+        spec, request_id, wrong = convert.read_create(
+            request, self._manager.policy.default_ttl
+        )
+        spec = self._manager.accept(spec, wrong)
+        if request.validate_only:
+            job = await self._manager.preview(tenant, spec)
+        else:
+            job = await self._manager.create(
+                tenant,
+                spec,
+                request_id=request_id,
+                fingerprint=convert.fingerprint(request),
+            )
+        return pb.CreateExportResponse(job=convert.job_message(job))
+
+    async def GetJob(  # noqa: N802 - the contract's name
+        self, request: pb.GetJobRequest, context: object
+    ) -> pb.GetJobResponse:
+        """See the contract."""
+        job_id = _job_id(request)
+        job = await self._manager.get(self._tenant(context), job_id)
+        return pb.GetJobResponse(job=convert.job_message(job))
+
+    async def ListJobs(  # noqa: N802 - the contract's name
+        self, request: pb.ListJobsRequest, context: object
+    ) -> pb.ListJobsResponse:
+        """See the contract."""
+        reader = Reader()
+        size = _page_size(reader, request.page_size, JOB_PAGE)
+        query = convert.read_job_query(reader, request)
+        reader.check()
+        digest = convert.query_digest(
+            sorted(query.states),
+            query.dataset,
+            sorted(query.labels.items()),
+            query.created_from,
+            query.created_before,
+        )
+        before = None
+        if request.page_token:
+            micros, job_id = _read_token(request.page_token, digest, int, str)
+            before = (_from_micros(micros), job_id)
+        jobs = await self._manager.list(
+            self._tenant(context), query, limit=size + 1, before=before
+        )
+        page = jobs[:size]
+        token = ""
+        if len(jobs) > size:
+            last = page[-1]
+            token = _token(digest, _micros(last.create_time), last.job_id)
+        return pb.ListJobsResponse(
+            jobs=[convert.job_message(job) for job in page], next_page_token=token
+        )
+
+    async def WatchJob(  # noqa: N802 - the contract's name
+        self, request: pb.WatchJobRequest, context: object
+    ) -> AsyncIterator[pb.WatchJobResponse]:
+        """See the contract."""
+        job_id = _job_id(request)
+        async for job in self._manager.watch(self._tenant(context), job_id):
+            yield pb.WatchJobResponse(job=convert.job_message(job))
+
+    async def CancelJob(  # noqa: N802 - the contract's name
+        self, request: pb.CancelJobRequest, context: object
+    ) -> pb.CancelJobResponse:
+        """See the contract."""
+        job_id = _job_id(request)
+        job, outcome = await self._manager.cancel(self._tenant(context), job_id)
+        return pb.CancelJobResponse(
+            job=convert.job_message(job), outcome=convert.CANCEL_OUTCOMES[outcome]
+        )
+
+    async def DeleteJob(  # noqa: N802 - the contract's name
+        self, request: pb.DeleteJobRequest, context: object
+    ) -> pb.DeleteJobResponse:
+        """See the contract."""
+        job_id = _job_id(request)
+        await self._manager.delete(self._tenant(context), job_id)
+        return pb.DeleteJobResponse()
+
+    async def StreamDownload(  # noqa: N802 - the contract's name
+        self, request: pb.StreamDownloadRequest, context: Context
+    ) -> None:
+        """See the contract."""
+        await self._downloads.stream(self._tenant(context), request, context)
+
+
+def _job_id(
+    request: pb.GetJobRequest
+    | pb.WatchJobRequest
+    | pb.CancelJobRequest
+    | pb.DeleteJobRequest,
+) -> str:
+    reader = Reader()
+    job_id = reader.uuid("job_id", request.job_id, required=True)
+    reader.check()
+    return job_id
+
+
+def _page_size(reader: Reader, asked: int, default: int) -> int:
+    if not 0 <= asked <= MAX_PAGE:
+        reader.complain(
+            "page_size", f"must lie between 1 and {MAX_PAGE}, or be 0 for {default}"
+        )
+    return asked or default
+
+
+def _token(query: str, *position: object) -> str:
+    text = json.dumps([query, *position], separators=(",", ":"))
+    return base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
+
+
+def _read_token(token: str, query: str, *types: type) -> list[Any]:
+    """The position in a page token that `_token` made for the same query."""
+    try:
+        padded = token.encode("ascii") + b"=" * (-len(token) % 4)
+        text = base64.b64decode(padded, altchars=b"-_", validate=True)
+        issued_for, *position = json.loads(text)
+    except (ValueError, TypeError, RecursionError):
+        raise ExportdError(ErrorReason.INVALID_PAGE_TOKEN) from None
+    if issued_for != query or [type(value) for value in position] != list(types):
+        raise ExportdError(ErrorReason.INVALID_PAGE_TOKEN)
+    return position
+
+
+def _micros(moment: datetime) -> int:
+    return int(moment.timestamp()) * 10**6 + moment.microsecond
+
+
+def _from_micros(micros: int) -> datetime:
+    try:
+        whole = datetime.fromtimestamp(micros // 10**6, UTC)
+    except (ValueError, OverflowError, OSError):
+        raise ExportdError(ErrorReason.INVALID_PAGE_TOKEN) from None
+    return whole.replace(microsecond=micros % 10**6)

@@ -1,0 +1,48 @@
+"""Arrow IPC, the stream format: https://arrow.apache.org/docs/format/Columnar.html."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+from exportd_server.encoders.base import ArrowCompression, ByteSink, OutputFormat
+from exportd_server.encoders.compress import Tap
+from exportd_server.encoders.values import conform, encoding
+
+_CODECS = {
+    ArrowCompression.UNCOMPRESSED: None,
+    ArrowCompression.LZ4: "lz4",
+    ArrowCompression.ZSTD: "zstd",
+}
+
+
+class ArrowEncoder:
+    """Writes one part as an Arrow stream. The schema message is the prefix, the mark of
+    the stream's end the suffix."""
+
+    def __init__(self, output: OutputFormat, schema: pa.Schema, sink: ByteSink) -> None:
+        self._schema = schema
+        self._tap = Tap(sink)
+        self._writer = pa.ipc.new_stream(
+            self._tap.file(),
+            schema,
+            options=pa.ipc.IpcWriteOptions(compression=_CODECS[output.arrow.compression]),
+        )
+        # The writer puts the schema out with the first batch, or at the end.
+        self.prefix_bytes = len(schema.serialize())
+        self.suffix_bytes = 0
+
+    def write(self, batch: pa.RecordBatch) -> None:
+        """Encode one batch."""
+        batch = conform(batch, self._schema)
+        with self._tap.open(), encoding():
+            self._writer.write_batch(batch)
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+    def close(self) -> None:
+        """Write the mark of the end."""
+        before = max(self._tap.written, self.prefix_bytes)
+        with self._tap.open(), encoding():
+            self._writer.close()
+        self.suffix_bytes = self._tap.written - before

@@ -1,0 +1,144 @@
+"""CSV, RFC 4180 with `\\n` as line end; docs/formats.md has the exact rules."""
+
+from __future__ import annotations
+
+import re
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.types as pat
+
+from exportd_server.encoders.base import ByteSink, CsvDialect, CsvOptions, OutputFormat
+from exportd_server.encoders.compress import open_output
+from exportd_server.encoders.json_text import json_text
+from exportd_server.encoders.values import (
+    Chunks,
+    Slicer,
+    conform,
+    encoding,
+    is_text,
+    polars_frame,
+    simple,
+)
+
+# A missing value alone in its line would be an empty line, which most readers skip.
+_LONE_MARKER = "\\N"
+# Characters that numbers and booleans are made of, and markers that could be one.
+_TYPED_CHARACTERS = frozenset("0123456789+-.abcdefghijklmnopqrstuvwxyzEN")
+_TYPED_MARKER = re.compile(r"[-+]?[\d.].*|[-+]?inf|NaN|true|false", re.DOTALL)
+# What a spreadsheet takes for a formula:
+# https://owasp.org/www-community/attacks/CSV_Injection
+_FORMULA = r"^[=+\-@\t\r]"
+
+
+class CsvEncoder:
+    """Writes one part as CSV."""
+
+    def __init__(self, output: OutputFormat, schema: pa.Schema, sink: ByteSink) -> None:
+        self._options = output.csv
+        self._schema = schema
+        self._out = open_output(sink, output.compression)
+        self._slicer = Slicer()
+        self._marker = self._options.null_marker
+        if not self._marker and len(schema) == 1:
+            self._marker = _LONE_MARKER
+        self._all_text = self._options.delimiter in _TYPED_CHARACTERS or bool(
+            _TYPED_MARKER.fullmatch(self._marker)
+        )
+        if self._options.header:
+            self._out.write(_header(schema.names, self._options))
+            self._out.end_frame()
+        self.prefix_bytes = self._out.written
+        self.suffix_bytes = 0
+
+    def write(self, batch: pa.RecordBatch) -> None:
+        """Encode one batch."""
+        for piece in self._slicer.slices(conform(batch, self._schema)):
+            chunks = self._encode(piece)
+            self._slicer.learn(piece.num_rows, chunks.size)
+            for chunk in chunks.take():
+                self._out.write(chunk)
+
+    def flush(self) -> None:
+        """Push out what the compressor holds."""
+        self._out.flush()
+
+    def close(self) -> None:
+        """Finish the file."""
+        self._out.close()
+
+    def _encode(self, piece: pa.RecordBatch) -> Chunks:
+        columns = []
+        for index, (field, column) in enumerate(
+            zip(self._schema, piece.columns, strict=True)
+        ):
+            with encoding(field.name):
+                cells = _cells(column)
+                frame = polars_frame([str(index)], [cells])
+                if not _is_number(cells.type):
+                    if self._options.dialect is CsvDialect.SPREADSHEET_SAFE:
+                        frame = frame.select(_harmless(pl.col(str(index))))
+                elif self._all_text:
+                    frame = frame.select(pl.all().cast(pl.String))
+            columns.append(frame.to_series())
+        frame = pl.DataFrame(columns)
+        with encoding():
+            style = "necessary"
+            if self._marker and self._ambiguous(frame):
+                frame = frame.with_columns(self._quoted(pl.col(pl.String)))
+                style = "never"
+            chunks = Chunks()
+            frame.write_csv(
+                chunks,
+                include_header=False,
+                separator=self._options.delimiter,
+                null_value=self._marker,
+                quote_style=style,
+            )
+        return chunks
+
+    def _ambiguous(self, frame: pl.DataFrame) -> bool:
+        """Whether some text reads like the marker of a missing value."""
+        texts = frame.select(pl.col(pl.String) == self._marker)
+        return texts.width > 0 and texts.select(pl.any_horizontal(pl.all()).any()).item()
+
+    def _quoted(self, text: pl.Expr) -> pl.Expr:
+        special = [self._options.delimiter, '"', "\n", "\r"]
+        needed = text.is_in(["", self._marker]) | text.str.contains_any(special)
+        quoted = pl.format('"{}"', text.str.replace_all('"', '""', literal=True))
+        return pl.when(needed).then(quoted).otherwise(text)
+
+
+def _cells(array: pa.Array) -> pa.Array:
+    array = simple(array)
+    if _is_number(array.type) or is_text(array.type):
+        return array
+    if pat.is_null(array.type):
+        return array.cast(pa.string())
+    missing = pa.scalar(None, pa.string())
+    return pc.if_else(array.is_valid(), json_text(array), missing)
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return bool(
+        pat.is_boolean(kind)
+        or pat.is_integer(kind)
+        or pat.is_floating(kind)
+        or pat.is_decimal(kind)
+    )
+
+
+def _harmless(text: pl.Expr) -> pl.Expr:
+    return pl.when(text.str.contains(_FORMULA)).then("'" + text).otherwise(text)
+
+
+def _header(names: list[str], options: CsvOptions) -> bytes:
+    safe = options.dialect is CsvDialect.SPREADSHEET_SAFE
+    cells = []
+    for name in names:
+        text = "'" + name if safe and re.match(_FORMULA, name) else name
+        if not text or any(mark in text for mark in (options.delimiter, '"', "\n", "\r")):
+            text = '"' + text.replace('"', '""') + '"'
+        cells.append(text)
+    return (options.delimiter.join(cells) + "\n").encode()

@@ -1,0 +1,59 @@
+"""JSON Lines: one JSON object a line; docs/formats.md has the exact rules."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+from exportd_server.encoders.base import ByteSink, OutputFormat
+from exportd_server.encoders.compress import open_output
+from exportd_server.encoders.json_text import Member, members
+from exportd_server.encoders.values import (
+    Chunks,
+    Slicer,
+    conform,
+    encoding,
+    join,
+    polars_frame,
+    text_bytes,
+)
+
+
+class JsonlEncoder:
+    """Writes one part as JSON Lines."""
+
+    def __init__(self, output: OutputFormat, schema: pa.Schema, sink: ByteSink) -> None:
+        self._schema = schema
+        self._out = open_output(sink, output.compression)
+        self._slicer = Slicer()
+        self.prefix_bytes = 0
+        self.suffix_bytes = 0
+
+    def write(self, batch: pa.RecordBatch) -> None:
+        """Encode one batch."""
+        for piece in self._slicer.slices(conform(batch, self._schema)):
+            chunks = self._encode(piece)
+            self._slicer.learn(piece.num_rows, chunks.size)
+            for chunk in chunks.take():
+                self._out.write(chunk)
+
+    def flush(self) -> None:
+        """Push out what the compressor holds."""
+        self._out.flush()
+
+    def close(self) -> None:
+        """Finish the file."""
+        self._out.close()
+
+    def _encode(self, piece: pa.RecordBatch) -> Chunks:
+        parts = []
+        for field, column in zip(self._schema, piece.columns, strict=True):
+            with encoding(field.name):
+                parts.append(Member(field.name, column))
+        chunks = Chunks()
+        with encoding():
+            if all(part.by_polars for part in parts):
+                arrays = [part.array for part in parts]
+                polars_frame(self._schema.names, arrays).write_ndjson(chunks)
+            else:
+                chunks.write(text_bytes(join("{", members(parts), "}\n")))
+        return chunks

@@ -1,0 +1,133 @@
+"""Wake-ups inside one process. For the event loop's thread only.
+
+Nothing is polled and nothing is missed: a worker's wait begins at the moment of its
+claim that found nothing, a watcher is registered before it looks at the job.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+_MOST_TICKETS = 64
+
+
+@dataclass(slots=True)
+class Ticket:
+    """The moment at which claims found nothing: how much news there had been by then,
+    and the ledger's time in microseconds. `claims` of them have yet to wait."""
+
+    news: int
+    now: int
+    claims: int = 1
+
+
+class Watcher:
+    """Waits for one job."""
+
+    def __init__(self) -> None:
+        self.revision: float = 0
+        self._told = asyncio.Event()
+
+    def tell(self, revision: float) -> None:
+        """The job has reached this revision; infinity: it is gone."""
+        self.revision = max(self.revision, revision)
+        self._told.set()
+
+    async def passed(self, revision: int) -> None:
+        """Return once the job is past `revision`."""
+        while self.revision <= revision:
+            self._told.clear()
+            await self._told.wait()
+
+
+class Signals:
+    """Who waits for what."""
+
+    def __init__(self) -> None:
+        self._news = 0
+        self._tickets: deque[Ticket] = deque()
+        self._idle: set[asyncio.Event] = set()
+        self._watchers: dict[str, set[Watcher]] = {}
+
+    # --- telling
+
+    def work(self) -> None:
+        """A task may be due that was not before."""
+        self._news += 1
+        for event in self._idle:
+            event.set()
+
+    def jobs(self, revisions: Mapping[str, float]) -> None:
+        """These jobs have reached these revisions."""
+        for job_id, revision in revisions.items():
+            for watcher in self._watchers.get(job_id, ()):
+                watcher.tell(revision)
+
+    def everyone(self) -> None:
+        """Wake all who wait: the ledger closes."""
+        self.work()
+        self.jobs(dict.fromkeys(self._watchers, math.inf))
+
+    # --- waiting for work
+
+    def news(self) -> int:
+        """How much news of work there has been; ask before a claim begins."""
+        return self._news
+
+    def found_nothing(self, news: int, now: int) -> None:
+        """A claim that began after `news` and looked at `now` found nothing."""
+        last = self._tickets[-1] if self._tickets else None
+        # Joining two claims under the earlier moment may cost one needless wake-up, and
+        # keeps this short when somebody claims and never waits.
+        if last and (last.news == news or len(self._tickets) >= _MOST_TICKETS):
+            last.claims += 1
+        else:
+            self._tickets.append(Ticket(news, now))
+
+    def take_ticket(self) -> Ticket | None:
+        """The earliest moment from which a wait is owed. It is the caller's own or one
+        before it, so that nothing is missed, and each is served once, so that nobody
+        spins. None when no claim found nothing."""
+        if not self._tickets:
+            return None
+        ticket = self._tickets[0]
+        ticket.claims -= 1
+        if not ticket.claims:
+            self._tickets.popleft()
+        return ticket
+
+    @contextmanager
+    def idle(self, news: int) -> Iterator[asyncio.Event]:
+        """An event that is set as soon as there is more than `news`."""
+        event = asyncio.Event()
+        if self._news > news:
+            event.set()
+        self._idle.add(event)
+        try:
+            yield event
+        finally:
+            self._idle.remove(event)
+
+    # --- waiting for jobs
+
+    @contextmanager
+    def watch(self, job_id: str) -> Iterator[Watcher]:
+        """Hear of a job from now on."""
+        watcher = Watcher()
+        watchers = self._watchers.setdefault(job_id, set())
+        watchers.add(watcher)
+        try:
+            yield watcher
+        finally:
+            watchers.remove(watcher)
+            if not watchers:
+                del self._watchers[job_id]
+
+    def waiting(self) -> Iterable[str]:
+        """The jobs that somebody watches."""
+        return self._watchers.keys()

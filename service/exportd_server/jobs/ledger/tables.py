@@ -1,0 +1,210 @@
+"""Tables of the ledger, the same on every database.
+
+Moments and spans are whole microseconds, moments since 1970 in UTC. Enumerations are
+their text. A migration makes these tables; a test holds the two together.
+"""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+
+METADATA = sa.MetaData()
+
+_Serial = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
+"""SQLite numbers rows by itself only in an INTEGER column."""
+
+
+class TaskState:
+    """States of a task, as SQL literals: the partial indexes below are used only by a
+    condition that repeats theirs word for word."""
+
+    READY = sa.literal_column("'ready'", sa.Text)
+    """May be claimed."""
+    SCHEDULED = sa.literal_column("'scheduled'", sa.Text)
+    """Waits for its `run_at`."""
+    LEASED = sa.literal_column("'leased'", sa.Text)
+    """A worker has it, or had it when it died."""
+    DONE = sa.literal_column("'done'", sa.Text)
+    """Ended well."""
+    CLOSED = sa.literal_column("'closed'", sa.Text)
+    """Its job ended without it."""
+
+
+PENDING = sa.literal_column("'PENDING'", sa.Text)
+RUNNING = sa.literal_column("'RUNNING'", sa.Text)
+
+counters = sa.Table(
+    "counters",
+    METADATA,
+    sa.Column("name", sa.Text, primary_key=True),
+    sa.Column("value", sa.BigInteger, nullable=False),
+)
+
+tenants = sa.Table(
+    "tenants",
+    METADATA,
+    sa.Column("tenant", sa.Text, primary_key=True),
+    sa.Column("served", sa.BigInteger, nullable=False, server_default="0"),
+)
+"""`served` is the token of the tenant's last claim of a plan or shard."""
+
+jobs = sa.Table(
+    "jobs",
+    METADATA,
+    sa.Column("job_id", sa.Text, primary_key=True),
+    sa.Column("tenant", sa.Text, nullable=False),
+    sa.Column("state", sa.Text, nullable=False),
+    sa.Column("dataset", sa.Text, nullable=False),
+    sa.Column("spec", sa.Text, nullable=False),
+    sa.Column("priority", sa.Integer, nullable=False),
+    sa.Column("ttl", sa.BigInteger, nullable=False),
+    sa.Column("request_id", sa.Text),
+    sa.Column("fingerprint", sa.Text, nullable=False),
+    sa.Column("create_time", sa.BigInteger, nullable=False),
+    sa.Column("start_time", sa.BigInteger),
+    sa.Column("finish_time", sa.BigInteger),
+    sa.Column("expire_time", sa.BigInteger),
+    # When the first task of a pending job is due.
+    sa.Column("due_time", sa.BigInteger, nullable=False),
+    # Set: nobody sees the job any more, it waits to be forgotten.
+    sa.Column("hidden_time", sa.BigInteger),
+    sa.Column("generation", sa.Integer, nullable=False),
+    sa.Column("revision", sa.BigInteger, nullable=False),
+    sa.Column("estimated_rows", sa.BigInteger),
+    sa.Column("columns", sa.Text),
+    sa.Column("error", sa.Text),
+    # What the last attempt that was to be repeated failed with.
+    sa.Column("last_error", sa.Text),
+    # 1: the store may hold what no part names.
+    sa.Column("untidy", sa.SmallInteger, nullable=False),
+    # Until then a worker that lost its lease may still write.
+    sa.Column("writers_until", sa.BigInteger, nullable=False),
+)
+sa.Index("jobs_request", jobs.c.tenant, jobs.c.request_id, unique=True)
+sa.Index("jobs_created", jobs.c.tenant, jobs.c.create_time, jobs.c.job_id)
+sa.Index("jobs_state", jobs.c.tenant, jobs.c.state, jobs.c.create_time, jobs.c.job_id)
+sa.Index("jobs_dataset", jobs.c.tenant, jobs.c.dataset, jobs.c.create_time, jobs.c.job_id)
+sa.Index(
+    "jobs_pending",
+    jobs.c.tenant,
+    jobs.c.priority.desc(),
+    jobs.c.create_time,
+    jobs.c.job_id,
+    jobs.c.due_time,
+    sqlite_where=jobs.c.state == PENDING,
+    postgresql_where=jobs.c.state == PENDING,
+)
+sa.Index(
+    "jobs_running",
+    jobs.c.tenant,
+    jobs.c.job_id,
+    sqlite_where=jobs.c.state == RUNNING,
+    postgresql_where=jobs.c.state == RUNNING,
+)
+sa.Index(
+    "jobs_expiring",
+    jobs.c.expire_time,
+    sqlite_where=jobs.c.hidden_time.is_(None),
+    postgresql_where=jobs.c.hidden_time.is_(None),
+)
+
+labels = sa.Table(
+    "labels",
+    METADATA,
+    sa.Column(
+        "job_id",
+        sa.Text,
+        sa.ForeignKey("jobs.job_id", ondelete="CASCADE"),
+        primary_key=True,
+    ),
+    sa.Column("name", sa.Text, primary_key=True),
+    sa.Column("value", sa.Text, nullable=False),
+    sa.Column("tenant", sa.Text, nullable=False),
+    sa.Column("create_time", sa.BigInteger, nullable=False),
+)
+sa.Index(
+    "labels_value",
+    labels.c.tenant,
+    labels.c.name,
+    labels.c.value,
+    labels.c.create_time,
+    labels.c.job_id,
+)
+
+tasks = sa.Table(
+    "tasks",
+    METADATA,
+    sa.Column("task_id", _Serial, primary_key=True),
+    sa.Column("kind", sa.Text, nullable=False),
+    sa.Column("tenant", sa.Text, nullable=False),
+    sa.Column("job_id", sa.Text, sa.ForeignKey("jobs.job_id", ondelete="CASCADE")),
+    sa.Column("generation", sa.Integer, nullable=False),
+    sa.Column("shard", sa.Integer),
+    sa.Column("shard_state", sa.Text),
+    sa.Column("forget", sa.SmallInteger, nullable=False, server_default="0"),
+    sa.Column("state", sa.Text, nullable=False),
+    sa.Column("priority", sa.Integer, nullable=False),
+    # Age: when the job was created, or a cleanup was asked for.
+    sa.Column("since", sa.BigInteger, nullable=False),
+    sa.Column("run_at", sa.BigInteger, nullable=False),
+    sa.Column("attempts", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("owner", sa.Text, nullable=False, server_default=""),
+    sa.Column("token", sa.BigInteger, nullable=False, server_default="0"),
+    sa.Column("lease_expires", sa.BigInteger),
+    # As last told, finished parts included.
+    sa.Column("rows", sa.BigInteger, nullable=False, server_default="0"),
+    sa.Column("bytes", sa.BigInteger, nullable=False, server_default="0"),
+    sa.Column("rows_per_second", sa.Float),
+    # Of finished parts alone.
+    sa.Column("parts", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("part_rows", sa.BigInteger, nullable=False, server_default="0"),
+    sa.Column("part_bytes", sa.BigInteger, nullable=False, server_default="0"),
+)
+sa.Index(
+    "tasks_ready",
+    tasks.c.kind,
+    tasks.c.tenant,
+    tasks.c.priority.desc(),
+    tasks.c.since,
+    tasks.c.job_id,
+    tasks.c.task_id,
+    sqlite_where=tasks.c.state == TaskState.READY,
+    postgresql_where=tasks.c.state == TaskState.READY,
+)
+sa.Index(
+    "tasks_scheduled",
+    tasks.c.run_at,
+    sqlite_where=tasks.c.state == TaskState.SCHEDULED,
+    postgresql_where=tasks.c.state == TaskState.SCHEDULED,
+)
+sa.Index(
+    "tasks_leased",
+    tasks.c.lease_expires,
+    sqlite_where=tasks.c.state == TaskState.LEASED,
+    postgresql_where=tasks.c.state == TaskState.LEASED,
+)
+sa.Index("tasks_job", tasks.c.job_id, tasks.c.state, tasks.c.task_id)
+
+parts = sa.Table(
+    "parts",
+    METADATA,
+    sa.Column(
+        "job_id",
+        sa.Text,
+        sa.ForeignKey("jobs.job_id", ondelete="CASCADE"),
+        primary_key=True,
+    ),
+    sa.Column("generation", sa.Integer, primary_key=True),
+    sa.Column("shard", sa.Integer, primary_key=True),
+    sa.Column("sequence", sa.Integer, primary_key=True),
+    sa.Column("token", sa.BigInteger, nullable=False),
+    sa.Column("rows", sa.BigInteger, nullable=False),
+    sa.Column("bytes", sa.BigInteger, nullable=False),
+    sa.Column("prefix_bytes", sa.BigInteger, nullable=False),
+    sa.Column("suffix_bytes", sa.BigInteger, nullable=False),
+    sa.Column("crc32c", sa.BigInteger, nullable=False),
+    sa.Column("prefix_crc32c", sa.BigInteger, nullable=False),
+    sa.Column("body_crc32c", sa.BigInteger, nullable=False),
+    sa.Column("suffix_crc32c", sa.BigInteger, nullable=False),
+    sa.Column("sha256", sa.LargeBinary, nullable=False),
+)

@@ -1,0 +1,74 @@
+"""What a statement works with, and what each database brings of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
+
+from sqlalchemy.engine import Connection
+
+from exportd_server.jobs.ledger.signals import Signals
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class Changes:
+    """What a transaction changed that somebody may wait for."""
+
+    revisions: dict[str, int] = field(default_factory=dict)
+    gone: set[str] = field(default_factory=set)
+    work: bool = False
+
+
+class Dialect(Protocol):
+    """The few statements in which databases differ.
+
+    The others are shared. They first lock the job's row (`FOR UPDATE`, which SQLite
+    leaves out because its writers stand in line anyway) and only then look at its
+    tasks: so the operations on one job come one after the other on every database.
+    """
+
+    def now(self, connection: Connection) -> int:
+        """The ledger's clock, in microseconds since 1970."""
+        ...
+
+    def next_token(self, connection: Connection) -> int:
+        """A fencing token above every earlier one."""
+        ...
+
+    def ensure_tenant(self, connection: Connection, tenant: str) -> None:
+        """Make sure that the tenant has a row."""
+        ...
+
+
+@dataclass(slots=True)
+class Transaction:
+    """One open transaction at one moment."""
+
+    connection: Connection
+    dialect: Dialect
+    now: int
+    max_attempts: int
+    changes: Changes = field(default_factory=Changes)
+
+
+class Database(Protocol):
+    """Runs transactions off the event loop and spreads the news of what they changed:
+    to this process, and to others where there are any."""
+
+    signals: Signals
+
+    async def write(self, work: Callable[[Transaction], T]) -> T:
+        """Run `work` in a transaction that may write. It is durable when this returns,
+        and only then do waiters hear of it. An exception undoes all of it."""
+        ...
+
+    async def read(self, work: Callable[[Transaction], T]) -> T:
+        """Run `work` in a transaction that sees one state and writes nothing."""
+        ...
+
+    async def close(self) -> None:
+        """Let what runs end; free connections and threads."""
+        ...

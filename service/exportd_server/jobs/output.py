@@ -1,0 +1,93 @@
+"""How a job's parts become files: their names, and how they join into one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from exportd_server.encoders.base import OutputFormat
+from exportd_server.jobs.model import Job, PartRecord
+from exportd_server.platform.checksum import crc32c_combine
+
+_UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Bytes of one part as they stand in a file: from `start` in the part, `length` of
+    them, with their CRC32C."""
+
+    part: PartRecord
+    start: int
+    length: int
+    crc32c: int
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A file made of segments. `sha256` is known only for a single whole part."""
+
+    segments: tuple[Segment, ...]
+    bytes: int
+    crc32c: int
+    sha256: bytes
+
+
+def part_layout(part: PartRecord) -> Layout:
+    """One part as a file of its own."""
+    whole = Segment(part, 0, part.bytes, part.crc32c)
+    return Layout((whole,), part.bytes, part.crc32c, part.sha256)
+
+
+def joined_segment(part: PartRecord, *, first: bool, last: bool) -> Segment:
+    """What the joined file takes of a part: the prefix only of the first, the suffix
+    only of the last."""
+    body = part.bytes - part.prefix_bytes - part.suffix_bytes
+    start, length, crc = part.prefix_bytes, body, part.body_crc32c
+    if first:
+        crc = crc32c_combine(part.prefix_crc32c, crc, length)
+        start, length = 0, length + part.prefix_bytes
+    if last:
+        crc = crc32c_combine(crc, part.suffix_crc32c, part.suffix_bytes)
+        length += part.suffix_bytes
+    return Segment(part, start, length, crc)
+
+
+def joined_layout(output: OutputFormat, parts: Sequence[PartRecord]) -> Layout | None:
+    """All parts as one file; None when the format does not join."""
+    if len(parts) == 1:
+        return part_layout(parts[0])
+    if not output.joinable:
+        return None
+    final = len(parts) - 1
+    segments = tuple(
+        joined_segment(part, first=index == 0, last=index == final)
+        for index, part in enumerate(parts)
+    )
+    crc = 0
+    for segment in segments:
+        crc = crc32c_combine(crc, segment.crc32c, segment.length)
+    return Layout(segments, sum(segment.length for segment in segments), crc, b"")
+
+
+def file_stem(job: Job) -> str:
+    """The start of the job's file names. It holds nothing that could break a header or
+    a path, whatever the dataset is called."""
+    dataset = _UNSAFE.sub("_", job.spec.dataset).strip("._-")[:64] or "export"
+    return f"{dataset}-{job.job_id}"
+
+
+def part_file_name(job: Job, index: int) -> str:
+    """The name of one part as a file."""
+    return f"{file_stem(job)}.part-{index:05d}.{job.spec.output.extension}"
+
+
+def file_name(job: Job) -> str:
+    """The name of the joined file."""
+    return f"{file_stem(job)}.{job.spec.output.extension}"
+
+
+def content_disposition(name: str) -> str:
+    """A `Content-Disposition` header for a name made here (RFC 6266)."""
+    return f'attachment; filename="{name}"'

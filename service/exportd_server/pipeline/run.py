@@ -1,0 +1,265 @@
+"""Runs one shard: batches from a source, through an encoder, into parts of the store.
+
+Two threads: one reads, one encodes and writes. The pipeline knows nothing of leases or
+jobs' states; whoever runs it says what to do when a part is finished.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from exportd_server.encoders.base import Encoder, OutputFormat
+from exportd_server.encoders.registry import open_encoder
+from exportd_server.pipeline.budget import Handover, HandoverClosed
+from exportd_server.pipeline.digest import HashingSink, PartDigest
+from exportd_server.sources.base import BatchStream, Query, Shard, Source
+from exportd_server.store.base import OutputStore, PartWriter
+from exportd_server.store.key import JobPrefix, OutputKey, OutputKind
+
+MIN_PIECE_ROWS = 1024
+"""Fewer rows at a time cost more than they save."""
+
+
+class Stopped(Exception):
+    """The run was cancelled."""
+
+
+@dataclass(frozen=True, slots=True)
+class PartLimits:
+    """When to begin a new part; None: never for that reason."""
+
+    max_rows: int | None = None
+    max_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedPart:
+    """A part that is durable in the store."""
+
+    key: OutputKey
+    rows: int
+    digest: PartDigest
+
+
+@dataclass(frozen=True, slots=True)
+class ShardTask:
+    """What to run. `done_parts` and `done_rows` count what an earlier attempt finished."""
+
+    source: Source
+    query: Query
+    shard: Shard
+    output: OutputFormat
+    limits: PartLimits
+    prefix: JobPrefix
+    token: int
+    done_parts: int = 0
+    done_rows: int = 0
+    done_bytes: int = 0
+
+
+class ShardRun:
+    """One run of a shard. Call it in a thread; it blocks until the shard is written.
+
+    `commit` is called for each finished part, in order, and returns once the part is
+    recorded; when it raises, the run ends with that error. `check` is called with the
+    shard's rows and bytes so far, finished parts included, after each piece of work, and
+    ends the run by raising, too. `rows` and `bytes` may be read from any thread.
+
+    Raises what the source, the encoder, the store, `commit` or `check` raised, or
+    `Stopped` after `cancel`; an unfinished part is then gone.
+    """
+
+    def __init__(
+        self,
+        task: ShardTask,
+        store: OutputStore,
+        *,
+        commit: Callable[[FinishedPart], None],
+        check: Callable[[int, int], None],
+        max_bytes_in_flight: int,
+    ) -> None:
+        self._task = task
+        self._store = store
+        self._commit = commit
+        self._check = check
+        self._handover = Handover(max_bytes_in_flight)
+        self._lock = threading.Lock()
+        self._stream: BatchStream | None = None
+        self._cancelled = False
+        self._sequence = task.done_parts
+        self._finished_rows = task.done_rows
+        self._finished_bytes = task.done_bytes
+        self.rows = task.done_rows
+        self.bytes = task.done_bytes
+
+    def __call__(self) -> None:
+        """Write the shard's parts."""
+        try:
+            self._run()
+        except HandoverClosed:
+            raise Stopped from None
+        except BaseException:
+            # A cancel makes the source fail in whatever way its driver does.
+            if self._cancelled:
+                raise Stopped from None
+            raise
+
+    def cancel(self) -> None:
+        """Stop soon; from any thread, at any time."""
+        with self._lock:
+            self._cancelled = True
+            stream = self._stream
+        self._handover.close()
+        if stream is not None:
+            stream.cancel()
+
+    def _run(self) -> None:
+        task = self._task
+        with task.source.open(task.query, task.shard, skip_rows=task.done_rows) as stream:
+            with self._lock:
+                self._stream = stream
+                if self._cancelled:
+                    raise Stopped
+            reader = threading.Thread(
+                target=self._read, args=(stream,), name="exportd-read", daemon=True
+            )
+            reader.start()
+            try:
+                self._write_parts(stream.schema)
+            finally:
+                # After an error here the reader may wait for room, or in the source.
+                self._handover.close()
+                if reader.is_alive():
+                    stream.cancel()
+                reader.join()
+                with self._lock:
+                    self._stream = None
+
+    def _read(self, stream: BatchStream) -> None:
+        try:
+            for batch in stream:
+                self._handover.put(batch)
+        except HandoverClosed:
+            pass
+        except BaseException as error:  # noqa: BLE001 - crosses to the other thread
+            self._handover.finish(error)
+        else:
+            self._handover.finish()
+
+    def _write_parts(self, schema: pa.Schema) -> None:
+        part: _OpenPart | None = None
+        limits = self._task.limits
+        try:
+            for batch in self._handover:
+                rest = batch
+                while rest.num_rows:
+                    if part is None:
+                        part = self._open_part(schema)
+                    piece = rest.slice(0, part.room(rest, limits))
+                    rest = rest.slice(piece.num_rows)
+                    part.write(piece)
+                    self._note(part)
+                    if part.full(limits):
+                        part = self._finish_part(part)
+            if part is None and self._sequence == 0 and self._task.shard.index == 0:
+                # An export without rows is still a file: a header, a schema.
+                part = self._open_part(schema)
+            if part is not None:
+                part = self._finish_part(part)
+        finally:
+            if part is not None:
+                part.abort()
+
+    def _open_part(self, schema: pa.Schema) -> _OpenPart:
+        key = OutputKey(
+            self._task.prefix,
+            OutputKind.OUTPUT,
+            self._task.shard.index,
+            self._sequence,
+            self._task.token,
+        )
+        return _OpenPart(key, self._store.create(key), self._task.output, schema)
+
+    def _note(self, part: _OpenPart) -> None:
+        self.rows = self._finished_rows + part.rows
+        self.bytes = self._finished_bytes + part.sink.bytes
+        self._check(self.rows, self.bytes)
+        if self._cancelled:
+            raise Stopped
+
+    def _finish_part(self, part: _OpenPart) -> None:
+        finished = part.finish()
+        self._finished_rows += finished.rows
+        self._finished_bytes += finished.digest.bytes
+        self._sequence += 1
+        self.rows = self._finished_rows
+        self.bytes = self._finished_bytes
+        self._check(self.rows, self.bytes)
+        if self._cancelled:
+            raise Stopped
+        self._commit(finished)
+
+
+class _OpenPart:
+    """A part that is being written."""
+
+    def __init__(
+        self,
+        key: OutputKey,
+        writer: PartWriter,
+        output: OutputFormat,
+        schema: pa.Schema,
+    ) -> None:
+        self.key = key
+        self.writer = writer
+        self.rows = 0
+        self.sink = HashingSink(writer)
+        try:
+            self.encoder: Encoder = open_encoder(output, schema, self.sink)
+        except BaseException:
+            writer.abort()
+            raise
+
+    def room(self, batch: pa.RecordBatch, limits: PartLimits) -> int:
+        """How many of the batch's rows to write next, at least one."""
+        rows: int = batch.num_rows
+        if limits.max_bytes is not None:
+            # Stored bytes a row so far; before the first row its size in memory, which
+            # for text is about the same.
+            per_row = (
+                self.sink.bytes / self.rows
+                if self.rows and self.sink.bytes
+                else batch.nbytes / batch.num_rows
+            )
+            left = max(0, limits.max_bytes - self.sink.bytes)
+            rows = min(rows, max(MIN_PIECE_ROWS, int(left / max(per_row, 0.01)) + 1))
+        if limits.max_rows is not None:
+            rows = min(rows, limits.max_rows - self.rows)
+        return rows
+
+    def write(self, piece: pa.RecordBatch) -> None:
+        """Encode a piece of a batch."""
+        self.encoder.write(piece)
+        self.encoder.flush()
+        self.rows += piece.num_rows
+
+    def full(self, limits: PartLimits) -> bool:
+        """Whether the next row belongs into another part."""
+        return (limits.max_rows is not None and self.rows >= limits.max_rows) or (
+            limits.max_bytes is not None and self.sink.bytes >= limits.max_bytes
+        )
+
+    def finish(self) -> FinishedPart:
+        """Make the part durable and readable."""
+        self.encoder.close()
+        digest = self.sink.finish(self.encoder.prefix_bytes, self.encoder.suffix_bytes)
+        self.writer.finalize()
+        return FinishedPart(self.key, self.rows, digest)
+
+    def abort(self) -> None:
+        """Leave nothing behind."""
+        self.writer.abort()

@@ -1,0 +1,275 @@
+"""What an operator may set: a TOML file, then `EXPORTD_*` variables, then flags; the
+later wins. Keys that do not exist are refused."""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import os
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from exportd_server.errors import ConfigurationError
+
+PREFIX = "EXPORTD_"
+
+PositiveInt = Annotated[int, Field(ge=1)]
+PositiveSeconds = Annotated[float, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """A table of the settings; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class LedgerSettings(Section):
+    """Where jobs are remembered."""
+
+    url: str = Field("", description="`sqlite:///PATH`; empty: a file in data_dir")
+
+
+class StoreSettings(Section):
+    """Where outputs lie."""
+
+    url: str = Field("", description="`file:///PATH`; empty: a directory in data_dir")
+
+
+class WorkerSettings(Section):
+    """How exports are worked off."""
+
+    concurrency: PositiveInt = Field(2, description="exports at a time in this process")
+    running_per_tenant: PositiveInt | None = Field(
+        None, description="exports of one tenant at a time, over all processes"
+    )
+    max_attempts: PositiveInt = Field(
+        3, description="how often work on a job is taken up before it fails"
+    )
+    lease: PositiveSeconds = Field(
+        15.0, description="seconds after which a silent worker's work is taken over"
+    )
+    poll: PositiveSeconds = Field(
+        5.0, description="seconds between looks for work that nothing announced"
+    )
+    bytes_in_flight: PositiveInt = Field(
+        32 * 2**20, description="bytes of batches between reading and encoding an export"
+    )
+
+
+class LimitSettings(Section):
+    """What one export or one caller may use."""
+
+    max_rows: PositiveInt | None = Field(
+        None, description="most rows of one export; absent: no cap"
+    )
+    max_bytes: PositiveInt | None = Field(
+        None, description="most stored bytes of one export; absent: no cap"
+    )
+    max_active_jobs: PositiveInt | None = Field(
+        100, description="most pending and running jobs of one tenant"
+    )
+
+
+class RetentionSettings(Section):
+    """How long jobs and outputs are kept, in seconds."""
+
+    ttl: PositiveInt = Field(86_400, description="when the request does not say")
+    max_ttl: PositiveInt = Field(604_800, description="most that a request may ask for")
+    reap_interval: Annotated[float, Field(ge=1)] = Field(
+        300.0, description="between two looks for expired jobs; at least 1"
+    )
+
+
+class PartSettings(Section):
+    """Size of parts when the request does not say, in stored bytes."""
+
+    text_bytes: Annotated[int, Field(ge=65_536)] = Field(
+        256 * 2**20, description="CSV, JSON Lines and Arrow"
+    )
+    parquet_bytes: Annotated[int, Field(ge=65_536)] = Field(
+        2**30, description="Parquet, whose parts do not join into one file"
+    )
+
+
+class DownloadSettings(Section):
+    """How downloads are sent."""
+
+    chunk_bytes: Annotated[int, Field(ge=4096, le=2 * 2**20)] = Field(
+        2**20, description="data of one message; smaller is fairer to other calls"
+    )
+    stall_timeout: PositiveSeconds = Field(
+        60.0, description="seconds after which a reader that takes nothing is dropped"
+    )
+
+
+class LogSettings(Section):
+    """How events are logged, on standard error."""
+
+    level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="least severe level to log"
+    )
+    style: Literal["json", "console"] = Field(
+        "json", description="`json` for machines, `console` for people"
+    )
+
+
+class Settings(BaseSettings):
+    """All settings of the server."""
+
+    model_config = SettingsConfigDict(
+        extra="forbid",
+        frozen=True,
+        env_prefix=PREFIX,
+        env_nested_delimiter="__",
+    )
+
+    listen: str = Field("127.0.0.1:50051", description="`host:port` of the gRPC API")
+    allow_unauthenticated: bool = Field(
+        default=False,
+        description="listen beyond loopback although anybody may then do anything",
+    )
+    data_dir: Path = Field(
+        Path("exportd-data"), description="directory of everything that has no URL"
+    )
+    catalogue: Path | None = Field(
+        None,
+        description="`datasets.toml`; absent: sample data, generated into data_dir",
+    )
+    sample_rows: PositiveInt = Field(
+        1_000_000, description="token transfers in the sample data"
+    )
+    drain_timeout: PositiveSeconds = Field(
+        20.0, description="seconds that work may go on after a signal to stop"
+    )
+    ledger: LedgerSettings = Field(default_factory=LedgerSettings)
+    store: StoreSettings = Field(default_factory=StoreSettings)
+    worker: WorkerSettings = Field(default_factory=WorkerSettings)
+    limits: LimitSettings = Field(default_factory=LimitSettings)
+    retention: RetentionSettings = Field(default_factory=RetentionSettings)
+    parts: PartSettings = Field(default_factory=PartSettings)
+    download: DownloadSettings = Field(default_factory=DownloadSettings)
+    log: LogSettings = Field(default_factory=LogSettings)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Environment over what is passed in: the file. Flags are merged before."""
+        return (env_settings, init_settings)
+
+
+class _Flags(Section):
+    """The settings that have a flag, checked as the others are."""
+
+    listen: str | None = None
+    allow_unauthenticated: bool | None = None
+    data_dir: Path | None = None
+    catalogue: Path | None = None
+    sample_rows: PositiveInt | None = None
+
+
+def load_settings(
+    file: Path | None, flags: Mapping[str, Any], environ: Mapping[str, str] | None = None
+) -> Settings:
+    """Read the settings; raises `ConfigurationError` naming the key and the mend."""
+    _refuse_unknown_variables(os.environ if environ is None else environ)
+    values = _read_file(file) if file is not None else {}
+    try:
+        settings = Settings(**values)
+        given = _Flags(**{k: v for k, v in flags.items() if v is not None})
+    except ValidationError as error:
+        raise ConfigurationError(_explain(error, file)) from None
+    settings = settings.model_copy(
+        update={name: getattr(given, name) for name in given.model_fields_set}
+    )
+    _check_listen(settings)
+    return settings
+
+
+def _read_file(file: Path) -> dict[str, Any]:
+    try:
+        with file.open("rb") as stream:
+            return tomllib.load(stream)
+    except OSError as error:
+        raise ConfigurationError(
+            f"{file}: cannot be read ({error.strerror}); name a TOML file"
+        ) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{file}: is not valid TOML: {error}") from None
+
+
+def keys(model: type[BaseModel] = Settings, prefix: str = "") -> Iterator[str]:
+    """Every key there is, dotted."""
+    for name, field in model.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, Section):
+            yield from keys(inner, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def variable(key: str) -> str:
+    """The environment variable of a dotted key."""
+    return PREFIX + key.replace(".", "__").upper()
+
+
+CLIENT_VARIABLES = frozenset({"EXPORTD_SERVER"})
+"""Variables of the client command, which may run in the same environment."""
+
+
+def _refuse_unknown_variables(environ: Mapping[str, str]) -> None:
+    known = {variable(key) for key in keys()} | CLIENT_VARIABLES
+    for name in environ:
+        if name.upper().startswith(PREFIX) and name.upper() not in known:
+            raise ConfigurationError(
+                f"environment: {name} is no setting{_hint(name.upper(), known)}"
+            )
+
+
+def _hint(name: str, known: set[str]) -> str:
+    close = difflib.get_close_matches(name, sorted(known), n=1)
+    return f"; did you mean {close[0]}?" if close else "; remove it"
+
+
+def _explain(error: ValidationError, file: Path | None) -> str:
+    first = error.errors(include_url=False)[0]
+    key = ".".join(str(step) for step in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"{file or 'settings'}: {key} is no setting{_hint(key, set(keys()))}"
+    return f"{file or 'settings'} (or {variable(key)}): {key}: {first['msg']}"
+
+
+def _check_listen(settings: Settings) -> None:
+    host, colon, port = settings.listen.rpartition(":")
+    if not colon or not port.isdigit() or int(port) > 65_535:
+        raise ConfigurationError(
+            f"listen: {settings.listen!r} is not host:port, such as 127.0.0.1:50051"
+        )
+    if not settings.allow_unauthenticated and not _is_loopback(host.strip("[]")):
+        raise ConfigurationError(
+            f"listen: {host} is reachable from elsewhere and nobody has to identify "
+            "themselves; listen on 127.0.0.1, or set allow_unauthenticated"
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
