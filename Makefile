@@ -44,7 +44,7 @@ check: $(VENV)/.dev ## Format, lint, types, imports, contract, stubs, audit
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pyright --pythonpath $(BIN)/python tests/typing
+	$(BIN)/basedpyright --pythonpath $(BIN)/python tests/typing
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/buf lint proto
 	$(BIN)/python tools/generate.py --check

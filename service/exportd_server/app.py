@@ -49,14 +49,18 @@ def sample_catalogue(settings: Settings) -> Path:
 
 
 @contextlib.asynccontextmanager
-async def serving(settings: Settings) -> AsyncIterator[Running]:
+async def serving(
+    settings: Settings, *, catalogue: Catalogue | None = None
+) -> AsyncIterator[Running]:
     """Run the server for as long as the context is open; then drain.
+
+    A program that embeds the server may bring a catalogue of its own making.
 
     Raises `ConfigurationError` in one line for whatever the operator must mend.
     """
     async with contextlib.AsyncExitStack() as stack:
-        catalogue = await asyncio.to_thread(_open_catalogue, settings)
-        stack.callback(catalogue.close)
+        datasets = catalogue or await asyncio.to_thread(_open_catalogue, settings)
+        stack.callback(datasets.close)
         settings.data_dir.mkdir(parents=True, exist_ok=True)
         clock = SystemClock()
         ledger = await open_sqlite_ledger(
@@ -76,7 +80,7 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
         stack.push_async_callback(store.close)
         readers = Readers()
         policy = _policy(settings)
-        manager = JobManager(ledger, catalogue, policy, clock, readers)
+        manager = JobManager(ledger, datasets, policy, clock, readers)
         downloads = Downloads(
             manager,
             store,
@@ -90,7 +94,7 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
         worker = Worker(
             ledger,
             store,
-            catalogue,
+            datasets,
             Housekeeping(
                 ledger,
                 store,
@@ -112,7 +116,7 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
         log.info(
             "serving",
             listen=f"{settings.listen.rpartition(':')[0]}:{port}",
-            datasets=len(catalogue.names()),
+            datasets=len(datasets.names()),
             identity="none: every caller may do everything",
         )
         try:

@@ -66,7 +66,9 @@ async def _serve(settings: Settings) -> None:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, running.stop.set)
-        click.echo(f"exportd-server listens on port {running.port}", err=True)
+        # For scripts: the one line on standard output, once calls are answered.
+        host = settings.listen.rpartition(":")[0]
+        click.echo(f"{host}:{running.port}")
         await running.stop.wait()
         # A second signal does not wait for the drain.
         for number in (signal.SIGINT, signal.SIGTERM):

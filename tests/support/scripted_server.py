@@ -21,12 +21,7 @@ import crc32c
 import grpc
 from google.protobuf import any_pb2
 from google.protobuf.duration_pb2 import Duration
-from google.rpc import (  # type: ignore[import-untyped]  # has stubs, lacks py.typed
-    code_pb2,
-    error_details_pb2,
-    status_pb2,
-)
-from grpc_status import rpc_status
+from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 from exportd.v1 import (
     dataset_pb2,
@@ -69,7 +64,7 @@ class Script:
         cuts: For each download stream in turn: end it after so many messages; None: no.
         cut_quietly: A cut ends the stream with OK instead of UNAVAILABLE.
         corrupt: Flip a bit of the message that holds this byte, so many times.
-        wrong_offset: Give so many messages a wrong offset.
+        wrong_offset: Give the message that begins at this byte a wrong offset, so often.
         hang_after: Stop sending after so many messages of the first stream.
         pause: Held before each message when given; a test lets it go.
         unavailable: Answer so many calls of a method with UNAVAILABLE, by its name.
@@ -91,7 +86,7 @@ class Script:
     cuts: list[int | None] = field(default_factory=list)
     cut_quietly: bool = False
     corrupt: dict[int, int] = field(default_factory=dict)
-    wrong_offset: int = 0
+    wrong_offset: Counter[int] = field(default_factory=Counter)
     hang_after: int | None = None
     pause: threading.Semaphore | None = None
     unavailable: Counter[str] = field(default_factory=Counter)
@@ -250,11 +245,11 @@ class ScriptedServer(export_service_pb2_grpc.ExportServiceServicer):
                 job.progress.rows_per_second = 500.0
             if state == "PENDING":
                 job.progress.queue_position = 3
+            self.script.state = state
             yield export_service_pb2.WatchJobResponse(job=job)
             if self.script.watch_cuts and i == 0:
                 self.script.watch_cuts -= 1
                 fail(context, grpc.StatusCode.UNAVAILABLE, "DRAINING", "shutting down")
-            self.script.state = state
         if self.script.watch_stays:
             self._wait(context)
 
@@ -364,9 +359,9 @@ class ScriptedServer(export_service_pb2_grpc.ExportServiceServicer):
                 script.hang_after = None
                 self._wait(context)
                 return
-            if script.pause is not None:
+            if (pause := script.pause) is not None:
                 self.sending.set()
-                while not script.pause.acquire(timeout=0.05):
+                while not pause.acquire(timeout=0.05):
                     if self._stopping.is_set() or not context.is_active():
                         return
             chunk = data[position : min(position + script.chunk, end)]
@@ -387,8 +382,8 @@ class ScriptedServer(export_service_pb2_grpc.ExportServiceServicer):
                     bad = bytearray(chunk)
                     bad[at - position] ^= 0x40
                     message.data = bytes(bad)
-            if self.script.wrong_offset:
-                self.script.wrong_offset -= 1
+            if self.script.wrong_offset[position] > 0:
+                self.script.wrong_offset[position] -= 1
                 message.offset += 7
         return message
 
@@ -591,7 +586,9 @@ def fail(
     """End a call with the contract's error."""
     metadata = {"reference": "ref-1"} if reason == "INTERNAL" else None
     status = make_status(code, reason, message, metadata=metadata, retry=retry)
-    context.abort_with_status(rpc_status.to_status(status))
+    details = (("grpc-status-details-bin", status.SerializeToString()),)
+    context.set_trailing_metadata(details)
+    context.abort(code, status.message)
     raise AssertionError
 
 

@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any, Protocol
 
 import pytest
+
 from exportd_server.errors import StoreFailed
 from exportd_server.platform import files
 from exportd_server.store.base import Buffer, OutputStore, PartReader, PartWriter

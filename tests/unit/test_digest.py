@@ -39,6 +39,8 @@ def expected(data: bytes, prefix: int, suffix: int) -> PartDigest:
     end = len(data) - suffix
     return PartDigest(
         bytes=len(data),
+        prefix_bytes=prefix,
+        suffix_bytes=suffix,
         crc32c=crc32c(data),
         prefix_crc32c=crc32c(data[:prefix]),
         body_crc32c=crc32c(data[prefix:end]),

@@ -28,7 +28,8 @@ def _register_v1_descriptor() -> None:
         proto.package = "grpc.reflection.v1"
         for message in proto.message_type:
             for field in message.field:
-                field.type_name = _renamed(field.type_name)
+                if field.type_name:
+                    field.type_name = _renamed(field.type_name)
         for service in proto.service:
             for method in service.method:
                 method.input_type = _renamed(method.input_type)

@@ -67,7 +67,7 @@ class GrpcServer:
         await self._server.stop(grace)
 
 
-def _handlers(service: ExportService) -> grpc.GenericRpcHandler[Any, Any]:
+def _handlers(service: ExportService) -> grpc.GenericRpcHandler:
     """A handler for each method of the contract, found by its name."""
     handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
     for method in SERVICE.methods:

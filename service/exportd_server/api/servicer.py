@@ -129,7 +129,7 @@ class ExportService:
         if request.page_token:
             micros, job_id = _read_token(request.page_token, digest, int, str)
             before = (_from_micros(micros), job_id)
-        jobs = await self._manager.list(
+        jobs = await self._manager.list_jobs(
             self._tenant(context), query, limit=size + 1, before=before
         )
         page = jobs[:size]
@@ -209,7 +209,7 @@ def _read_token(token: str, query: str, *types: type) -> list[Any]:
         raise ExportdError(ErrorReason.INVALID_PAGE_TOKEN) from None
     if issued_for != query or [type(value) for value in position] != list(types):
         raise ExportdError(ErrorReason.INVALID_PAGE_TOKEN)
-    return position
+    return list(position)
 
 
 def _micros(moment: datetime) -> int:

@@ -31,6 +31,11 @@ class ArrowEncoder:
         self.prefix_bytes = len(schema.serialize())
         self.suffix_bytes = 0
 
+    @property
+    def buffered_bytes(self) -> int:
+        """Nothing."""
+        return 0
+
     def write(self, batch: pa.RecordBatch) -> None:
         """Encode one batch."""
         batch = conform(batch, self._schema)

@@ -155,6 +155,12 @@ class Encoder(Protocol):
     prefix_bytes: int
     suffix_bytes: int
 
+    @property
+    def buffered_bytes(self) -> int:
+        """About how many bytes the rows will make that are held back now and that
+        `flush` does not push out: those of an unfinished Parquet row group."""
+        ...
+
     def write(self, batch: pa.RecordBatch) -> None:
         """Encode one batch of the schema the encoder was opened with."""
         ...

@@ -6,7 +6,7 @@ are valid, which is what lets a prefix be cut off and parts be joined.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -19,20 +19,25 @@ from exportd_server.encoders.base import Buffer, ByteSink, Compression
 _GZIP_LEVEL = 1
 _GZIP_WRAPPER = 16 + 15
 _SMALL = 64 << 10
+# A flush costs a few bytes and some compression: not for less plain data than this.
+_WORTH_FLUSHING = 256 << 10
 
 
 class Output(Protocol):
     """Takes plain bytes and passes them on, compressed or not."""
 
-    written: int
-    """Bytes that the sink has taken."""
+    @property
+    def written(self) -> int:
+        """Bytes that the sink has taken."""
+        ...
 
     def write(self, data: Buffer, /) -> None:
         """Take all of `data`; the first after a frame's end begins another."""
         ...
 
     def flush(self) -> None:
-        """Push out what the compressor holds back."""
+        """Push out what the compressor holds back, when it is worth the bytes that a cut
+        in the stream costs."""
         ...
 
     def end_frame(self) -> None:
@@ -72,16 +77,19 @@ class _Gzip:
     def __init__(self, sink: ByteSink) -> None:
         self._sink = sink
         self._frame: Any = None
+        self._held = 0
         self.written = 0
 
     def write(self, data: Buffer, /) -> None:
+        self._held += len(data)
         if self._frame is None:
             self._frame = isal_zlib.compressobj(_GZIP_LEVEL, wbits=_GZIP_WRAPPER)
         self._push(self._frame.compress(data))
 
     def flush(self) -> None:
-        if self._frame is not None:
+        if self._frame is not None and self._held >= _WORTH_FLUSHING:
             self._push(self._frame.flush(isal_zlib.Z_SYNC_FLUSH))
+            self._held = 0
 
     def end_frame(self) -> None:
         if self._frame is not None:
@@ -105,6 +113,7 @@ class _Zstd:
     def __init__(self, sink: ByteSink) -> None:
         self._tap = Tap(sink)
         self._frame: Any = None
+        self._held = 0
 
     @property
     def written(self) -> int:
@@ -112,21 +121,23 @@ class _Zstd:
         return self._tap.written
 
     def write(self, data: Buffer, /) -> None:
+        self._held += len(data)
         with self._tap.open():
             if self._frame is None:
                 self._frame = pa.CompressedOutputStream(self._tap.file(), "zstd")
             self._frame.write(data)
 
     def flush(self) -> None:
-        with self._tap.open():
-            if self._frame is not None:
+        if self._frame is not None and self._held >= _WORTH_FLUSHING:
+            with self._tap.open():
                 self._frame.flush()
+            self._held = 0
 
     def end_frame(self) -> None:
-        with self._tap.open():
-            if self._frame is not None:
+        if self._frame is not None:
+            with self._tap.open():
                 self._frame.close()
-                self._frame = None
+            self._frame = None
 
     def close(self) -> None:
         if not self.written and self._frame is None:
@@ -134,7 +145,7 @@ class _Zstd:
         self.end_frame()
 
 
-_OUTPUTS = {
+_OUTPUTS: dict[Compression, Callable[[ByteSink], Output]] = {
     Compression.NONE: _Plain,
     Compression.GZIP: _Gzip,
     Compression.ZSTD: _Zstd,

@@ -1,8 +1,9 @@
-"""CSV, RFC 4180 with `\\n` as line end; docs/formats.md has the exact rules."""
+"""CSV, RFC 4180 with LF as line end; docs/formats.md has the exact rules."""
 
 from __future__ import annotations
 
 import re
+from typing import IO, Literal, cast
 
 import polars as pl
 import pyarrow as pa
@@ -52,6 +53,11 @@ class CsvEncoder:
         self.prefix_bytes = self._out.written
         self.suffix_bytes = 0
 
+    @property
+    def buffered_bytes(self) -> int:
+        """Nothing that `flush` would not push out."""
+        return 0
+
     def write(self, batch: pa.RecordBatch) -> None:
         """Encode one batch."""
         for piece in self._slicer.slices(conform(batch, self._schema)):
@@ -84,13 +90,13 @@ class CsvEncoder:
             columns.append(frame.to_series())
         frame = pl.DataFrame(columns)
         with encoding():
-            style = "necessary"
+            style: Literal["necessary", "never"] = "necessary"
             if self._marker and self._ambiguous(frame):
                 frame = frame.with_columns(self._quoted(pl.col(pl.String)))
                 style = "never"
             chunks = Chunks()
             frame.write_csv(
-                chunks,
+                cast("IO[bytes]", chunks),
                 include_header=False,
                 separator=self._options.delimiter,
                 null_value=self._marker,

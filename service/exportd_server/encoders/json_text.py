@@ -140,16 +140,7 @@ def _float(array: pa.Array) -> pa.Array:
 
 def _map(array: pa.Array) -> pa.Array:
     kind = array.type
-    entries = array.cast(
-        pa.list_(
-            pa.struct(
-                [
-                    pa.field("key", kind.key_type, nullable=False),
-                    pa.field("value", kind.item_type),
-                ]
-            )
-        )
-    )
+    entries = _entries(array)
     keys, values = entries.flatten().flatten()
     keys = simple(keys)
     if not (is_text(keys.type) and is_text(_unwrapped(kind.key_type))):
@@ -159,6 +150,22 @@ def _map(array: pa.Array) -> pa.Array:
     if pl.DataFrame({"row": rows, "key": pl.Series(keys)}).is_duplicated().any():
         raise pa.ArrowInvalid("a map has a key twice")
     return _in_list(entries, join(keys, ":", json_text(values)), "{", "}")
+
+
+def _entries(array: pa.Array) -> pa.Array:
+    """A map as the list of pairs that it is in memory; a cast would copy it."""
+    fields = [
+        pa.field("key", array.type.key_type, nullable=False),
+        pa.field("value", array.type.item_type),
+    ]
+    pairs = pa.StructArray.from_arrays([array.keys, array.items], fields=fields)
+    return pa.Array.from_buffers(
+        pa.list_(pairs.type),
+        len(array),
+        array.buffers()[:2],
+        offset=array.offset,
+        children=[pairs],
+    )
 
 
 def _unwrapped(kind: pa.DataType) -> pa.DataType:

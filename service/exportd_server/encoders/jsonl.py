@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import IO, cast
+
 import pyarrow as pa
 
 from exportd_server.encoders.base import ByteSink, OutputFormat
@@ -28,6 +30,11 @@ class JsonlEncoder:
         self.prefix_bytes = 0
         self.suffix_bytes = 0
 
+    @property
+    def buffered_bytes(self) -> int:
+        """Nothing that `flush` would not push out."""
+        return 0
+
     def write(self, batch: pa.RecordBatch) -> None:
         """Encode one batch."""
         for piece in self._slicer.slices(conform(batch, self._schema)):
@@ -53,7 +60,9 @@ class JsonlEncoder:
         with encoding():
             if all(part.by_polars for part in parts):
                 arrays = [part.array for part in parts]
-                polars_frame(self._schema.names, arrays).write_ndjson(chunks)
+                polars_frame(self._schema.names, arrays).write_ndjson(
+                    cast("IO[bytes]", chunks)
+                )
             else:
                 chunks.write(text_bytes(join("{", members(parts), "}\n")))
         return chunks

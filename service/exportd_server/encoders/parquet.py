@@ -12,10 +12,11 @@ import pyarrow.types as pat
 
 from exportd_server.encoders.base import ByteSink, OutputFormat, ParquetCompression
 from exportd_server.encoders.compress import Tap
-from exportd_server.encoders.values import conform, encoding, simple
+from exportd_server.encoders.values import conform, encoding, is_list, simple
 
 _GROUP_BYTES = 64 << 20
 _SAMPLE_ROWS = 8192
+_DECIMAL128 = 38
 _CODECS = {
     ParquetCompression.UNCOMPRESSED: "none",
     ParquetCompression.SNAPPY: "snappy",
@@ -43,8 +44,15 @@ class ParquetEncoder:
         self._batches: list[pa.RecordBatch] = []
         self._rows = 0
         self._bytes = 0
+        self._ratio = 1.0
         self.prefix_bytes = 0
         self.suffix_bytes = 0
+
+    @property
+    def buffered_bytes(self) -> int:
+        """Stored size of the rows that wait for their row group to fill, going by the
+        groups before; before the first one, their size in memory."""
+        return int(self._bytes * self._ratio)
 
     def write(self, batch: pa.RecordBatch) -> None:
         """Encode one batch."""
@@ -78,13 +86,16 @@ class ParquetEncoder:
         for field, column in zip(self._carried, batch.columns, strict=True):
             with encoding(field.name):
                 if column.type != field.type:
-                    column = simple(column)  # noqa: PLW2901 - the same column, carried
-                    column = column.cast(field.type)  # noqa: PLW2901 - likewise
-            columns.append(column)
-        return pa.RecordBatch.from_arrays(columns, schema=self._carried)
+                    # Intervals and runs need more than a cast.
+                    columns.append(_unpacked(column).cast(field.type))
+                else:
+                    columns.append(column)
+        with encoding():
+            return pa.RecordBatch.from_arrays(columns, schema=self._carried)
 
     def _write_group(self) -> None:
         table = pa.Table.from_batches(self._batches, self._carried)
+        size, before = self._bytes, self._tap.written
         self._batches, self._rows, self._bytes = [], 0, 0
         with self._tap.open(), encoding():
             if self._writer is None:
@@ -96,18 +107,45 @@ class ParquetEncoder:
                 )
             if table.num_rows:
                 self._writer.write_table(table, row_group_size=table.num_rows)
+        self._ratio = (self._tap.written - before) / max(size, 1)
 
 
 def carried(kind: pa.DataType) -> pa.DataType:
-    """The type under which Parquet carries values of a type it does not know."""
+    """The type under which Parquet carries values of a type that it, or Arrow's writer
+    of it, does not know. The values are the same, but for intervals, which become text.
+    """
     if pat.is_interval(kind):
         return pa.string()
     if pat.is_run_end_encoded(kind):
         return carried(kind.value_type)
     if pat.is_decimal(kind) and kind.scale < 0:
         whole = kind.precision - kind.scale
-        return pa.decimal128(whole, 0) if whole <= 38 else pa.decimal256(whole, 0)
+        return pa.decimal128(whole, 0) if whole <= _DECIMAL128 else pa.decimal256(whole, 0)
+    if pat.is_string_view(kind):
+        return pa.string()
+    if pat.is_binary_view(kind):
+        return pa.binary()
+    if pat.is_struct(kind):
+        return pa.struct([field.with_type(carried(field.type)) for field in kind])
+    if pat.is_map(kind):
+        value = kind.item_field
+        return pa.map_(carried(kind.key_type), value.with_type(carried(value.type)))
+    if is_list(kind):
+        item = kind.value_field.with_type(carried(kind.value_type))
+        if pat.is_fixed_size_list(kind):
+            return pa.list_(item, kind.list_size)
+        return pa.large_list(item) if _is_large(kind) else pa.list_(item)
     return kind
+
+
+def _unpacked(array: pa.Array) -> pa.Array:
+    if pat.is_interval(array.type) or pat.is_run_end_encoded(array.type):
+        return simple(array)
+    return array
+
+
+def _is_large(kind: pa.DataType) -> bool:
+    return bool(pat.is_large_list(kind) or pat.is_large_list_view(kind))
 
 
 def _repetitive(table: pa.Table) -> list[str]:
@@ -116,7 +154,22 @@ def _repetitive(table: pa.Table) -> list[str]:
     A dictionary of values that hardly repeat costs time and memory and saves nothing.
     """
     sample = table.slice(0, _SAMPLE_ROWS)
-    # What the paths are called is Parquet's affair: ask an empty file.
+    various = {
+        name
+        for name, column in zip(sample.column_names, sample.columns, strict=True)
+        if _is_various(column)
+    }
+    # What the leaves are called is Parquet's affair: ask an empty file.
     empty = io.BytesIO()
     pq.write_table(table.schema.empty_table(), empty)
-    ...
+    leaves = pq.ParquetFile(empty).schema
+    paths = [leaves.column(index).path for index in range(len(leaves))]
+    return [path for path in paths if path not in various]
+
+
+def _is_various(column: pa.ChunkedArray) -> bool:
+    try:
+        distinct = pc.count_distinct(column).as_py()
+    except pa.ArrowNotImplementedError:
+        return False
+    return bool(distinct * 2 > len(column))

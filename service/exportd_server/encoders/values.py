@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from decimal import Decimal
+from itertools import pairwise
 
 import polars as pl
 import pyarrow as pa
@@ -249,7 +250,7 @@ def _uuid_text(array: pa.Array) -> pa.Array:
     ends = (0, 8, 12, 16, 20, 32)
     groups = [
         pc.binary_replace_slice(pc.binary_replace_slice(digits, end, 32, ""), 0, begin, "")
-        for begin, end in zip(ends, ends[1:], strict=False)
+        for begin, end in pairwise(ends)
     ]
     return pc.binary_join_element_wise(*groups, "-")
 

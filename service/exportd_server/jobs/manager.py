@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -271,7 +271,7 @@ class JobManager:
             raise ExportdError(ErrorReason.JOB_NOT_FOUND, metadata={"job_id": job_id})
         return job
 
-    async def list(
+    async def list_jobs(
         self,
         tenant: str,
         query: JobQuery,
@@ -282,7 +282,7 @@ class JobManager:
         """A page of jobs, newest first."""
         return await self._ledger.list_jobs(tenant, query, limit=limit, before=before)
 
-    async def watch(self, tenant: str, job_id: str) -> AsyncIterator[Job]:
+    async def watch(self, tenant: str, job_id: str) -> AsyncGenerator[Job]:
         """The job now, at every change and every few seconds, until it has ended."""
         while True:
             job = await self.get(tenant, job_id)
@@ -350,7 +350,7 @@ class JobManager:
 
     async def follow(
         self, tenant: str, job_id: str
-    ) -> AsyncIterator[tuple[Job, list[PartRecord]]]:
+    ) -> AsyncGenerator[tuple[Job, list[PartRecord]]]:
         """Watch a job together with the finished parts of its current generation, in the
         order of the output."""
         async with aclosing(self.watch(tenant, job_id)) as changes:

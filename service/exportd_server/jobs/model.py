@@ -5,6 +5,7 @@ Everything here is a value. Nothing here knows protobuf, SQL or files.
 
 from __future__ import annotations
 
+import builtins
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -112,7 +113,7 @@ class PartRecord:
     prefix_crc32c: int
     body_crc32c: int
     suffix_crc32c: int
-    sha256: bytes
+    sha256: builtins.bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ class Layout:
     segments: tuple[Segment, ...]
     bytes: int
     crc32c: int
-    sha256: bytes
+    sha256: builtins.bytes
 
 
 def part_layout(part: PartRecord) -> Layout:

@@ -7,6 +7,7 @@ in the ledger and in the store, and what it had not finished another one does ag
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 import secrets
@@ -91,6 +92,7 @@ class Worker:
         self._options = options
         self._owner = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
         self._draining = asyncio.Event()
+        self._finished = asyncio.Event()
         self._active: dict[int, _Active] = {}
         self._threads = ThreadPoolExecutor(
             options.concurrency, thread_name_prefix="exportd-shard"
@@ -107,6 +109,7 @@ class Worker:
         try:
             await asyncio.gather(*slots)
         finally:
+            self._finished.set()
             for task in (*slots, heartbeat):
                 task.cancel()
             await asyncio.gather(*slots, heartbeat, return_exceptions=True)
@@ -116,9 +119,9 @@ class Worker:
         """Claim nothing more; after `grace` seconds stop what still runs and give its
         lease back."""
         self._draining.set()
-        deadline = time.monotonic() + grace
-        while self._active and time.monotonic() < deadline:
-            await asyncio.sleep(0.05)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(grace):
+                await self._finished.wait()
         for active in list(self._active.values()):
             active.give_back()
 
@@ -204,7 +207,7 @@ class Worker:
             await work(lease)
         except LeaseLost:
             raise
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - housekeeping is tried again
             reference = _log_unforeseen(error)
             await self._ledger.fail_attempt(
                 lease,
@@ -259,7 +262,8 @@ class Worker:
         if dataset is None or not dataset.exportable:
             raise ExportdError(ErrorReason.DATASET_NOT_EXPORTABLE)
         query = to_query(dataset, job.spec)
-        if active.lease.kind is TaskKind.PLAN:
+        resumes = active.lease.kind is TaskKind.SHARD
+        if not resumes:
             plan = await asyncio.to_thread(dataset.source.plan, query)
             active.move_to(
                 await self._ledger.record_plan(
@@ -270,14 +274,16 @@ class Worker:
                 ),
                 self._active,
             )
-        await self._run_shard(active, job, dataset)
+        # A plan that was just recorded has no parts of an earlier attempt.
+        await self._run_shard(active, job, dataset, resumes=resumes)
 
-    async def _run_shard(self, active: _Active, job: Job, dataset: Dataset) -> None:
+    async def _run_shard(
+        self, active: _Active, job: Job, dataset: Dataset, *, resumes: bool
+    ) -> None:
         lease = active.lease
         if lease.shard is None:
             raise RuntimeError("a shard task without a shard")
-        # A plan that was just recorded has no parts of an earlier attempt.
-        done = await self._ledger.shard_parts(lease) if lease.attempt > 1 else []
+        done = await self._ledger.shard_parts(lease) if resumes else []
         if done:
             log.info("shard resumes", parts=len(done), rows=sum(p.rows for p in done))
         loop = asyncio.get_running_loop()

@@ -30,6 +30,8 @@ class PartDigest:
     """Size and checksums of one part; the body is what lies between prefix and suffix."""
 
     bytes: int
+    prefix_bytes: int
+    suffix_bytes: int
     crc32c: int
     prefix_crc32c: int
     body_crc32c: int
@@ -117,6 +119,8 @@ class HashingSink:
         to_suffix = self._crc_before(end_of_body)
         return PartDigest(
             bytes=self._bytes,
+            prefix_bytes=prefix_bytes,
+            suffix_bytes=suffix_bytes,
             crc32c=self._crc,
             prefix_crc32c=prefix,
             body_crc32c=crc32c_without_prefix(

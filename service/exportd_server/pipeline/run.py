@@ -7,7 +7,8 @@ jobs' states; whoever runs it says what to do when a part is finished.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -164,12 +165,14 @@ class ShardRun:
                     part.write(piece)
                     self._note(part)
                     if part.full(limits):
-                        part = self._finish_part(part)
+                        self._finish_part(part)
+                        part = None
             if part is None and self._sequence == 0 and self._task.shard.index == 0:
                 # An export without rows is still a file: a header, a schema.
                 part = self._open_part(schema)
             if part is not None:
-                part = self._finish_part(part)
+                self._finish_part(part)
+                part = None
         finally:
             if part is not None:
                 part.abort()
@@ -223,6 +226,8 @@ class _OpenPart:
         except BaseException:
             writer.abort()
             raise
+        # A schema may be longer than what the sink remembers of the start.
+        self.sink.mark()
 
     def room(self, batch: pa.RecordBatch, limits: PartLimits) -> int:
         """How many of the batch's rows to write next, at least one."""
@@ -243,8 +248,9 @@ class _OpenPart:
 
     def write(self, piece: pa.RecordBatch) -> None:
         """Encode a piece of a batch."""
-        self.encoder.write(piece)
-        self.encoder.flush()
+        with self._store_errors_first():
+            self.encoder.write(piece)
+            self.encoder.flush()
         self.rows += piece.num_rows
 
     def full(self, limits: PartLimits) -> bool:
@@ -255,10 +261,20 @@ class _OpenPart:
 
     def finish(self) -> FinishedPart:
         """Make the part durable and readable."""
-        self.encoder.close()
+        with self._store_errors_first():
+            self.encoder.close()
         digest = self.sink.finish(self.encoder.prefix_bytes, self.encoder.suffix_bytes)
         self.writer.finalize()
         return FinishedPart(self.key, self.rows, digest)
+
+    @contextmanager
+    def _store_errors_first(self) -> Iterator[None]:
+        """A library between encoder and sink may have wrapped the store's error."""
+        try:
+            yield
+        finally:
+            if self.sink.error is not None:
+                raise self.sink.error
 
     def abort(self) -> None:
         """Leave nothing behind."""

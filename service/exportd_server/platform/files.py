@@ -131,19 +131,11 @@ class Directory(_Descriptor):
         )
 
     def make_child(self, name: str) -> Directory:
-        """Open a directory in this one, made with mode 0700 if it is missing.
-
-        Its entry is durable afterwards, whoever made it.
-        """
+        """Open a directory in this one, made with mode 0700 if it is missing. Its entry
+        is durable after `sync` of this one."""
         with suppress(FileExistsError):
             os.mkdir(_component(name), 0o700, dir_fd=self._fd)
-        child = self.child(name)
-        try:
-            self.sync()
-        except BaseException:
-            child.close()
-            raise
-        return child
+        return self.child(name)
 
     def create(self, name: str) -> File:
         """Make a file with mode 0600, open for writing; raises `FileExistsError`."""

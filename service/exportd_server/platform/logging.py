@@ -22,11 +22,17 @@ def configure_logging(
     ]
     if style == "json":
         final: list[structlog.types.Processor] = [
-            structlog.processors.dict_tracebacks,
+            # Without locals: they may hold secrets.
+            structlog.processors.ExceptionRenderer(
+                structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+            ),
             structlog.processors.JSONRenderer(),
         ]
     else:
-        final = [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
+        final = [structlog.dev.ConsoleRenderer(
+                colors=sys.stderr.isatty(),
+                exception_formatter=structlog.dev.plain_traceback,
+            )]
     structlog.configure(
         processors=[
             *shared,

@@ -17,6 +17,8 @@ from decimal import Decimal
 from exportd_server.sources.base import Column, ColumnKind, Scalar
 
 _INT64 = range(-(2**63), 2**63)
+_FIRST_NS = datetime(1677, 9, 22, tzinfo=UTC)
+_LAST_NS = datetime(2262, 4, 11, tzinfo=UTC)
 _INTEGER = re.compile(r"[+-]?[0-9]{1,19}")
 _DECIMAL = re.compile(r"[+-]?[0-9]{1,80}(?:\.[0-9]{1,80})?")
 _DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
@@ -45,7 +47,9 @@ def coerce(column: Column, kind: str, text: str) -> Scalar:
     """
     readers = _READERS.get(column.kind, {})
     if not readers:
-        raise ValueError(f"column {column.name} ({column.type}) does not compare with values")
+        raise ValueError(
+            f"column {column.name} ({column.type}) does not compare with values"
+        )
     reader = readers.get(kind)
     if reader is None:
         fitting = " or ".join(_MEMBERS[each] for each in readers)
@@ -165,9 +169,15 @@ def _timestamp(column: Column, text: str) -> datetime:
         offset = timedelta(hours=int(hours or 0), minutes=int(minutes or 0))
         zone = timezone(-offset if sign == "-" else offset)
         naive = datetime.fromisoformat(f"{day} {clock}")
-        return naive.replace(microsecond=micros, tzinfo=zone).astimezone(UTC)
+        value = naive.replace(microsecond=micros, tzinfo=zone).astimezone(UTC)
     except (ValueError, OverflowError):
         raise ValueError(f"{mend}, between the years 1 and 9999") from None
+    if column.type.unit == "ns" and not _FIRST_NS <= value <= _LAST_NS:
+        raise ValueError(
+            f"column {column.name} holds moments from {_FIRST_NS:%Y-%m-%d} "
+            f"to {_LAST_NS:%Y-%m-%d}"
+        )
+    return value
 
 
 _Reader = Callable[[Column, str], Scalar]

@@ -305,17 +305,20 @@ class _Tree:
 
     def begin(self, key: OutputKey) -> LocalPartWriter | None:
         """A writer, or None when its file was lost before it could be locked."""
-        with ExitStack() as undo:
-            with (
-                self._root.make_child(key.prefix.tenant) as tenant,
-                tenant.make_child(key.prefix.job_id) as job,
-            ):
-                directory = undo.enter_context(job.make_child(key.kind))
+        with ExitStack() as undo, ExitStack() as parents:
+            tenant = parents.enter_context(self._root.make_child(key.prefix.tenant))
+            job = parents.enter_context(tenant.make_child(key.prefix.job_id))
+            directory = undo.enter_context(job.make_child(key.kind))
             name = f".{key.name}.{secrets.token_hex(8)}"
-            file = undo.enter_context(directory.create(name))
+            # Before the call, because one that fails may have made the file all the same.
             undo.callback(_unlink_quietly, directory, name)
+            file = undo.enter_context(directory.create(name))
             if not (file.try_lock() and file.linked):
                 return None  # a sweep came in between and took its writer for dead
+            # The directories are in use from here on, so nobody prunes them. Somebody
+            # else may have made them a moment ago and not have got to this yet.
+            for parent in (job, tenant, self._root):
+                parent.sync()
             undo.pop_all()
             return LocalPartWriter(self, key, directory, name, file)
 
@@ -351,7 +354,7 @@ class _Tree:
         """Move the job out of the way, so that all of it is gone at once and nobody can
         enter it any more, then remove what was moved."""
         moved = _moved(prefix)
-        removed = 0
+        found, removed = False, 0
         with suppress(FileNotFoundError), self._root.child(prefix.tenant) as tenant:
             while True:
                 try:
@@ -364,12 +367,14 @@ class _Tree:
                     # An earlier deletion was broken off, or another one is at work.
                     removed += tenant.remove_tree(moved)
                 else:
+                    found = True
                     break
             # Ends: only those who entered the job before it was moved can still add to
             # it, each of them one file.
             removed += tenant.remove_tree(moved)
             tenant.sync()
-        self.prune(prefix)
+        if found or removed:
+            self.prune(prefix)
         return removed
 
     def sweep(self, prefix: JobPrefix) -> int:
@@ -384,7 +389,8 @@ class _Tree:
                         for name in names
                         if _UNFINISHED.match(name)
                     )
-        self.prune(prefix)
+        if removed:
+            self.prune(prefix)
         return removed
 
     def parts(self, prefix: JobPrefix) -> Generator[OutputKey, None, None]:
@@ -412,7 +418,8 @@ class _Tree:
         """Remove those directories of the job, and of its tenant, that are empty.
 
         Whoever is about to write into one of them begins again from the root, so this is
-        safe at any time. What cannot be removed stays for the next one.
+        safe at any time; only those call it who have removed something, so that nobody
+        begins again for ever. What cannot be removed stays for the next one.
         """
         with suppress(OSError), self._root.child(prefix.tenant) as tenant:
             with suppress(OSError), tenant.child(prefix.job_id) as job:

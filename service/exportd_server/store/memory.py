@@ -93,10 +93,7 @@ class MemoryStore:
         return len(abandoned)
 
     async def close(self) -> None:
-        """Forget everything."""
-        with self._lock:
-            self._parts.clear()
-            self._unfinished.clear()
+        """Nothing is held but the parts, and those are there for the next one."""
 
     def _part(self, key: OutputKey) -> bytes:
         try:

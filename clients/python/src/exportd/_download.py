@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import threading
@@ -9,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import crc32c
 import grpc
@@ -43,6 +44,7 @@ MIN_RANGE = 8 * 1024 * 1024
 """A parallel range is not cut smaller than this many bytes."""
 
 _TICK = 0.1  # seconds between looks at stop, stalls and progress
+_VERIFY_TICK = 0.02  # seconds between looks for something to hash
 _SAVE_EVERY = 0.5  # seconds between records of what is there
 _CORRUPT_LIMIT = 3  # bad messages at one place before it counts as lost
 _RESTARTS = 3  # generations to follow before giving up
@@ -246,7 +248,7 @@ class Downloader:
                 raise GenerationMismatch("the output was made anew while it was followed")
             if into_directory:
                 final = _target(plan.path, whole.file_name)
-            return self._finish(whole, file, final, plan, resumed)
+            return self._finish(_Verifier(whole, file), final, plan, resumed)
 
     def _file(self, source: _Source, plan: Plan, report: Report | None) -> Download:
         final = _target(plan.path, source.file_name)
@@ -262,10 +264,11 @@ class Downloader:
         report: Callable[[int], object] | None,
     ) -> Download:
         with PartialFile(final, source.key) as file:
-            transfer = self._transfer(source, file, plan.parallel)
+            verifier = _Verifier(source, file)
+            transfer = self._transfer(source, file, plan.parallel, verifier)
             resumed = transfer.done
             self._run(transfer, file, report)
-            return self._finish(source, file, final, plan, resumed)
+            return self._finish(verifier, final, plan, resumed)
 
     def _directory(
         self, job: JobInfo, manifest: Manifest, plan: Plan, report: Report | None
@@ -296,7 +299,13 @@ class Downloader:
             before += part.size
         return Download(directory, finals, total, None, None, "sha256", resumed)
 
-    def _transfer(self, source: _Source, file: PartialFile, parallel: int) -> _Transfer:
+    def _transfer(
+        self,
+        source: _Source,
+        file: PartialFile,
+        parallel: int,
+        verifier: _Verifier | None = None,
+    ) -> _Transfer:
         ranges = file.load(source.identity)
         if source.total is None:
             whole = Range(0, None)
@@ -307,7 +316,13 @@ class Downloader:
             ranges = free_ranges(ranges, source.total, parallel, MIN_RANGE)
             file.reserve(source.total - sum(r.done for r in ranges))
         return _Transfer(
-            self._connection, source, file, ranges, workers=parallel, stop=self._stop
+            self._connection,
+            source,
+            file,
+            ranges,
+            workers=parallel,
+            stop=self._stop,
+            verifier=verifier,
         )
 
     def _run(
@@ -323,15 +338,14 @@ class Downloader:
             raise
 
     def _finish(
-        self, source: _Source, file: PartialFile, final: Path, plan: Plan, resumed: int
+        self, verifier: _Verifier, final: Path, plan: Plan, resumed: int
     ) -> Download:
+        source, file = verifier.source, verifier.file
         try:
-            crc, sha256 = _verify(source, file, self._stop)
+            crc, sha256 = verifier.finish(self._stop)
         except DataLoss:
             file.discard()  # so that the next try begins anew
             raise
-        if not plan.overwrite:
-            refuse_existing(final)
         file.publish(final, overwrite=plan.overwrite)
         return Download(
             final,
@@ -360,7 +374,9 @@ class _Transfer:
         *,
         workers: int,
         stop: Stop,
+        verifier: _Verifier | None,
     ) -> None:
+        self._verifier = verifier
         self._connection = connection
         self._source = source
         self._file = file
@@ -386,6 +402,15 @@ class _Transfer:
             for n in range(self._workers)
         ]
         self._running = len(threads)
+        if self._verifier is not None:
+            threads.append(
+                threading.Thread(
+                    target=self._verify_along,
+                    args=(self._verifier,),
+                    name="exportd-verify",
+                    daemon=True,
+                )
+            )
         try:
             for thread in threads:
                 thread.start()
@@ -398,6 +423,15 @@ class _Transfer:
             self._save()
         if report is not None:
             report(self.done)
+
+    def _verify_along(self, verifier: _Verifier) -> None:
+        """Hash what is there from the start on, until the transfer ends. What is left,
+        and any trouble with reading, is for `finish`."""
+        with contextlib.suppress(LocalFileError):
+            while not self._ending.wait(_VERIFY_TICK):
+                with self._changed:
+                    there = _contiguous(self._ranges)
+                verifier.advance(there, self._ending.is_set)
 
     def _wait(self, report: Callable[[int], object] | None) -> None:
         saved = time.monotonic()
@@ -577,86 +611,131 @@ class _Transfer:
             wanted.done += len(data)
 
 
+def _contiguous(ranges: Sequence[Range]) -> int:
+    """How many bytes from the start on are there."""
+    there = 0
+    for r in ranges:
+        if r.start != there:
+            break
+        there = r.position
+    return there
+
+
 class _Corrupt(Exception):
     """A message is not what it should be; DataLoss when that does not go away."""
 
 
-def _verify(source: _Source, file: PartialFile, stop: Stop) -> tuple[int, bool]:
-    """Read the whole file back and hold it against its checksums.
+class _Verifier:
+    """Reads a file back and holds it against its checksums.
 
-    Answers with the CRC32C, and whether SHA-256 vouches for every byte. A part of a
+    It may go along while the file is being fetched, behind what is there: hashing then
+    costs no time of its own, and reads what the page cache still holds. A part of a
     joined file is rebuilt from the header and the trailer that the joined file carries
     once. That can fail without any damage, when two headers of equal length differ; the
     CRC32C of the whole decides then.
-
-    Raises:
-        DataLoss: A checksum does not hold.
     """
-    total = source.total or 0
-    if file.size() > total:
-        file.truncate(total)  # leftovers of an earlier try past the end
-    pieces = _pieces(source, file)
-    crc = seen = 0
-    proven = True
-    for piece in pieces:
-        digest = hashlib.sha256(piece.head, usedforsecurity=False)
-        for block in file.blocks(seen, seen + piece.size):
-            if stop.wanted:
-                raise Stopped
-            crc = crc32c.crc32c(block, crc)
-            digest.update(block)
-            seen += len(block)
-        digest.update(piece.tail)
-        if not piece.sha256:
-            proven = False
-        elif digest.digest() != piece.sha256:
-            if piece.certain:
-                raise DataLoss(f"{piece.name} does not match its SHA-256; download again")
-            proven = False
-    if seen != total:
-        raise DataLoss(f"{seen} bytes are here, {total} should be; download again")
-    if source.crc32c is not None and crc != source.crc32c:
-        raise DataLoss("the file does not match its CRC32C; download again")
-    return crc, proven
+
+    def __init__(self, source: _Source, file: PartialFile) -> None:
+        self.source = source
+        self.file = file
+        self._total = source.total or 0
+        self._pieces = _pieces(source)
+        self._digests: list[Any] = []
+        self._piece_end = 0
+        self._crc = 0
+        self._seen = 0
+
+    def advance(self, limit: int, ending: Callable[[], bool]) -> None:
+        """Hash on up to byte `limit`, unless it is `ending` before."""
+        while self._seen < limit:
+            if not self._digests or self._seen >= self._piece_end:
+                self._begin_piece()
+                continue
+            for block in self.file.blocks(self._seen, min(limit, self._piece_end)):
+                self._crc = crc32c.crc32c(block, self._crc)
+                self._digests[-1].update(block)
+                self._seen += len(block)
+                if ending():
+                    return
+            if self._seen < min(limit, self._piece_end):
+                return  # the file is shorter than it should be: finish() tells
+
+    def finish(self, stop: Stop) -> tuple[int, bool]:
+        """Hash what is left and compare.
+
+        Answers with the CRC32C, and whether SHA-256 vouches for every byte.
+
+        Raises:
+            DataLoss: A checksum does not hold.
+            Stopped: It was told to stop.
+        """
+        if self.file.size() > self._total:
+            self.file.truncate(self._total)  # leftovers of an earlier try past the end
+        self.advance(self._total, lambda: stop.wanted)
+        if stop.wanted:
+            raise Stopped
+        if self._seen != self._total:
+            raise DataLoss(
+                f"{self._seen} bytes are here, {self._total} should be; download again"
+            )
+        while len(self._digests) < len(self._pieces):
+            self._begin_piece()
+        proven = all(map(self._holds, self._pieces, self._digests))
+        if self.source.crc32c is not None and self._crc != self.source.crc32c:
+            raise DataLoss("the file does not match its CRC32C; download again")
+        return self._crc, proven
+
+    def _begin_piece(self) -> None:
+        piece = self._pieces[len(self._digests)]
+        head = self._read(0, piece.head)
+        self._digests.append(hashlib.sha256(head, usedforsecurity=False))
+        self._piece_end += piece.size
+
+    def _holds(self, piece: _Piece, digest: Any) -> bool:
+        digest.update(self._read(self._total - piece.tail, self._total))
+        if not piece.sha256 or digest.digest() == piece.sha256:
+            return bool(piece.sha256)
+        if piece.certain:
+            raise DataLoss(f"{piece.name} does not match its SHA-256; download again")
+        return False
+
+    def _read(self, start: int, end: int) -> bytes:
+        return b"".join(map(bytes, self.file.blocks(start, end)))
 
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """What a SHA-256 is known for: `size` bytes of the file between `head` and `tail`.
-    Not `certain` when head or tail are only presumed to be the part's own."""
+    """What a SHA-256 is known for: `size` bytes of the file, after as many as `head` of
+    the file's first bytes, and before as many as `tail` of its last. Not `certain` when
+    those are only presumed to be the part's own."""
 
     name: str
     size: int
     sha256: bytes
-    head: bytes = b""
-    tail: bytes = b""
-    certain: bool = True
+    head: int = 0
+    tail: int = 0
+
+    @property
+    def certain(self) -> bool:
+        """Whether a mismatch can only be damage."""
+        return not (self.head or self.tail)
 
 
-def _pieces(source: _Source, file: PartialFile) -> list[_Piece]:
+def _pieces(source: _Source) -> list[_Piece]:
     total = source.total or 0
     if source.sha256 or len(source.parts) < 2:
         return [_Piece("the file", total, source.sha256)]
     first, last = source.parts[0], source.parts[-1]
-    prefix = b"".join(map(bytes, file.blocks(0, first.prefix_bytes)))
-    suffix = b"".join(map(bytes, file.blocks(total - last.suffix_bytes, total)))
     pieces = []
     for part in source.parts:
         head = 0 if part is first else part.prefix_bytes
         tail = 0 if part is last else part.suffix_bytes
-        # Other lengths mean other bytes: then nothing is left to compare with.
-        known = head in {0, len(prefix)} and tail in {0, len(suffix)}
-        pieces.append(
-            _Piece(
-                f"part {part.index}",
-                part.size - head - tail,
-                part.sha256 if known else b"",
-                prefix if head else b"",
-                suffix if tail else b"",
-                certain=not (head or tail),
-            )
-        )
-    if sum(p.size for p in pieces) != total:
+        size = part.size - head - tail
+        if head in {0, first.prefix_bytes} and tail in {0, last.suffix_bytes}:
+            pieces.append(_Piece(f"part {part.index}", size, part.sha256, head, tail))
+        else:  # other lengths mean other bytes: there is nothing to rebuild it from
+            pieces.append(_Piece(f"part {part.index}", size, b""))
+    if sum(p.size for p in pieces) != total or min(p.size for p in pieces) < 0:
         return [_Piece("the file", total, b"")]
     return pieces
 

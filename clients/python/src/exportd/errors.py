@@ -40,10 +40,7 @@ from typing import Protocol, cast
 
 import grpc
 from google.protobuf.message import DecodeError
-from google.rpc import (  # type: ignore[import-untyped]  # has stubs, lacks py.typed
-    error_details_pb2,
-    status_pb2,
-)
+from google.rpc import error_details_pb2, status_pb2
 
 _DOMAIN = "exportd"
 _DETAILS_KEY = "grpc-status-details-bin"

@@ -3,7 +3,6 @@ the call."""
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -30,10 +29,10 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
     async def intercept_service(
         self,
         continuation: Callable[
-            [grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]
+            [grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]
         ],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler[Any, Any]:
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
         """Give the method's handler with its behaviour wrapped."""
         handler = await continuation(handler_call_details)
         _, service, method = handler_call_details.method.split("/", 2)
@@ -87,7 +86,7 @@ def _stream(behaviour: Behaviour, method: str) -> Behaviour:
 
 
 async def _abort(context: Any, error: Exception, method: str, started: float) -> None:
-    if isinstance(error, grpc.aio.AbortError | asyncio.CancelledError):
+    if isinstance(error, grpc.aio.AbortError):
         raise error
     if isinstance(error, ExportdError):
         public = error

@@ -83,7 +83,8 @@ class ClaimLimits:
     """Limits that hold for the whole ledger at the moment of the claim."""
 
     running_per_tenant: int | None = None
-    """Most jobs of one tenant with a live lease on a plan or shard."""
+    """Most jobs of one tenant that are RUNNING. A lease that ran out counts until it is
+    taken over, because until then it is still good."""
 
 
 class LeaseLost(Exception):
@@ -176,7 +177,8 @@ class Ledger(Protocol):
         limits: ClaimLimits = ...,
     ) -> Lease | None:
         """Lease the next task that is due, or whose lease has run out: the tenant with
-        the fewest running jobs first, then the higher priority, then the older task.
+        the fewest running jobs first (of several the one served longest ago), then the
+        higher priority, then the older job; a tenant's cleanups come before its jobs.
         Counts as an attempt. The job turns RUNNING. Tasks whose lease ran out on their
         last attempt fail the job with ATTEMPTS_EXHAUSTED, or with the last error that
         one of its attempts recorded."""
@@ -187,8 +189,8 @@ class Ledger(Protocol):
         ...
 
     async def release(self, lease: Lease) -> None:
-        """Give a lease back unused: the task is due at once and the attempt is not
-        counted."""
+        """Give a lease back: the task is due at once and the attempt is not counted.
+        Parts that were added stay."""
         ...
 
     async def record_plan(
@@ -212,12 +214,13 @@ class Ledger(Protocol):
 
     async def shard_parts(self, lease: Lease) -> list[PartRecord]:
         """The finalized parts of the lease's shard, by sequence: what an earlier
-        attempt left and this one need not do again."""
+        attempt left and this one need not do again. A first attempt may find some too,
+        for one that was given back is not counted."""
         ...
 
     async def add_part(self, lease: Lease, part: PartRecord) -> None:
         """Record a part that is durable in the store. Its sequence follows the last
-        one; its token is the lease's."""
+        one; its token is the lease's; else ValueError."""
         ...
 
     async def complete_shard(self, lease: Lease) -> bool:
@@ -227,8 +230,9 @@ class Ledger(Protocol):
         ...
 
     async def restart_output(self, lease: Lease) -> None:
-        """Throw away what the job has and plan it anew under the next generation. Counts
-        against the attempts of the plan."""
+        """Throw away what the job has, because the source changed, and plan it anew
+        under the next generation. The attempts so far count against the new plan; when
+        none is left the job turns FAILED with SOURCE_CHANGED."""
         ...
 
     async def fail_attempt(
@@ -237,7 +241,7 @@ class Ledger(Protocol):
         """End an attempt: with `retry_in` and attempts left the task is due again after
         it; else the job turns FAILED with the error, and its output is cleaned up.
         Returns whether the job failed. For cleanup and reap tasks there is no job to
-        fail: they are always due again."""
+        fail: they are always due again, without `retry_in` after a few seconds."""
         ...
 
     # --- housekeeping

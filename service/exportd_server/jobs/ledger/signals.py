@@ -89,17 +89,17 @@ class Signals:
         else:
             self._tickets.append(Ticket(news, now))
 
-    def take_ticket(self) -> Ticket | None:
-        """The earliest moment from which a wait is owed. It is the caller's own or one
-        before it, so that nothing is missed, and each is served once, so that nobody
-        spins. None when no claim found nothing."""
+    def take_ticket(self) -> tuple[int, int] | None:
+        """News and time of the earliest claim that found nothing and has yet to wait:
+        the caller's own or one before it, so that nothing is missed; each is served
+        once, so that nobody spins. None when there is none."""
         if not self._tickets:
             return None
         ticket = self._tickets[0]
         ticket.claims -= 1
         if not ticket.claims:
             self._tickets.popleft()
-        return ticket
+        return ticket.news, ticket.now
 
     @contextmanager
     def idle(self, news: int) -> Iterator[asyncio.Event]:

@@ -1,0 +1,5 @@
+"""The command line `exportd`."""
+
+from exportd.cli.commands import main
+
+__all__ = ["main"]

@@ -1,0 +1,5 @@
+"""`python -m exportd.cli`."""
+
+from exportd.cli.commands import main
+
+main()

@@ -1,0 +1,273 @@
+"""The ledger on a relational database, whichever: the shared statements, each in one
+transaction of the database's own making."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
+from datetime import datetime, timedelta
+from typing import Any, TypeVar
+
+from exportd_server.errors import ErrorRecord
+from exportd_server.jobs.ledger.base import (
+    ClaimLimits,
+    JobQuery,
+    Lease,
+    LeaseLost,
+    NewJob,
+    TaskKind,
+)
+from exportd_server.jobs.ledger.codec import span_to_micros
+from exportd_server.jobs.ledger.statements import (
+    claiming,
+    reading,
+    submitting,
+    tidying,
+    working,
+)
+from exportd_server.jobs.ledger.transaction import Database, Transaction
+from exportd_server.jobs.model import (
+    CancelOutcome,
+    Job,
+    JobState,
+    ManifestColumn,
+    PartRecord,
+)
+from exportd_server.sources.base import Shard
+
+_NO_LIMITS = ClaimLimits()
+
+L = TypeVar("L", Lease, Lease | None)
+
+
+class SqlLedger:
+    """A `Ledger`; the promises are told there."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._giving_back: set[asyncio.Task[None]] = set()
+
+    # --- callers
+
+    async def create_job(
+        self, new: NewJob, *, max_active: int | None = None
+    ) -> tuple[Job, bool]:
+        """See `Ledger`."""
+        return await self._database.write(
+            lambda tx: submitting.create_job(tx, new, max_active)
+        )
+
+    async def get_job(self, tenant: str, job_id: str) -> Job | None:
+        """See `Ledger`."""
+        return await self._database.read(lambda tx: reading.get_job(tx, tenant, job_id))
+
+    async def list_jobs(
+        self,
+        tenant: str,
+        query: JobQuery,
+        *,
+        limit: int,
+        before: tuple[datetime, str] | None = None,
+    ) -> list[Job]:
+        """See `Ledger`."""
+        return await self._database.read(
+            lambda tx: reading.list_jobs(tx, tenant, query, limit=limit, before=before)
+        )
+
+    async def cancel_job(
+        self, tenant: str, job_id: str
+    ) -> tuple[Job, CancelOutcome] | None:
+        """See `Ledger`."""
+        return await self._database.write(
+            lambda tx: submitting.cancel_job(tx, tenant, job_id)
+        )
+
+    async def delete_job(self, tenant: str, job_id: str) -> JobState | None:
+        """See `Ledger`."""
+        return await self._database.write(
+            lambda tx: submitting.delete_job(tx, tenant, job_id)
+        )
+
+    async def finished_parts(self, tenant: str, job_id: str) -> list[PartRecord]:
+        """See `Ledger`."""
+        return await self._database.read(
+            lambda tx: reading.finished_parts(tx, tenant, job_id)
+        )
+
+    # --- workers
+
+    async def claim(
+        self,
+        owner: str,
+        kinds: Collection[TaskKind],
+        *,
+        lease: timedelta,
+        limits: ClaimLimits = _NO_LIMITS,
+    ) -> Lease | None:
+        """See `Ledger`."""
+        signals = self._database.signals
+        news = signals.news()
+        claimed, now = await self._leasing(
+            lambda tx: (
+                claiming.claim(
+                    tx,
+                    owner,
+                    kinds,
+                    lease=span_to_micros(lease),
+                    running_per_tenant=limits.running_per_tenant,
+                ),
+                tx.now,
+            )
+        )
+        if claimed is None:
+            signals.found_nothing(news, now)
+        return claimed
+
+    async def renew(self, leases: Sequence[Lease], lease: timedelta) -> list[Lease]:
+        """See `Ledger`."""
+        return await self._database.write(
+            lambda tx: working.renew(tx, leases, span_to_micros(lease))
+        )
+
+    async def release(self, lease: Lease) -> None:
+        """See `Ledger`."""
+        await self._database.write(lambda tx: working.release(tx, lease))
+
+    async def record_plan(
+        self,
+        lease: Lease,
+        shards: Sequence[Shard],
+        columns: Sequence[ManifestColumn],
+        *,
+        estimated_rows: int | None,
+    ) -> Lease:
+        """See `Ledger`."""
+        first, _ = await self._leasing(
+            lambda tx: (
+                working.record_plan(tx, lease, shards, columns, estimated_rows),
+                tx.now,
+            )
+        )
+        return first
+
+    async def record_progress(
+        self, lease: Lease, *, rows: int, bytes_: int, rows_per_second: float
+    ) -> tuple[int, int]:
+        """See `Ledger`."""
+        return await self._database.write(
+            lambda tx: working.record_progress(tx, lease, rows, bytes_, rows_per_second)
+        )
+
+    async def shard_parts(self, lease: Lease) -> list[PartRecord]:
+        """See `Ledger`."""
+        return await self._database.write(lambda tx: working.shard_parts(tx, lease))
+
+    async def add_part(self, lease: Lease, part: PartRecord) -> None:
+        """See `Ledger`."""
+        await self._database.write(lambda tx: working.add_part(tx, lease, part))
+
+    async def complete_shard(self, lease: Lease) -> bool:
+        """See `Ledger`."""
+        return await self._database.write(lambda tx: working.complete_shard(tx, lease))
+
+    async def restart_output(self, lease: Lease) -> None:
+        """See `Ledger`."""
+        await self._database.write(lambda tx: working.restart_output(tx, lease))
+
+    async def fail_attempt(
+        self, lease: Lease, error: ErrorRecord, *, retry_in: timedelta | None
+    ) -> bool:
+        """See `Ledger`."""
+        pause = None if retry_in is None else max(0, span_to_micros(retry_in))
+        return await self._database.write(
+            lambda tx: working.fail_attempt(tx, lease, error, pause)
+        )
+
+    # --- housekeeping
+
+    async def kept_parts(self, lease: Lease) -> list[PartRecord] | None:
+        """See `Ledger`."""
+        return await self._database.write(lambda tx: tidying.kept_parts(tx, lease))
+
+    async def complete_cleanup(self, lease: Lease) -> None:
+        """See `Ledger`."""
+        await self._database.write(lambda tx: tidying.complete_cleanup(tx, lease))
+
+    async def expire_jobs(self, lease: Lease, *, limit: int) -> int:
+        """See `Ledger`."""
+        return await self._database.write(lambda tx: tidying.expire_jobs(tx, lease, limit))
+
+    async def complete_reap(self, lease: Lease, *, again_in: timedelta) -> None:
+        """See `Ledger`."""
+        await self._database.write(
+            lambda tx: tidying.complete_reap(tx, lease, span_to_micros(again_in))
+        )
+
+    async def known_jobs(self, job_ids: Collection[str]) -> set[str]:
+        """See `Ledger`."""
+        return await self._database.read(lambda tx: reading.known_jobs(tx, list(job_ids)))
+
+    # --- waiting
+
+    async def wait_for_work(self, timeout: float) -> None:
+        """See `Ledger`."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                await self._work()
+
+    async def _work(self) -> None:
+        signals = self._database.signals
+        ticket = signals.take_ticket()
+        if ticket is not None:
+            news, since = ticket
+        else:
+            news = signals.news()
+            since = await self._database.read(lambda tx: tx.now)
+        with signals.idle(news) as told:
+            while not told.is_set():
+                pause = await self._database.read(lambda tx: reading.next_due(tx, since))
+                if pause is not None and pause <= 0:
+                    return
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(None if pause is None else pause / 1e6):
+                        await told.wait()
+
+    async def wait_for_change(self, job_id: str, revision: int, timeout: float) -> None:
+        """See `Ledger`."""
+        # Registered before the look, so that no change falls between the two.
+        with self._database.signals.watch(job_id) as watcher, suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                reached = await self._database.read(
+                    lambda tx: reading.revision_of(tx, job_id)
+                )
+                if reached is not None and reached <= revision:
+                    await watcher.passed(revision)
+
+    async def close(self) -> None:
+        """See `Ledger`."""
+        await asyncio.gather(*self._giving_back)
+        await self._database.close()
+
+    # --- leases that nobody waits for any more
+
+    async def _leasing(self, work: Callable[[Transaction], tuple[L, int]]) -> tuple[L, int]:
+        """Run a transaction that ends with a lease. If the caller is cancelled while it
+        runs, the lease would be nobody's until it ran out: give it back."""
+        running = asyncio.ensure_future(self._database.write(work))
+        try:
+            return await asyncio.shield(running)
+        except asyncio.CancelledError:
+            task = asyncio.create_task(self._give_back(running))
+            self._giving_back.add(task)
+            task.add_done_callback(self._giving_back.discard)
+            raise
+
+    async def _give_back(self, running: asyncio.Future[tuple[Any, int]]) -> None:
+        await asyncio.wait([running])
+        if running.cancelled() or running.exception() is not None:
+            return
+        lease, _ = running.result()
+        if lease is not None:
+            with suppress(LeaseLost):
+                await self.release(lease)

@@ -1,0 +1,213 @@
+"""The ledger in one SQLite file, for one process.
+
+One thread writes, so that writers stand in line without ever meeting a busy database;
+a few others read beside it. Every commit is synced to disk before it counts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import math
+import os
+import sqlite3
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import sqlite
+from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.pool import QueuePool
+
+from exportd_server.errors import ConfigurationError
+from exportd_server.jobs.ledger import codec, schema
+from exportd_server.jobs.ledger.signals import Signals
+from exportd_server.jobs.ledger.sql import SqlLedger
+from exportd_server.jobs.ledger.statements import working
+from exportd_server.jobs.ledger.tables import counters, tenants
+from exportd_server.jobs.ledger.transaction import Changes, Transaction
+from exportd_server.platform.clock import Clock
+
+T = TypeVar("T")
+
+_READERS = 2
+_BUSY_SECONDS = 10
+"""How long to wait for a lock that only a foreign tool, say a backup, can hold."""
+
+
+async def open_sqlite_ledger(
+    path: Path, clock: Clock, *, max_attempts: int = 5
+) -> SqlLedger:
+    """Open the ledger in a file, made with its directory if there is none yet.
+
+    The file is this process's alone until the ledger is closed. Whoever held a lease
+    before is therefore dead: leased tasks are due at once, with their attempts counted.
+
+    Raises `ConfigurationError` when another process has the file, when it cannot be
+    read or written, or when it is no ledger or one of a newer version.
+    """
+    database = SqliteDatabase(path, clock, max_attempts)
+    await database.open()
+    return SqlLedger(database)
+
+
+class SqliteDialect:
+    """What is SQLite's own."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+
+    def now(self, connection: Connection) -> int:  # noqa: ARG002 - others ask the server
+        """The process's clock is the ledger's: there is only this process."""
+        return codec.to_micros(self._clock.now())
+
+    def next_token(self, connection: Connection) -> int:
+        """Count up; the counter is part of the transaction."""
+        token: int = connection.execute(
+            sa.update(counters)
+            .where(counters.c.name == "token")
+            .values(value=counters.c.value + 1)
+            .returning(counters.c.value)
+        ).scalar_one()
+        return token
+
+    def ensure_tenant(self, connection: Connection, tenant: str) -> None:
+        """Insert the row unless it is there."""
+        connection.execute(
+            sqlite.insert(tenants).values(tenant=tenant).on_conflict_do_nothing()
+        )
+
+
+class SqliteDatabase:
+    """Connections, threads and the lock of one file."""
+
+    def __init__(self, path: Path, clock: Clock, max_attempts: int) -> None:
+        self.signals = Signals()
+        self._path = path
+        self._dialect = SqliteDialect(clock)
+        self._max_attempts = max_attempts
+        self._loop = asyncio.get_running_loop()
+        self._lock: int | None = None
+        self._write_thread = ThreadPoolExecutor(1, "exportd-ledger-write")
+        self._read_threads = ThreadPoolExecutor(_READERS, "exportd-ledger-read")
+        self._writer = _engine(path, 1, "BEGIN IMMEDIATE")
+        self._readers = _engine(path, _READERS, "BEGIN", "PRAGMA query_only = ON")
+
+    async def open(self) -> None:
+        """Take the file. Raises `ConfigurationError`, and then holds nothing."""
+        try:
+            await self._loop.run_in_executor(self._write_thread, self._open)
+        except BaseException:
+            await self.close()
+            raise
+
+    async def write(self, work: Callable[[Transaction], T]) -> T:
+        """See `Database`."""
+        return await self._loop.run_in_executor(self._write_thread, self._write, work)
+
+    async def read(self, work: Callable[[Transaction], T]) -> T:
+        """See `Database`."""
+        return await self._loop.run_in_executor(self._read_threads, self._read, work)
+
+    async def close(self) -> None:
+        """See `Database`."""
+        await asyncio.to_thread(self._close)
+        # Those who wait see that nothing more will come.
+        self.signals.everyone()
+
+    # --- in threads
+
+    def _open(self) -> None:
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._take_lock()
+            # The journal files take their permissions from this one.
+            os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            with self._writer.begin() as connection:
+                schema.upgrade(connection, self._path)
+            self._write(working.recover)
+        except OSError as error:
+            raise ConfigurationError(
+                f"ledger {self._path}: {error.strerror}; it must be a file that the "
+                "service may read and write"
+            ) from error
+        except sa.exc.DatabaseError as error:
+            raise ConfigurationError(
+                f"ledger {self._path}: {error.orig}; it must be a SQLite file that the "
+                "service made and may write"
+            ) from error
+
+    def _take_lock(self) -> None:
+        lock = self._path.with_name(self._path.name + ".lock")
+        self._lock = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigurationError(
+                f"ledger {self._path}: another process has it open; stop that one, or "
+                "give this one a file of its own"
+            ) from None
+
+    def _write(self, work: Callable[[Transaction], T]) -> T:
+        with self._writer.begin() as connection:
+            tx = self._transaction(connection)
+            result = work(tx)
+        # Told from here, so that the news spreads even if the caller has gone away. The
+        # loop may be closing down, with nobody left to tell.
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._tell, tx.changes)
+        return result
+
+    def _read(self, work: Callable[[Transaction], T]) -> T:
+        with self._readers.begin() as connection:
+            return work(self._transaction(connection))
+
+    def _transaction(self, connection: Connection) -> Transaction:
+        now = self._dialect.now(connection)
+        return Transaction(connection, self._dialect, now, self._max_attempts)
+
+    def _tell(self, changes: Changes) -> None:
+        self.signals.jobs(changes.revisions | dict.fromkeys(changes.gone, math.inf))
+        if changes.work:
+            self.signals.work()
+
+    def _close(self) -> None:
+        self._write_thread.shutdown()
+        self._read_threads.shutdown()
+        self._readers.dispose()
+        # The last connection to close folds the journal into the file.
+        self._writer.dispose()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def _engine(path: Path, connections: int, begin: str, *pragmas: str) -> Engine:
+    engine = sa.create_engine(
+        sa.URL.create("sqlite", database=str(path)),
+        poolclass=QueuePool,
+        pool_size=connections,
+        max_overflow=0,
+        connect_args={"timeout": _BUSY_SECONDS, "check_same_thread": False},
+    )
+
+    @sa.event.listens_for(engine, "connect")
+    def prepare(connection: sqlite3.Connection, _record: Any) -> None:
+        # The module's own BEGIN comes too late for what a transaction reads first.
+        connection.isolation_level = None
+        for pragma in (
+            "PRAGMA journal_mode = WAL",
+            "PRAGMA synchronous = FULL",
+            "PRAGMA foreign_keys = ON",
+            *pragmas,
+        ):
+            connection.execute(pragma)
+
+    @sa.event.listens_for(engine, "begin")
+    def start(connection: Connection) -> None:
+        connection.exec_driver_sql(begin)
+
+    return engine

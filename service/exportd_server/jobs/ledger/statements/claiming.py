@@ -1,0 +1,250 @@
+"""Which task is next, and whose it becomes.
+
+The cost follows the number of tenants that wait and of leases held, not the backlog:
+each waiting tenant contributes the one task at the head of its queue, found by index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from functools import lru_cache
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Row
+
+from exportd_server.errors import TABLE, ErrorReason, ErrorRecord
+from exportd_server.jobs.ledger import codec
+from exportd_server.jobs.ledger.base import Lease, TaskKind
+from exportd_server.jobs.ledger.statements import lifecycle
+from exportd_server.jobs.ledger.statements.lifecycle import EXPORT_KINDS
+from exportd_server.jobs.ledger.tables import RUNNING, TaskState, jobs, tasks, tenants
+from exportd_server.jobs.ledger.transaction import Transaction
+from exportd_server.jobs.model import JobState
+from exportd_server.sources.base import Shard
+
+_EXHAUSTED = ErrorRecord(
+    ErrorReason.ATTEMPTS_EXHAUSTED, TABLE[ErrorReason.ATTEMPTS_EXHAUSTED].text
+)
+
+
+def claim(
+    tx: Transaction,
+    owner: str,
+    kinds: Collection[TaskKind],
+    *,
+    lease: int,
+    running_per_tenant: int | None,
+) -> Lease | None:
+    """Lease the next task for `lease` microseconds."""
+    _promote(tx)
+    _fail_exhausted(tx)
+    limited = running_per_tenant is not None
+    chosen = tx.connection.execute(
+        choice(frozenset(kinds), limited=limited),
+        {"now": tx.now} | ({"running_limit": running_per_tenant} if limited else {}),
+    ).first()
+    if chosen is None:
+        return None
+    # The job first, then its task: the order in which everybody locks them.
+    job = lifecycle.lock_job(tx, chosen.job_id) if chosen.job_id else None
+    token = tx.dialect.next_token(tx.connection)
+    taken = tx.connection.execute(
+        sa.update(tasks)
+        .where(tasks.c.task_id == chosen.task_id, tasks.c.token == chosen.token)
+        .values(
+            state=TaskState.LEASED.value,
+            owner=owner,
+            token=token,
+            lease_expires=tx.now + lease,
+            attempts=tasks.c.attempts + 1,
+            # What an earlier attempt had begun is done again.
+            rows=tasks.c.part_rows,
+            bytes=tasks.c.part_bytes,
+            rows_per_second=None,
+        )
+        .returning(tasks)
+    ).one()
+    if job is not None and taken.kind in EXPORT_KINDS:
+        _take_up(tx, job, token, takeover=chosen.state == TaskState.LEASED)
+    return to_lease(taken)
+
+
+def _take_up(tx: Transaction, job: Row[Any], token: int, *, takeover: bool) -> None:
+    """Note on the job and its tenant that a worker is at it."""
+    tx.connection.execute(
+        sa.update(tenants).where(tenants.c.tenant == job.tenant).values(served=token)
+    )
+    values: dict[str, Any] = {"start_time": job.start_time or tx.now}
+    if takeover:
+        # The former holder may have stored parts that it never recorded, and may be at
+        # it still.
+        values["untidy"] = 1
+        values["writers_until"] = max(
+            job.writers_until, tx.now + lifecycle.LATE_WRITER_GRACE
+        )
+    if job.state == JobState.RUNNING:
+        lifecycle.touch(tx, job.job_id, **values)
+    else:
+        lifecycle.move(tx, job.job_id, JobState.RUNNING, **values)
+
+
+def to_lease(task: Row[Any]) -> Lease:
+    """The lease that a leased task's row stands for."""
+    return Lease(
+        task_id=task.task_id,
+        kind=TaskKind(task.kind),
+        token=task.token,
+        owner=task.owner,
+        expires_at=codec.to_moment(task.lease_expires),
+        attempt=task.attempts,
+        tenant=task.tenant,
+        job_id=task.job_id or "",
+        generation=task.generation,
+        shard=None if task.shard is None else Shard(task.shard, task.shard_state),
+        forget=bool(task.forget),
+    )
+
+
+def _promote(tx: Transaction) -> None:
+    """Make the tasks ready whose time has come. Others may be waiting for them too."""
+    promoted = tx.connection.execute(
+        sa.update(tasks)
+        .where(tasks.c.state == TaskState.SCHEDULED.sql, tasks.c.run_at <= tx.now)
+        .values(state=TaskState.READY.value)
+    ).rowcount
+    if promoted:
+        tx.changes.work = True
+
+
+def _fail_exhausted(tx: Transaction) -> None:
+    """Fail the jobs whose last attempt was lost."""
+    lost = tx.connection.scalars(
+        sa.select(tasks.c.job_id).where(
+            tasks.c.state == TaskState.LEASED.sql,
+            tasks.c.lease_expires <= tx.now,
+            tasks.c.kind.in_(EXPORT_KINDS),
+            tasks.c.attempts >= tx.max_attempts,
+        )
+    ).all()
+    for job_id in set(lost):
+        fail_exhausted_job(tx, job_id)
+
+
+def fail_exhausted_job(tx: Transaction, job_id: str) -> None:
+    """Fail a job that has no attempt left, with the last error an attempt told."""
+    job = lifecycle.lock_job(tx, job_id)
+    if job is not None:
+        error = job.last_error or codec.dump_error(_EXHAUSTED)
+        lifecycle.end(tx, job, JobState.FAILED, error=error)
+
+
+@lru_cache(maxsize=64)
+def choice(kinds: frozenset[TaskKind], *, limited: bool) -> sa.Select[Any]:
+    """The next task of these kinds at `now`; with `limited` only such that no tenant
+    gets more than `running_limit` running jobs."""
+    names = sorted(kind.value for kind in kinds)
+    now = sa.bindparam("now", type_=sa.BigInteger)
+
+    wanted = sa.union_all(
+        *(
+            sa.select(sa.literal_column(f"'{name}'", sa.Text).label("kind"))
+            for name in names
+        )
+    ).cte("wanted")
+    running = (
+        sa.select(jobs.c.tenant, sa.func.count().label("jobs"))
+        .where(jobs.c.state == RUNNING)
+        .group_by(jobs.c.tenant)
+        .cte("running")
+    )
+
+    # Every (kind, tenant) that has a ready task, by hopping along the index.
+    ready = tasks.alias("ready")
+    first = (
+        sa.select(sa.func.min(ready.c.tenant))
+        .where(ready.c.state == TaskState.READY.sql, ready.c.kind == wanted.c.kind)
+        .correlate(wanted)
+        .scalar_subquery()
+    )
+    waiting = sa.select(wanted.c.kind, first.label("tenant")).cte("waiting", recursive=True)
+    following = (
+        sa.select(sa.func.min(ready.c.tenant))
+        .where(
+            ready.c.state == TaskState.READY.sql,
+            ready.c.kind == waiting.c.kind,
+            ready.c.tenant > waiting.c.tenant,
+        )
+        .correlate(waiting)
+        .scalar_subquery()
+    )
+    waiting = waiting.union_all(
+        sa.select(waiting.c.kind, following).where(waiting.c.tenant.is_not(None))
+    )
+
+    head = (
+        sa.select(ready.c.task_id)
+        .where(
+            ready.c.state == TaskState.READY.sql,
+            ready.c.kind == waiting.c.kind,
+            ready.c.tenant == waiting.c.tenant,
+        )
+        .order_by(*_order(ready))
+        .limit(1)
+        .correlate(waiting)
+        .scalar_subquery()
+    )
+    heads = sa.select(head.label("task_id")).where(waiting.c.tenant.is_not(None))
+    # A lease that ran out: its job is running already, whatever the limit.
+    expired = sa.select(tasks.c.task_id).where(
+        tasks.c.state == TaskState.LEASED.sql,
+        tasks.c.lease_expires <= now,
+        tasks.c.kind.in_(names),
+    )
+    candidates = [heads, expired]
+    if limited:
+        candidates[0] = heads.outerjoin(
+            running, running.c.tenant == waiting.c.tenant
+        ).where(
+            sa.or_(
+                waiting.c.kind.not_in(EXPORT_KINDS),
+                sa.func.coalesce(running.c.jobs, 0) < sa.bindparam("running_limit"),
+            )
+        )
+        # A tenant at its limit may still put more workers on the jobs that run.
+        shard = (
+            sa.select(sa.func.min(ready.c.task_id))
+            .where(
+                ready.c.job_id == jobs.c.job_id,
+                ready.c.state == TaskState.READY.sql,
+                ready.c.kind.in_(names),
+            )
+            .correlate(jobs)
+            .scalar_subquery()
+        )
+        candidates.append(sa.select(shard.label("task_id")).where(jobs.c.state == RUNNING))
+    found = sa.union_all(*candidates).cte("found")
+
+    return (
+        sa.select(tasks.c.task_id, tasks.c.token, tasks.c.job_id, tasks.c.state)
+        .select_from(found)
+        .join(tasks, tasks.c.task_id == found.c.task_id)
+        .outerjoin(running, running.c.tenant == tasks.c.tenant)
+        .outerjoin(tenants, tenants.c.tenant == tasks.c.tenant)
+        .order_by(
+            sa.func.coalesce(running.c.jobs, 0),
+            sa.func.coalesce(tenants.c.served, 0),
+            *_order(tasks),
+        )
+        .limit(1)
+    )
+
+
+def _order(table: sa.FromClause) -> tuple[sa.ColumnElement[Any], ...]:
+    """The order inside one tenant's queue."""
+    return (
+        table.c.priority.desc(),
+        table.c.since,
+        table.c.job_id,
+        table.c.task_id,
+    )

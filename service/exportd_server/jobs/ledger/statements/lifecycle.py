@@ -1,0 +1,177 @@
+"""Changes to a job's state. Nothing else writes `jobs.state`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Row
+
+from exportd_server.jobs.ledger.base import TaskKind
+from exportd_server.jobs.ledger.tables import TaskState, jobs, tasks
+from exportd_server.jobs.ledger.transaction import Transaction
+from exportd_server.jobs.model import TRANSITIONS, JobState
+
+EXPORT_KINDS = (TaskKind.PLAN.value, TaskKind.SHARD.value)
+
+HOUSEKEEPING_PRIORITY = 1_000
+"""Above every job's: what must be deleted does not wait for what is still to export."""
+
+LATE_WRITER_GRACE = timedelta(seconds=5) // timedelta(microseconds=1)
+"""How long after its lease a worker may take to stop, in microseconds."""
+
+_OPEN = (TaskState.READY.sql, TaskState.SCHEDULED.sql, TaskState.LEASED.sql)
+
+
+class IllegalTransition(RuntimeError):
+    """A state change that `TRANSITIONS` does not have; the transaction is undone."""
+
+
+def lock_job(tx: Transaction, job_id: str) -> Row[Any] | None:
+    """The job's row, ours until the transaction ends."""
+    return tx.connection.execute(
+        sa.select(jobs).where(jobs.c.job_id == job_id).with_for_update()
+    ).first()
+
+
+def move(tx: Transaction, job_id: str, to: JobState, **values: Any) -> None:
+    """Change a job's state, and other columns with it."""
+    sources = [state.value for state in JobState if to in TRANSITIONS[state]]
+    revision = tx.connection.execute(
+        sa.update(jobs)
+        .where(jobs.c.job_id == job_id, jobs.c.state.in_(sources))
+        .values(state=to.value, revision=jobs.c.revision + 1, **values)
+        .returning(jobs.c.revision)
+    ).scalar_one_or_none()
+    if revision is None:
+        raise IllegalTransition(f"job {job_id} cannot become {to}")
+    tx.changes.revisions[job_id] = revision
+
+
+def touch(tx: Transaction, job_id: str, **values: Any) -> None:
+    """Change an unfinished job without changing its state."""
+    unfinished = [state.value for state in JobState if not state.terminal]
+    revision = tx.connection.execute(
+        sa.update(jobs)
+        .where(jobs.c.job_id == job_id, jobs.c.state.in_(unfinished))
+        .values(revision=jobs.c.revision + 1, **values)
+        .returning(jobs.c.revision)
+    ).scalar_one_or_none()
+    if revision is None:
+        raise IllegalTransition(f"job {job_id} has ended and cannot change")
+    tx.changes.revisions[job_id] = revision
+
+
+def settle(tx: Transaction, job_id: str, **values: Any) -> None:
+    """After a task was given up: the job waits again unless a worker is left on it."""
+    leased = tx.connection.execute(
+        sa.select(tasks.c.task_id)
+        .where(tasks.c.job_id == job_id, tasks.c.state == TaskState.LEASED.sql)
+        .limit(1)
+    ).first()
+    if leased is not None:
+        touch(tx, job_id, **values)
+    else:
+        due = tx.connection.execute(
+            sa.select(sa.func.min(tasks.c.run_at)).where(
+                tasks.c.job_id == job_id,
+                tasks.c.state.in_((TaskState.READY.sql, TaskState.SCHEDULED.sql)),
+            )
+        ).scalar_one()
+        move(tx, job_id, JobState.PENDING, due_time=due, **values)
+    tx.changes.work = True
+
+
+def last_writer(tx: Transaction, job: Row[Any]) -> int:
+    """Until when a worker of the job may still write, its leases lost just now."""
+    newest: int | None = tx.connection.execute(
+        sa.select(sa.func.max(tasks.c.lease_expires)).where(
+            tasks.c.job_id == job.job_id, tasks.c.state == TaskState.LEASED.sql
+        )
+    ).scalar_one()
+    if newest is None:
+        return int(job.writers_until)
+    # A lease that has run out says nothing about when its holder will notice.
+    return max(int(job.writers_until), max(newest, tx.now) + LATE_WRITER_GRACE)
+
+
+def end(
+    tx: Transaction, job: Row[Any], state: JobState, *, error: str | None = None
+) -> None:
+    """Turn a job terminal: fence its workers, set its expiry, have what it must not
+    leave behind cleaned up."""
+    writers_until = last_writer(tx, job)
+    move(
+        tx,
+        job.job_id,
+        state,
+        finish_time=tx.now,
+        expire_time=tx.now + job.ttl,
+        writers_until=writers_until,
+        error=error,
+    )
+    tx.connection.execute(
+        sa.update(tasks)
+        .where(tasks.c.job_id == job.job_id, tasks.c.state.in_(_OPEN))
+        .values(
+            state=TaskState.CLOSED.value, owner="", lease_expires=None, rows_per_second=None
+        )
+    )
+    if state is JobState.SUCCEEDED:
+        # Nobody can read a stray, so one look once the last writer is gone will do.
+        moments = [writers_until] if job.untidy else []
+    else:
+        moments = [tx.now, writers_until] if writers_until > tx.now else [tx.now]
+    _add_tasks(tx, [_cleanup(tx, job, at=moment) for moment in moments])
+    # A slot of the tenant is free.
+    tx.changes.work = True
+
+
+def hide(tx: Transaction, finished: Sequence[Row[Any]]) -> None:
+    """Make finished jobs vanish: their output is deleted, and once nobody can write it
+    any more they are forgotten."""
+    if not finished:
+        return
+    tx.connection.execute(
+        sa.update(jobs)
+        .where(jobs.c.job_id.in_([job.job_id for job in finished]))
+        .values(hidden_time=tx.now, request_id=None, revision=jobs.c.revision + 1)
+    )
+    late = [job for job in finished if job.writers_until > tx.now]
+    _add_tasks(
+        tx,
+        [_cleanup(tx, job, at=tx.now) for job in late]
+        + [_cleanup(tx, job, at=job.writers_until, forget=True) for job in finished],
+    )
+    tx.changes.gone.update(job.job_id for job in finished)
+
+
+def _cleanup(
+    tx: Transaction, job: Row[Any], *, at: int, forget: bool = False
+) -> dict[str, Any]:
+    """A task that looks through the job's output at a moment, or now if it has passed."""
+    return {
+        "kind": TaskKind.CLEANUP.value,
+        "tenant": job.tenant,
+        "job_id": job.job_id,
+        "generation": job.generation,
+        "forget": int(forget),
+        "priority": HOUSEKEEPING_PRIORITY,
+        "since": tx.now,
+        **due(tx, at),
+    }
+
+
+def _add_tasks(tx: Transaction, rows: Sequence[dict[str, Any]]) -> None:
+    if rows:
+        tx.connection.execute(sa.insert(tasks), rows)
+        tx.changes.work = True
+
+
+def due(tx: Transaction, at: int) -> dict[str, Any]:
+    """State and time of a task that is to be done at a moment."""
+    if at > tx.now:
+        return {"state": TaskState.SCHEDULED.value, "run_at": at}
+    return {"state": TaskState.READY.value, "run_at": tx.now}

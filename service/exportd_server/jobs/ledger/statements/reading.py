@@ -1,0 +1,341 @@
+"""Jobs as callers see them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from itertools import chain
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Row, RowMapping
+
+from exportd_server.jobs.ledger import codec
+from exportd_server.jobs.ledger.base import JobQuery
+from exportd_server.jobs.ledger.statements.lifecycle import EXPORT_KINDS
+from exportd_server.jobs.ledger.tables import (
+    PENDING,
+    TaskState,
+    jobs,
+    labels,
+    parts,
+    tasks,
+)
+from exportd_server.jobs.ledger.transaction import Transaction
+from exportd_server.jobs.model import Job, JobState, Manifest, PartRecord, Progress
+
+_MOST_VARIABLES = 10_000
+
+_PART_COLUMNS = tuple(
+    parts.c[name]
+    for name in (
+        "shard",
+        "sequence",
+        "token",
+        "rows",
+        "bytes",
+        "prefix_bytes",
+        "suffix_bytes",
+        "crc32c",
+        "prefix_crc32c",
+        "body_crc32c",
+        "suffix_crc32c",
+        "sha256",
+    )
+)
+
+_TASK_SUMS = (
+    sa.select(
+        tasks.c.job_id,
+        sa.func.sum(tasks.c.rows).label("rows"),
+        sa.func.sum(tasks.c.bytes).label("bytes"),
+        sa.func.sum(tasks.c.parts).label("parts"),
+        sa.func.sum(tasks.c.rows_per_second).label("rows_per_second"),
+        sa.func.max(tasks.c.attempts).label("attempts"),
+    )
+    .where(
+        tasks.c.job_id.in_(sa.bindparam("job_ids", expanding=True)),
+        tasks.c.kind.in_(EXPORT_KINDS),
+    )
+    .group_by(tasks.c.job_id)
+)
+"""A restart drops the tasks of the generation before, so these are the current ones."""
+
+_AHEAD = (
+    jobs.c.tenant == sa.bindparam("tenant"),
+    jobs.c.state == PENDING,
+    jobs.c.due_time <= sa.bindparam("due"),
+)
+_POSITION = sa.select(
+    sa.select(sa.func.count())
+    .where(*_AHEAD, jobs.c.priority > sa.bindparam("priority"))
+    .scalar_subquery()
+    + sa.select(sa.func.count())
+    .where(
+        *_AHEAD,
+        jobs.c.priority == sa.bindparam("priority"),
+        sa.tuple_(jobs.c.create_time, jobs.c.job_id)
+        < sa.tuple_(sa.bindparam("create_time"), sa.bindparam("job_id")),
+    )
+    .scalar_subquery()
+)
+_RANKED = (
+    sa.select(
+        jobs.c.job_id,
+        sa.func.row_number()
+        .over(order_by=(jobs.c.priority.desc(), jobs.c.create_time, jobs.c.job_id))
+        .label("place"),
+    )
+    .where(*_AHEAD)
+    .subquery()
+)
+_POSITIONS = sa.select(_RANKED.c.job_id, (_RANKED.c.place - 1).label("position")).where(
+    _RANKED.c.job_id.in_(sa.bindparam("job_ids", expanding=True))
+)
+
+
+def visible_job(tx: Transaction, tenant: str, job_id: str) -> Row[Any] | None:
+    """The job's row unless it is another tenant's or hidden."""
+    return tx.connection.execute(
+        sa.select(jobs).where(
+            jobs.c.job_id == job_id,
+            jobs.c.tenant == tenant,
+            jobs.c.hidden_time.is_(None),
+        )
+    ).first()
+
+
+def get_job(tx: Transaction, tenant: str, job_id: str) -> Job | None:
+    """The job as it stands, with its manifest."""
+    row = visible_job(tx, tenant, job_id)
+    return None if row is None else to_job(tx, row)
+
+
+def to_job(tx: Transaction, row: Row[Any]) -> Job:
+    """The whole job of a row."""
+    manifest = None
+    if row.state == JobState.SUCCEEDED:
+        manifest = Manifest(
+            columns=codec.load_columns(row.columns),
+            parts=tuple(parts_of(tx, row.job_id, row.generation)),
+        )
+    return _to_jobs(tx, row.tenant, [row], manifest)[0]
+
+
+def _to_jobs(
+    tx: Transaction, tenant: str, rows: Sequence[Row[Any]], manifest: Manifest | None
+) -> list[Job]:
+    found = tx.connection.execute(_TASK_SUMS, {"job_ids": [row.job_id for row in rows]})
+    sums = {row["job_id"]: row for row in found.mappings()}
+    places = _places(tx, tenant, [row for row in rows if row.state == JobState.PENDING])
+    return [
+        _to_job(row, sums[row.job_id], places.get(row.job_id), manifest) for row in rows
+    ]
+
+
+def _to_job(
+    row: Row[Any], sums: RowMapping, place: int | None, manifest: Manifest | None
+) -> Job:
+    state = JobState(row.state)
+    return Job(
+        job_id=row.job_id,
+        tenant=row.tenant,
+        state=state,
+        spec=codec.load_spec(row.spec),
+        request_id=row.request_id or "",
+        create_time=codec.to_moment(row.create_time),
+        start_time=codec.to_moment_or_none(row.start_time),
+        finish_time=codec.to_moment_or_none(row.finish_time),
+        expire_time=codec.to_moment_or_none(row.expire_time),
+        generation=row.generation,
+        attempt=sums["attempts"],
+        revision=row.revision,
+        progress=Progress(
+            rows=int(sums["rows"]),
+            bytes=int(sums["bytes"]),
+            parts_done=int(sums["parts"]),
+            parts_total=int(sums["parts"]) if state is JobState.SUCCEEDED else None,
+            estimated_rows=row.estimated_rows,
+            queue_position=place,
+            rows_per_second=sums["rows_per_second"] if state is JobState.RUNNING else None,
+        ),
+        error=codec.load_error(row.error),
+        manifest=manifest,
+    )
+
+
+def _places(tx: Transaction, tenant: str, pending: Sequence[Row[Any]]) -> dict[str, int]:
+    """How many pending jobs of the tenant would be claimed before each of these. Jobs
+    that wait for a retry stand in nobody's way before their time."""
+    due = [row for row in pending if row.due_time <= tx.now]
+    places: dict[str, int] = {}
+    if len(due) > 1:
+        parameters = {
+            "tenant": tenant,
+            "due": tx.now,
+            "job_ids": [row.job_id for row in due],
+        }
+        ranked = tx.connection.execute(_POSITIONS, parameters)
+        places = {row.job_id: row.position for row in ranked}
+    for row in pending:
+        if row.job_id not in places:
+            places[row.job_id] = tx.connection.execute(
+                _POSITION,
+                {
+                    "tenant": tenant,
+                    "due": max(tx.now, row.due_time),
+                    "priority": row.priority,
+                    "create_time": row.create_time,
+                    "job_id": row.job_id,
+                },
+            ).scalar_one()
+    return places
+
+
+def list_jobs(
+    tx: Transaction,
+    tenant: str,
+    query: JobQuery,
+    *,
+    limit: int,
+    before: tuple[datetime, str] | None,
+) -> list[Job]:
+    """A page of jobs, each index walked from the page's first row and no further than
+    the page is long."""
+    states: Iterable[JobState | None] = sorted(query.states) or [None]
+    found = chain.from_iterable(
+        tx.connection.execute(_page(tenant, query, state, limit, before))
+        for state in states
+    )
+    rows = sorted(found, key=lambda row: (row.create_time, row.job_id), reverse=True)
+    return _to_jobs(tx, tenant, rows[:limit], None)
+
+
+def _page(
+    tenant: str,
+    query: JobQuery,
+    state: JobState | None,
+    limit: int,
+    before: tuple[datetime, str] | None,
+) -> sa.Select[Any]:
+    wanted = sorted(query.labels.items())
+    statement = sa.select(jobs).where(jobs.c.tenant == tenant, jobs.c.hidden_time.is_(None))
+    at: tuple[sa.Column[Any], sa.Column[Any]] = (jobs.c.create_time, jobs.c.job_id)
+    if wanted:
+        # The first label's index has the jobs in the page's order.
+        name, value = wanted[0]
+        at = (labels.c.create_time, labels.c.job_id)
+        statement = statement.join(labels, labels.c.job_id == jobs.c.job_id).where(
+            labels.c.tenant == tenant, labels.c.name == name, labels.c.value == value
+        )
+    for name, value in wanted[1:]:
+        other = labels.alias()
+        statement = statement.where(
+            sa.exists().where(
+                other.c.job_id == jobs.c.job_id,
+                other.c.name == name,
+                other.c.value == value,
+            )
+        )
+    if state is not None:
+        statement = statement.where(jobs.c.state == state.value)
+    if query.dataset:
+        statement = statement.where(jobs.c.dataset == query.dataset)
+    if query.created_from is not None:
+        statement = statement.where(at[0] >= codec.to_micros(query.created_from))
+    if query.created_before is not None:
+        statement = statement.where(at[0] < codec.to_micros(query.created_before))
+    if before is not None:
+        moment, job_id = before
+        statement = statement.where(
+            sa.tuple_(*at) < sa.tuple_(codec.to_micros(moment), job_id)
+        )
+    return statement.order_by(*(column.desc() for column in at)).limit(limit)
+
+
+def parts_of(tx: Transaction, job_id: str, generation: int) -> list[PartRecord]:
+    """Every part of a generation, in the order of the output."""
+    return _parts(tx, parts.c.job_id == job_id, parts.c.generation == generation)
+
+
+def parts_of_shard(
+    tx: Transaction, job_id: str, generation: int, shard: int
+) -> list[PartRecord]:
+    """The parts of one shard, by sequence."""
+    return _parts(
+        tx,
+        parts.c.job_id == job_id,
+        parts.c.generation == generation,
+        parts.c.shard == shard,
+    )
+
+
+def _parts(tx: Transaction, *conditions: sa.ColumnElement[bool]) -> list[PartRecord]:
+    rows = tx.connection.execute(
+        sa.select(*_PART_COLUMNS)
+        .where(*conditions)
+        .order_by(parts.c.shard, parts.c.sequence)
+    )
+    return [PartRecord(*row) for row in rows]
+
+
+def finished_parts(tx: Transaction, tenant: str, job_id: str) -> list[PartRecord]:
+    """What the beginning of the output is certain to be."""
+    job = visible_job(tx, tenant, job_id)
+    if job is None or job.state in (JobState.FAILED, JobState.CANCELLED):
+        return []
+    if job.state == JobState.SUCCEEDED:
+        return parts_of(tx, job_id, job.generation)
+    first_open: int | None = tx.connection.execute(
+        sa.select(sa.func.min(tasks.c.shard)).where(
+            tasks.c.job_id == job_id,
+            tasks.c.state.in_(
+                (TaskState.READY.sql, TaskState.SCHEDULED.sql, TaskState.LEASED.sql)
+            ),
+        )
+    ).scalar_one()
+    if first_open is None:
+        return []
+    return _parts(
+        tx,
+        parts.c.job_id == job_id,
+        parts.c.generation == job.generation,
+        parts.c.shard <= first_open,
+    )
+
+
+def known_jobs(tx: Transaction, job_ids: Sequence[str]) -> set[str]:
+    """Those that have a row, hidden or not."""
+    known: set[str] = set()
+    for start in range(0, len(job_ids), _MOST_VARIABLES):
+        chunk = job_ids[start : start + _MOST_VARIABLES]
+        known.update(
+            tx.connection.scalars(sa.select(jobs.c.job_id).where(jobs.c.job_id.in_(chunk)))
+        )
+    return known
+
+
+def revision_of(tx: Transaction, job_id: str) -> int | None:
+    """The job's revision; None when it is missing or hidden."""
+    return tx.connection.execute(
+        sa.select(jobs.c.revision).where(
+            jobs.c.job_id == job_id, jobs.c.hidden_time.is_(None)
+        )
+    ).scalar_one_or_none()
+
+
+def next_due(tx: Transaction, since: int) -> int | None:
+    """Microseconds until the first task comes due after `since`, by its time or because
+    its lease runs out; None when there is none."""
+    moments = tx.connection.execute(
+        sa.select(
+            sa.select(sa.func.min(tasks.c.run_at))
+            .where(tasks.c.state == TaskState.SCHEDULED.sql, tasks.c.run_at > since)
+            .scalar_subquery(),
+            sa.select(sa.func.min(tasks.c.lease_expires))
+            .where(tasks.c.state == TaskState.LEASED.sql, tasks.c.lease_expires > since)
+            .scalar_subquery(),
+        )
+    ).one()
+    found = [moment for moment in moments if moment is not None]
+    return min(found) - tx.now if found else None

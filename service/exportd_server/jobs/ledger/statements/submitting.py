@@ -1,0 +1,127 @@
+"""What callers change: create, cancel, delete."""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+
+from exportd_server.jobs.ledger import codec
+from exportd_server.jobs.ledger.base import (
+    NewJob,
+    RequestIdConflict,
+    TaskKind,
+    TooManyActiveJobs,
+)
+from exportd_server.jobs.ledger.statements import lifecycle, reading
+from exportd_server.jobs.ledger.tables import TaskState, jobs, labels, tasks
+from exportd_server.jobs.ledger.transaction import Transaction
+from exportd_server.jobs.model import CancelOutcome, Job, JobState
+
+_UNFINISHED = [state.value for state in JobState if not state.terminal]
+
+
+def create_job(tx: Transaction, new: NewJob, max_active: int | None) -> tuple[Job, bool]:
+    """Record a job and its plan, unless the request was recorded before."""
+    tx.dialect.ensure_tenant(tx.connection, new.tenant)
+    if new.request_id:
+        known = tx.connection.execute(
+            sa.select(jobs).where(
+                jobs.c.tenant == new.tenant, jobs.c.request_id == new.request_id
+            )
+        ).first()
+        if known is not None:
+            if known.fingerprint != new.fingerprint:
+                raise RequestIdConflict(known.job_id)
+            return reading.to_job(tx, known), False
+    if max_active is not None and _active(tx, new.tenant, max_active) >= max_active:
+        raise TooManyActiveJobs(f"{max_active} jobs are unfinished")
+    spec = new.spec
+    row = tx.connection.execute(
+        sa.insert(jobs)
+        .values(
+            job_id=new.job_id,
+            tenant=new.tenant,
+            state=JobState.PENDING.value,
+            dataset=spec.dataset,
+            spec=codec.dump_spec(spec),
+            priority=spec.priority,
+            ttl=codec.span_to_micros(spec.ttl),
+            request_id=new.request_id or None,
+            fingerprint=new.fingerprint,
+            create_time=tx.now,
+            due_time=tx.now,
+            generation=1,
+            revision=1,
+            untidy=0,
+            writers_until=0,
+        )
+        .returning(jobs)
+    ).one()
+    if spec.labels:
+        tx.connection.execute(
+            sa.insert(labels),
+            [
+                {
+                    "job_id": new.job_id,
+                    "name": name,
+                    "value": value,
+                    "tenant": new.tenant,
+                    "create_time": tx.now,
+                }
+                for name, value in spec.labels.items()
+            ],
+        )
+    tx.connection.execute(
+        sa.insert(tasks).values(
+            kind=TaskKind.PLAN.value,
+            tenant=new.tenant,
+            job_id=new.job_id,
+            generation=1,
+            state=TaskState.READY.value,
+            priority=spec.priority,
+            since=tx.now,
+            run_at=tx.now,
+        )
+    )
+    tx.changes.work = True
+    return reading.to_job(tx, row), True
+
+
+def _active(tx: Transaction, tenant: str, enough: int) -> int:
+    """Unfinished jobs of the tenant, counted no further than `enough`."""
+    some = (
+        sa.select(jobs.c.job_id)
+        .where(jobs.c.tenant == tenant, jobs.c.state.in_(_UNFINISHED))
+        .limit(enough)
+        .subquery()
+    )
+    return tx.connection.execute(sa.select(sa.func.count()).select_from(some)).scalar_one()
+
+
+def cancel_job(
+    tx: Transaction, tenant: str, job_id: str
+) -> tuple[Job, CancelOutcome] | None:
+    """End an unfinished job; say what was found."""
+    job = lifecycle.lock_job(tx, job_id)
+    if job is None or job.tenant != tenant or job.hidden_time is not None:
+        return None
+    state = JobState(job.state)
+    if not state.terminal:
+        lifecycle.end(tx, job, JobState.CANCELLED)
+        outcome = CancelOutcome.CANCELLED
+    elif state is JobState.CANCELLED:
+        outcome = CancelOutcome.ALREADY_CANCELLED
+    else:
+        outcome = CancelOutcome.ALREADY_FINISHED
+    after = reading.get_job(tx, tenant, job_id)
+    return None if after is None else (after, outcome)
+
+
+def delete_job(tx: Transaction, tenant: str, job_id: str) -> JobState | None:
+    """Hide a finished job; an unfinished one stays."""
+    job = lifecycle.lock_job(tx, job_id)
+    if job is None or job.tenant != tenant or job.hidden_time is not None:
+        return None
+    state = JobState(job.state)
+    if state.terminal:
+        lifecycle.hide(tx, [job])
+    return state

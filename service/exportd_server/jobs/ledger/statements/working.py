@@ -1,0 +1,321 @@
+"""What the holder of a lease may do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Row
+
+from exportd_server.errors import TABLE, ErrorReason, ErrorRecord
+from exportd_server.jobs.ledger import codec
+from exportd_server.jobs.ledger.base import Lease, LeaseLost, TaskKind
+from exportd_server.jobs.ledger.statements import lifecycle, reading
+from exportd_server.jobs.ledger.statements.claiming import fail_exhausted_job, to_lease
+from exportd_server.jobs.ledger.statements.lifecycle import EXPORT_KINDS, due
+from exportd_server.jobs.ledger.tables import TaskState, parts, tasks
+from exportd_server.jobs.ledger.transaction import Transaction
+from exportd_server.jobs.model import JobState, ManifestColumn, PartRecord
+from exportd_server.sources.base import Shard
+
+_HOUSEKEEPING_RETRY = 10_000_000
+"""Microseconds until housekeeping that failed without a word is tried again."""
+
+_GIVEN_UP: dict[str, Any] = {"owner": "", "lease_expires": None, "rows_per_second": None}
+
+
+def holding(
+    tx: Transaction, lease: Lease, *kinds: TaskKind
+) -> tuple[Row[Any], Row[Any] | None]:
+    """The lease's task and job, ours until the transaction ends; the job is None for
+    the reap task. Raises `LeaseLost`, and ValueError for a task of another kind."""
+    if kinds and lease.kind not in kinds:
+        raise ValueError(f"not for a task of kind {lease.kind}")
+    job = lifecycle.lock_job(tx, lease.job_id) if lease.job_id else None
+    task = tx.connection.execute(
+        sa.select(tasks)
+        .where(
+            tasks.c.task_id == lease.task_id,
+            tasks.c.token == lease.token,
+            tasks.c.kind == lease.kind.value,
+            tasks.c.state == TaskState.LEASED.sql,
+        )
+        .with_for_update()
+    ).first()
+    if task is None or (task.job_id or "") != lease.job_id:
+        raise LeaseLost
+    return task, job
+
+
+def _exporting(
+    tx: Transaction, lease: Lease, *kinds: TaskKind
+) -> tuple[Row[Any], Row[Any]]:
+    task, job = holding(tx, lease, *kinds)
+    if job is None:
+        raise LeaseLost
+    return task, job
+
+
+def renew(tx: Transaction, leases: Sequence[Lease], lease: int) -> list[Lease]:
+    """Extend to `lease` microseconds from now; return the lost ones."""
+    lost = []
+    for held in leases:
+        renewed = tx.connection.execute(
+            sa.update(tasks)
+            .where(
+                tasks.c.task_id == held.task_id,
+                tasks.c.token == held.token,
+                tasks.c.state == TaskState.LEASED.sql,
+            )
+            .values(lease_expires=tx.now + lease)
+        ).rowcount
+        if not renewed:
+            lost.append(held)
+    return lost
+
+
+def release(tx: Transaction, lease: Lease) -> None:
+    """Give the task back as if it had not been taken."""
+    task, job = holding(tx, lease)
+    _give_up(tx, task, at=tx.now, attempts=task.attempts - 1)
+    if job is None or lease.kind is TaskKind.CLEANUP:
+        tx.changes.work = True
+    else:
+        lifecycle.settle(tx, job.job_id, untidy=1)
+
+
+def _give_up(tx: Transaction, task: Row[Any], *, at: int, attempts: int) -> None:
+    tx.connection.execute(
+        sa.update(tasks)
+        .where(tasks.c.task_id == task.task_id)
+        .values(attempts=attempts, **_GIVEN_UP, **due(tx, at))
+    )
+
+
+def record_plan(
+    tx: Transaction,
+    lease: Lease,
+    shards: Sequence[Shard],
+    columns: Sequence[ManifestColumn],
+    estimated_rows: int | None,
+) -> Lease:
+    """Turn a plan into shards; the first is the planner's under a token of its own, so
+    that a token never stands for two tasks."""
+    task, job = _exporting(tx, lease, TaskKind.PLAN)
+    if not shards:
+        raise ValueError("a plan has at least one shard")
+    if len({shard.index for shard in shards}) != len(shards):
+        raise ValueError("two shards have the same index")
+    tx.connection.execute(
+        sa.update(tasks)
+        .where(tasks.c.task_id == task.task_id)
+        .values(state=TaskState.DONE.value, **_GIVEN_UP)
+    )
+    common = {
+        "kind": TaskKind.SHARD.value,
+        "tenant": task.tenant,
+        "job_id": task.job_id,
+        "generation": task.generation,
+        "priority": task.priority,
+        "since": task.since,
+        "run_at": tx.now,
+    }
+    first = tx.connection.execute(
+        sa.insert(tasks)
+        .values(
+            **common,
+            shard=shards[0].index,
+            shard_state=shards[0].state,
+            state=TaskState.LEASED.value,
+            owner=task.owner,
+            token=tx.dialect.next_token(tx.connection),
+            lease_expires=task.lease_expires,
+            # Going on with what was planned is the same attempt.
+            attempts=task.attempts,
+        )
+        .returning(tasks)
+    ).one()
+    if len(shards) > 1:
+        tx.connection.execute(
+            sa.insert(tasks).values(state=TaskState.READY.value),
+            [
+                {**common, "shard": shard.index, "shard_state": shard.state}
+                for shard in shards[1:]
+            ],
+        )
+        tx.changes.work = True
+    lifecycle.touch(
+        tx,
+        job.job_id,
+        columns=codec.dump_columns(columns),
+        estimated_rows=estimated_rows,
+    )
+    return to_lease(first)
+
+
+def record_progress(
+    tx: Transaction, lease: Lease, rows: int, bytes_: int, rows_per_second: float
+) -> tuple[int, int]:
+    """Note how far the shard is; sum up the job."""
+    task, job = _exporting(tx, lease, TaskKind.SHARD)
+    tx.connection.execute(
+        sa.update(tasks)
+        .where(tasks.c.task_id == task.task_id)
+        .values(rows=rows, bytes=bytes_, rows_per_second=rows_per_second)
+    )
+    lifecycle.touch(tx, job.job_id)
+    total = tx.connection.execute(
+        sa.select(sa.func.sum(tasks.c.rows), sa.func.sum(tasks.c.bytes)).where(
+            tasks.c.job_id == job.job_id, tasks.c.kind == TaskKind.SHARD.value
+        )
+    ).one()
+    return int(total[0]), int(total[1])
+
+
+def shard_parts(tx: Transaction, lease: Lease) -> list[PartRecord]:
+    """The parts that the lease's shard has already."""
+    task, job = _exporting(tx, lease, TaskKind.SHARD)
+    return reading.parts_of_shard(tx, job.job_id, task.generation, task.shard)
+
+
+def add_part(tx: Transaction, lease: Lease, part: PartRecord) -> None:
+    """Record the shard's next part."""
+    task, job = _exporting(tx, lease, TaskKind.SHARD)
+    if (part.shard, part.sequence, part.token) != (task.shard, task.parts, task.token):
+        raise ValueError(
+            f"part {part.shard}/{part.sequence} of token {part.token} is not the next "
+            f"one: that is {task.shard}/{task.parts} of token {task.token}"
+        )
+    tx.connection.execute(
+        sa.insert(parts).values(
+            job_id=job.job_id, generation=task.generation, **asdict(part)
+        )
+    )
+    part_rows = task.part_rows + part.rows
+    part_bytes = task.part_bytes + part.bytes
+    tx.connection.execute(
+        sa.update(tasks)
+        .where(tasks.c.task_id == task.task_id)
+        .values(
+            parts=task.parts + 1,
+            part_rows=part_rows,
+            part_bytes=part_bytes,
+            rows=max(task.rows, part_rows),
+            bytes=max(task.bytes, part_bytes),
+        )
+    )
+    lifecycle.touch(tx, job.job_id)
+
+
+def complete_shard(tx: Transaction, lease: Lease) -> bool:
+    """End the shard, and with the last one the job."""
+    task, job = _exporting(tx, lease, TaskKind.SHARD)
+    tx.connection.execute(
+        sa.update(tasks)
+        .where(tasks.c.task_id == task.task_id)
+        .values(
+            state=TaskState.DONE.value,
+            rows=task.part_rows,
+            bytes=task.part_bytes,
+            **_GIVEN_UP,
+        )
+    )
+    unfinished = tx.connection.execute(
+        sa.select(tasks.c.task_id)
+        .where(
+            tasks.c.job_id == job.job_id,
+            tasks.c.state.in_(
+                (TaskState.READY.sql, TaskState.SCHEDULED.sql, TaskState.LEASED.sql)
+            ),
+        )
+        .limit(1)
+    ).first()
+    if unfinished is None:
+        lifecycle.end(tx, job, JobState.SUCCEEDED)
+        return True
+    lifecycle.settle(tx, job.job_id)
+    return False
+
+
+def restart_output(tx: Transaction, lease: Lease) -> None:
+    """Begin the job anew under its next generation."""
+    _, job = _exporting(tx, lease, TaskKind.PLAN, TaskKind.SHARD)
+    attempts: int = tx.connection.execute(
+        sa.select(sa.func.max(tasks.c.attempts)).where(
+            tasks.c.job_id == job.job_id, tasks.c.kind.in_(EXPORT_KINDS)
+        )
+    ).scalar_one()
+    if attempts >= tx.max_attempts:
+        changed = ErrorRecord(
+            ErrorReason.SOURCE_CHANGED, TABLE[ErrorReason.SOURCE_CHANGED].text
+        )
+        lifecycle.end(tx, job, JobState.FAILED, error=codec.dump_error(changed))
+        return
+    writers_until = lifecycle.last_writer(tx, job)
+    for table in (parts, tasks):
+        tx.connection.execute(sa.delete(table).where(table.c.job_id == job.job_id))
+    tx.connection.execute(
+        sa.insert(tasks).values(
+            kind=TaskKind.PLAN.value,
+            tenant=job.tenant,
+            job_id=job.job_id,
+            generation=job.generation + 1,
+            state=TaskState.READY.value,
+            priority=job.priority,
+            since=job.create_time,
+            run_at=tx.now,
+            attempts=attempts,
+        )
+    )
+    lifecycle.settle(
+        tx,
+        job.job_id,
+        generation=job.generation + 1,
+        columns=None,
+        estimated_rows=None,
+        untidy=1,
+        writers_until=writers_until,
+    )
+
+
+def fail_attempt(
+    tx: Transaction, lease: Lease, error: ErrorRecord, retry_in: int | None
+) -> bool:
+    """End an attempt, and the job when no other may follow."""
+    task, job = holding(tx, lease)
+    if job is None or lease.kind is TaskKind.CLEANUP:
+        pause = _HOUSEKEEPING_RETRY if retry_in is None else retry_in
+        _give_up(tx, task, at=tx.now + pause, attempts=task.attempts)
+        tx.changes.work = True
+        return False
+    told = codec.dump_error(error)
+    again = retry_in is not None and task.attempts < tx.max_attempts
+    # Also when the job ends: this holder has stopped, so nobody need wait for it.
+    _give_up(tx, task, at=tx.now + (retry_in or 0), attempts=task.attempts)
+    if not again:
+        lifecycle.end(tx, job, JobState.FAILED, error=told)
+        return True
+    lifecycle.settle(tx, job.job_id, last_error=told, untidy=1)
+    return False
+
+
+def recover(tx: Transaction) -> None:
+    """Make every leased task due: their holders are known to be dead."""
+    leased = tx.connection.execute(
+        sa.select(tasks).where(tasks.c.state == TaskState.LEASED.sql)
+    ).all()
+    if not leased:
+        return
+    tx.connection.execute(
+        sa.update(tasks)
+        .where(tasks.c.state == TaskState.LEASED.sql)
+        .values(state=TaskState.READY.value, run_at=tx.now, **_GIVEN_UP)
+    )
+    exports = [task for task in leased if task.kind in EXPORT_KINDS]
+    exhausted = {t.job_id for t in exports if t.attempts >= tx.max_attempts}
+    for job_id in {task.job_id for task in exports}:
+        lifecycle.settle(tx, job_id, untidy=1)
+    for job_id in exhausted:
+        fail_exhausted_job(tx, job_id)

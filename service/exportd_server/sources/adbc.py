@@ -1,0 +1,398 @@
+"""Databases as sources, read through ADBC drivers.
+
+The one file that knows ADBC. What a vendor's SQL and types need is in `postgres.py` and
+`sqlite.py`, behind `Vendor`.
+
+A stream reads in a thread of its own that owns its connection, one batch ahead. So a
+cancelled reader is let go at once even when the driver cannot be interrupted or the
+network is gone; the thread ends, and closes the connection, as soon as the driver
+returns to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import threading
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import adbc_driver_manager.dbapi
+import adbc_driver_postgresql.dbapi
+import adbc_driver_sqlite.dbapi
+import pyarrow as pa
+from sqlglot import exp
+
+from exportd_server.errors import ExportdError, SourceFailed
+from exportd_server.sources import query as sql
+from exportd_server.sources.base import Column, Plan, Query, Shard, SourceChanged
+from exportd_server.sources.batches import Stop, conform, gather, not_fitting
+from exportd_server.sources.query import Dialect, Field
+
+MARK = "exportd:"
+"""Opens the text of an error that a query raises on purpose, followed by the name of the
+column whose value cannot be exported, in hexadecimal, and a colon."""
+
+_MARKED = re.compile(rf"{MARK}((?:[0-9a-f]{{2}})*):")
+_CONNECT = {
+    "postgresql": adbc_driver_postgresql.dbapi.connect,
+    "sqlite": adbc_driver_sqlite.dbapi.connect,
+}
+_LEAVE_SECONDS = 5.0
+
+
+class Misfit(Exception):  # noqa: N818 - always turned into ValueNotEncodable
+    """A value of the column called `name` is not of its type."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        super().__init__(name)
+
+
+class Vendor(Protocol):
+    """What differs between databases."""
+
+    driver: str
+    uri: str
+    dialect: Dialect
+    stream_options: Mapping[str, str]
+    interruptible: bool
+
+    def begin(self, session: Session) -> None:
+        """Make a new session read-only and its settings known."""
+        ...
+
+    def describe(
+        self, session: Session, relation: exp.Expression, types: Mapping[str, pa.DataType]
+    ) -> tuple[Field, ...]:
+        """The columns of a relation; `types` declares some of them. Raises `SourceFailed`
+        when there is no such relation."""
+        ...
+
+    def estimate(self, session: Session, statement: str, query: Query) -> int | None:
+        """About how many rows a statement gives, where that is cheap to tell."""
+        ...
+
+    def statement(self, tree: exp.Select, fields: Sequence[Field]) -> exp.Expression:
+        """The tree to run for a query's tree."""
+        ...
+
+    def unpack(
+        self, batch: pa.RecordBatch, fields: Sequence[Field], *, first: bool
+    ) -> list[pa.Array]:
+        """The columns of a batch that `statement` gave; raises `Misfit`."""
+        ...
+
+    def fingerprint(self) -> Mapping[str, Any] | None:
+        """What tells that the data has not changed, as JSON; `settled` is False when
+        that is not sure yet. None when nothing tells."""
+        ...
+
+
+@contextlib.contextmanager
+def _translated() -> Iterator[None]:
+    """The driver's errors, as exportd's. Those of a stream are Arrow's and `OSError`."""
+    try:
+        yield
+    except (adbc_driver_manager.Error, pa.ArrowException, OSError) as error:
+        if marked := _MARKED.search(str(error)):
+            raise Misfit(bytes.fromhex(marked[1]).decode()) from error
+        raise SourceFailed from error
+
+
+class Session:
+    """One connection with one transaction, which is never committed."""
+
+    def __init__(self, vendor: Vendor, stop: Stop | None = None) -> None:
+        self._vendor = vendor
+        self._stop = stop or Stop()
+        self._open = contextlib.ExitStack()
+        self._stop.check()
+        with _translated():
+            self._connection = _CONNECT[vendor.driver](vendor.uri)
+        self._open.callback(self._quietly, self._connection.close)
+        try:
+            vendor.begin(self)
+        except BaseException:
+            self._open.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    @staticmethod
+    def _quietly(close: Any) -> None:
+        # Closing reports again what has failed before, or that the server is gone.
+        with contextlib.suppress(adbc_driver_manager.Error, RuntimeError):
+            close()
+
+    def _cursor(self, options: Mapping[str, str], stack: contextlib.ExitStack) -> Any:
+        cursor = self._connection.cursor(adbc_stmt_kwargs=dict(options))
+        stack.callback(self._quietly, cursor.close)
+        return cursor
+
+    def _interrupting(self, cursor: Any) -> contextlib.AbstractContextManager[None]:
+        if self._vendor.interruptible:
+            return self._stop.interrupting(cursor.adbc_cancel)
+        self._stop.check()
+        return contextlib.nullcontext()
+
+    def run(self, statement: str) -> None:
+        """Run a statement without a result."""
+        with contextlib.ExitStack() as stack, _translated():
+            self._cursor({}, stack).executemany(statement, None)
+
+    def fetch(self, statement: str, options: Mapping[str, str] | None = None) -> list[Any]:
+        """The rows of a small result, as dicts."""
+        with contextlib.ExitStack() as stack, _translated():
+            cursor = self._cursor(options or {}, stack)
+            with self._interrupting(cursor):
+                cursor.execute(statement)
+                rows: list[Any] = cursor.fetch_arrow_table().to_pylist()
+            return rows
+
+    def names(self, statement: str) -> list[str]:
+        """The names of a result's columns."""
+        with contextlib.ExitStack() as stack, _translated():
+            cursor = self._cursor({}, stack)
+            with self._interrupting(cursor):
+                cursor.execute(statement)
+                names: list[str] = cursor.fetch_record_batch().schema.names
+            return names
+
+    def stream(
+        self, statement: str, parameters: Sequence[float] = ()
+    ) -> Iterator[pa.RecordBatch]:
+        """The batches of a large result."""
+        bound = None
+        if parameters:
+            bound = pa.record_batch(
+                [pa.array([value], pa.float64()) for value in parameters],
+                names=[f"p{position}" for position in range(len(parameters))],
+            )
+        with contextlib.ExitStack() as stack:
+            with _translated():
+                cursor = self._cursor(self._vendor.stream_options, stack)
+                with self._interrupting(cursor):
+                    cursor.execute(statement, bound)
+                    reader = cursor.fetch_record_batch()
+            while True:
+                with _translated(), self._interrupting(cursor):
+                    try:
+                        batch = reader.read_next_batch()
+                    except StopIteration:
+                        return
+                yield batch
+
+
+class AdbcSource:
+    """The rows of a table, a view or an operator's query in a database.
+
+    One shard. Every stream has a connection and a snapshot of its own, so reading goes
+    on after a crash only where the vendor can tell that nothing has changed.
+    """
+
+    def __init__(
+        self,
+        vendor: Vendor,
+        relation: exp.Expression,
+        types: Mapping[str, pa.DataType] | None = None,
+    ) -> None:
+        self._vendor = vendor
+        self._relation = relation
+        with Session(vendor) as session:
+            fields = vendor.describe(session, relation, types or {})
+        self._fields = {field.column.name: field for field in fields}
+
+    def columns(self) -> tuple[Column, ...]:
+        """All columns, in the source's order."""
+        return tuple(field.column for field in self._fields.values())
+
+    def count(self) -> int | None:
+        """The database's own estimate."""
+        return self._estimate(Query(tuple(self._fields)))
+
+    def plan(self, query: Query) -> Plan:
+        """One shard, and the database's own estimate of its rows."""
+        state = {"fingerprint": self._vendor.fingerprint()}
+        return Plan((Shard(0, json.dumps(state)),), self._estimate(query))
+
+    def open(self, query: Query, shard: Shard, *, skip_rows: int = 0) -> DatabaseStream:
+        """Read it. With rows to skip, raises `SourceChanged` unless the fingerprint of
+        the plan was sure and still holds."""
+        expected = None
+        if skip_rows:
+            expected = json.loads(shard.state)["fingerprint"]
+            if expected is None or not expected["settled"]:
+                raise SourceChanged
+            if differs(self._vendor, expected):
+                raise SourceChanged
+        tree, parameters = self._tree(query, skip_rows)
+        wanted = [self._fields[name] for name in query.columns]
+        text = sql.render(self._vendor.dialect, self._vendor.statement(tree, wanted))
+        return DatabaseStream(self._vendor, text, parameters, wanted, expected)
+
+    def _tree(self, query: Query, skip_rows: int) -> tuple[exp.Select, tuple[float, ...]]:
+        return sql.select(
+            self._vendor.dialect,
+            self._relation.copy(),
+            self._fields,
+            query,
+            skip_rows=skip_rows,
+        )
+
+    def _estimate(self, query: Query) -> int | None:
+        tree, _ = self._tree(query, 0)
+        with Session(self._vendor) as session:
+            text = sql.render(self._vendor.dialect, tree)
+            return self._vendor.estimate(session, text, query)
+
+
+def differs(vendor: Vendor, expected: Mapping[str, Any]) -> bool:
+    """Whether the data may have changed since a fingerprint was taken."""
+    found = vendor.fingerprint()
+    return found is None or found["digest"] != expected["digest"]
+
+
+class DatabaseStream:
+    """Batches of a query over a database."""
+
+    def __init__(
+        self,
+        vendor: Vendor,
+        text: str,
+        parameters: Sequence[float],
+        fields: Sequence[Field],
+        expected: Mapping[str, Any] | None,
+    ) -> None:
+        self._vendor = vendor
+        self._text = text
+        self._parameters = parameters
+        self._fields = fields
+        self._expected = expected
+        self._schema = pa.schema(
+            [
+                pa.field(field.column.name, field.column.type, field.column.nullable)
+                for field in fields
+            ]
+        )
+        self._stop = Stop()
+        self._hand = _Hand()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Schema of every batch."""
+        return self._schema
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+        /,
+    ) -> None:
+        cancelled = self._stop.stopped
+        self._hand.leave()
+        self._stop.stop()
+        if self._thread is not None and not cancelled:
+            self._thread.join(_LEAVE_SECONDS)
+
+    def cancel(self) -> None:
+        """Stop soon, from any thread. A statement that the driver cannot interrupt runs
+        on unheard until its next batch."""
+        self._stop.stop()
+        self._hand.leave()
+
+    def __iter__(self) -> Iterator[pa.RecordBatch]:
+        if self._thread is not None:
+            raise RuntimeError("a stream is read once")
+        self._thread = threading.Thread(
+            target=self._produce, name="database-source", daemon=True
+        )
+        self._thread.start()
+        return iter(self._hand)
+
+    def _produce(self) -> None:
+        try:
+            with contextlib.closing(gather(self._read())) as batches:
+                for batch in batches:
+                    if not self._hand.put(batch):
+                        return
+        except BaseException as error:  # noqa: BLE001 - raised where it is iterated
+            self._hand.end(error)
+        else:
+            self._hand.end(None)
+
+    def _read(self) -> Iterator[pa.RecordBatch]:
+        try:
+            with Session(self._vendor, self._stop) as session:
+                # The snapshot is taken by now, so what is looked at here is what is read.
+                if self._expected is not None and differs(self._vendor, self._expected):
+                    raise SourceFailed("the dataset changed while it was read")
+                first = True
+                for batch in session.stream(self._text, self._parameters):
+                    arrays = self._vendor.unpack(batch, self._fields, first=first)
+                    first = first and batch.num_rows == 0
+                    yield conform(arrays, self._schema, check_text=True)
+        except Misfit as misfit:
+            raise not_fitting(misfit.name) from misfit.__cause__
+
+
+class _Hand:
+    """Hands batches from one thread to another, one waiting at a time."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._waiting: deque[pa.RecordBatch] = deque()
+        self._ended = False
+        self._error: BaseException | None = None
+        self._left = False
+
+    def put(self, batch: pa.RecordBatch) -> bool:
+        """Wait until there is room; False when nobody takes it any more."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._left or not self._waiting)
+            if not self._left:
+                self._waiting.append(batch)
+                self._changed.notify_all()
+            return not self._left
+
+    def end(self, error: BaseException | None) -> None:
+        """Nothing more comes."""
+        with self._changed:
+            self._ended, self._error = True, error
+            self._changed.notify_all()
+
+    def leave(self) -> None:
+        """Nothing more is taken."""
+        with self._changed:
+            self._left = True
+            self._waiting.clear()
+            self._changed.notify_all()
+
+    def __iter__(self) -> Iterator[pa.RecordBatch]:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._left or self._waiting or self._ended)
+                if self._left:
+                    raise SourceFailed("reading was cancelled")
+                if not self._waiting:
+                    if self._error is None:
+                        return
+                    break
+                batch = self._waiting.popleft()
+                self._changed.notify_all()
+            yield batch
+        if isinstance(self._error, ExportdError):
+            raise self._error
+        raise SourceFailed from self._error

@@ -1,0 +1,462 @@
+"""The catalogue: which datasets there are, and where their rows come from.
+
+Read once, at start, from a TOML file that docs/catalogue.md describes. Every mistake in
+it ends as one line that names the file, the key and the mend.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, NoReturn
+from urllib.parse import unquote, urlsplit
+
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from sqlglot import exp
+
+from exportd_server.errors import ConfigurationError, SourceFailed
+from exportd_server.sources import query as sql
+from exportd_server.sources.adbc import AdbcSource, Vendor
+from exportd_server.sources.base import (
+    BatchStream,
+    Column,
+    ColumnKind,
+    Plan,
+    Query,
+    Shard,
+    Source,
+)
+from exportd_server.sources.duckdb import FileFormat, FileSource
+from exportd_server.sources.postgres import Postgres
+from exportd_server.sources.sqlite import Sqlite
+from exportd_server.sources.types import parse_type
+
+_NAME = re.compile(r"[a-z][a-z0-9_]{0,62}")
+_VARIABLE = re.compile(r"\$\{([^}]*)\}")
+_PART = r'(?:"(?:[^"]|"")+"|[^".\s]+)'
+_TABLE = re.compile(rf"{_PART}(?:\.{_PART}){{0,2}}")
+_FILE_FORMATS: tuple[FileFormat, ...] = ("parquet", "csv", "json")
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """A dataset as callers may see it. Caps of None are the server's defaults. One that
+    is not exportable has no columns, and its source refuses to be read."""
+
+    name: str
+    columns: tuple[Column, ...]
+    source: Source
+    description: str = ""
+    exportable: bool = True
+    target_column: str | None = None
+    network_column: str | None = None
+    time_column: str | None = None
+    max_rows: int | None = None
+    max_bytes: int | None = None
+
+
+class Catalogue:
+    """All datasets, by name."""
+
+    def __init__(self, datasets: Mapping[str, Dataset]) -> None:
+        self._datasets = dict(datasets)
+
+    def get(self, name: str) -> Dataset | None:
+        """The dataset of that name, None when there is none."""
+        return self._datasets.get(name)
+
+    def names(self) -> list[str]:
+        """The names of all datasets, sorted."""
+        return sorted(self._datasets)
+
+    def close(self) -> None:
+        """Free what is held. Sources open a connection for each stream and keep none."""
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+_Text = Annotated[str, Field(min_length=1)]
+_Count = Annotated[int, Field(ge=1)]
+
+
+class _Connection(_Model):
+    url: _Text
+    statement_timeout_seconds: Annotated[float, Field(gt=0)] | None = None
+
+
+class _Column(_Model):
+    description: str = ""
+    type: _Text | None = None
+    filterable: bool = True
+
+
+class _Dataset(_Model):
+    description: str = ""
+    exportable: bool = True
+    parquet: _Text | None = None
+    csv: _Text | None = None
+    json_: _Text | None = Field(default=None, alias="json")
+    connection: _Text | None = None
+    table: _Text | None = None
+    query: _Text | None = None
+    columns: list[_Text] | None = None
+    hidden: list[_Text] = []
+    column: dict[str, _Column] = {}
+    target_column: _Text | None = None
+    network_column: _Text | None = None
+    time_column: _Text | None = None
+    max_rows: _Count | None = None
+    max_bytes: _Count | None = None
+
+
+class _File(_Model):
+    connections: dict[str, _Connection] = {}
+    datasets: dict[str, _Dataset] = {}
+
+
+_MODELS: dict[str, type[_Model]] = {"connections": _Connection, "datasets": _Dataset}
+
+
+def load_catalogue(path: Path) -> Catalogue:
+    """Read the catalogue and ask every exportable dataset for its columns.
+
+    Blocks for as long as the databases take to answer. Raises `ConfigurationError`.
+    """
+    return _Loader(path).load()
+
+
+class _Unread:
+    """The source of a dataset that is not exportable: nobody asks for its rows."""
+
+    def columns(self) -> tuple[Column, ...]:
+        return ()
+
+    def count(self) -> int | None:
+        return None
+
+    def plan(self, query: Query) -> Plan:
+        raise SourceFailed("the dataset is not exportable")
+
+    def open(self, query: Query, shard: Shard, *, skip_rows: int = 0) -> BatchStream:
+        raise SourceFailed("the dataset is not exportable")
+
+
+class _Loader:
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._directory = path.resolve().parent
+        self._file = _File()
+
+    def load(self) -> Catalogue:
+        self._file = self._parse()
+        for name in self._file.connections:
+            self._vendor(name)
+        if not self._file.datasets:
+            self._fail("datasets", "is empty; add a [datasets.NAME] table")
+        return Catalogue(
+            {
+                name: self._dataset(name, entry)
+                for name, entry in self._file.datasets.items()
+            }
+        )
+
+    def _fail(
+        self, key: str, problem: str, cause: BaseException | None = None
+    ) -> NoReturn:
+        where = f"{self._path}: {key}" if key else str(self._path)
+        text = f"{where}: {problem}".replace("\n", " ").replace("\r", " ")
+        raise ConfigurationError(text) from cause
+
+    def _parse(self) -> _File:
+        try:
+            document = tomllib.loads(self._path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            self._fail("", "there is no such file", error)
+        except OSError as error:
+            self._fail("", f"cannot be read: {error.strerror}", error)
+        except UnicodeDecodeError as error:
+            self._fail("", "is not UTF-8; save it as UTF-8", error)
+        except tomllib.TOMLDecodeError as error:
+            self._fail("", f"is not TOML: {error}", error)
+        try:
+            return _File.model_validate(document)
+        except ValidationError as error:
+            first = error.errors()[0]
+            location = tuple(part for part in first["loc"])
+            self._fail(_key(location), _problem(location, first), error)
+
+    def _dataset(self, name: str, entry: _Dataset) -> Dataset:
+        key = f"datasets.{name}"
+        if not _NAME.fullmatch(name):
+            self._fail(
+                key,
+                "a dataset's name is up to 63 of a-z, 0-9 and _, beginning with a letter",
+            )
+        self._check_origin(key, entry)
+        if not entry.exportable:
+            return Dataset(
+                name, (), _Unread(), description=entry.description, exportable=False
+            )
+        types = self._types(key, entry)
+        try:
+            source = self._source(key, entry, types)
+        except SourceFailed as error:
+            self._fail(key, self._why(entry, error), error)
+        columns = self._columns(key, entry, source)
+        by_name = {column.name: column for column in columns}
+        return Dataset(
+            name=name,
+            columns=columns,
+            source=source,
+            description=entry.description,
+            target_column=self._role(
+                key, "target_column", entry.target_column, by_name, _COMPARED
+            ),
+            network_column=self._role(
+                key, "network_column", entry.network_column, by_name, _COMPARED
+            ),
+            time_column=self._role(
+                key, "time_column", entry.time_column, by_name, (ColumnKind.TIMESTAMP,)
+            ),
+            max_rows=entry.max_rows,
+            max_bytes=entry.max_bytes,
+        )
+
+    def _check_origin(self, key: str, entry: _Dataset) -> None:
+        given = [name for name, value in _origins(entry).items() if value is not None]
+        if len(given) != 1:
+            found = f"has {' and '.join(given)}" if given else "has none of them"
+            self._fail(
+                key, f"needs exactly one of {', '.join(_origins(entry))}; it {found}"
+            )
+        if given[0] in _FILE_FORMATS:
+            if entry.connection is not None:
+                self._fail(
+                    f"{key}.connection", f"does not go with {given[0]}; leave it out"
+                )
+        elif entry.connection is None:
+            self._fail(
+                key, f"{given[0]} needs connection, the name of a [connections.NAME]"
+            )
+        elif entry.connection not in self._file.connections:
+            self._fail(
+                f"{key}.connection",
+                f"there is no [connections.{entry.connection}]"
+                + _suggest(entry.connection, self._file.connections),
+            )
+
+    def _types(self, key: str, entry: _Dataset) -> dict[str, pa.DataType]:
+        types = {}
+        for name, column in entry.column.items():
+            if column.type is not None:
+                try:
+                    types[name] = parse_type(column.type)
+                except ValueError as error:
+                    self._fail(f"{key}.column.{name}.type", f"{column.type!r} {error}")
+        return types
+
+    def _source(
+        self, key: str, entry: _Dataset, types: Mapping[str, pa.DataType]
+    ) -> Source:
+        for file_format in _FILE_FORMATS:
+            pattern = _origins(entry)[file_format]
+            if pattern is not None:
+                return self._files(f"{key}.{file_format}", file_format, pattern, types)
+        vendor = self._vendor(entry.connection or "")
+        if entry.table is not None:
+            return AdbcSource(vendor, self._table(key, vendor, entry.table), types)
+        # A line of its own, so that a comment at its end does not swallow the bracket.
+        text = (entry.query or "").strip().rstrip(";").rstrip()
+        alias = exp.TableAlias(this=exp.to_identifier("t", quoted=True))
+        relation = exp.Subquery(this=sql.raw(f"\n{text}\n"), alias=alias)
+        return AdbcSource(vendor, relation, types)
+
+    def _files(
+        self,
+        key: str,
+        file_format: FileFormat,
+        pattern: str,
+        types: Mapping[str, pa.DataType],
+    ) -> FileSource:
+        absolute = str(self._directory / Path(pattern).expanduser())
+        try:
+            return FileSource(file_format, absolute, types)
+        except FileNotFoundError:
+            self._fail(key, f"no file matches {absolute}")
+
+    def _table(self, key: str, vendor: Vendor, text: str) -> exp.Table:
+        parts = re.findall(_PART, text) if _TABLE.fullmatch(text) else []
+        most = 1 if vendor.driver == "sqlite" else 2
+        if not 1 <= len(parts) <= most:
+            wanted = "NAME" if most == 1 else "NAME or SCHEMA.NAME"
+            self._fail(
+                f"{key}.table",
+                f"{text!r} is no table name; write {wanted}, parts with dots in "
+                "double quotes",
+            )
+        names = [
+            part[1:-1].replace('""', '"') if part[0] == '"' else part for part in parts
+        ]
+        identifiers = [exp.to_identifier(name, quoted=True) for name in names]
+        return exp.Table(
+            this=identifiers[-1], db=identifiers[0] if len(identifiers) > 1 else None
+        )
+
+    def _vendor(self, name: str) -> Vendor:
+        connection = self._file.connections[name]
+        key = f"connections.{name}"
+        url = self._expand(f"{key}.url", connection.url)
+        scheme = url.partition(":")[0].lower()
+        if scheme in ("postgresql", "postgres"):
+            try:
+                urlsplit(url).port  # noqa: B018 - raises for a bad port
+            except ValueError as error:
+                self._fail(f"{key}.url", f"is no URL: {error}")
+            return Postgres(url, timeout_seconds=connection.statement_timeout_seconds)
+        if scheme != "sqlite" or not url.startswith("sqlite:///"):
+            self._fail(
+                f"{key}.url",
+                "must begin with postgresql:// or sqlite:/// (a path relative to this "
+                "file; sqlite:////path for an absolute one)",
+            )
+        if connection.statement_timeout_seconds is not None:
+            self._fail(
+                f"{key}.statement_timeout_seconds", "applies to postgresql:// only"
+            )
+        file = self._directory / unquote(url.removeprefix("sqlite:///"))
+        if not file.is_file():
+            self._fail(f"{key}.url", f"there is no file {file}")
+        return Sqlite(file)
+
+    def _expand(self, key: str, text: str) -> str:
+        def value(found: re.Match[str]) -> str:
+            name = found[1]
+            if name not in os.environ:
+                self._fail(key, f"environment variable {name} is not set")
+            return os.environ[name]
+
+        return _VARIABLE.sub(value, text)
+
+    def _why(self, entry: _Dataset, error: SourceFailed) -> str:
+        """What the source says, for the operator; without the connection's password."""
+        text = str(error.__cause__ or error).strip()
+        text = text.partition("\n")[0]
+        if entry.connection is None:
+            return f"its files cannot be read: {text}"
+        url = self._expand("", self._file.connections[entry.connection].url)
+        try:
+            secret = urlsplit(url).password or ""
+        except ValueError:
+            secret = ""
+        for form in {secret, unquote(secret)} - {""}:
+            text = text.replace(form, "***")
+        return f"connection {entry.connection!r} cannot read it: {text}"
+
+    def _columns(
+        self, key: str, entry: _Dataset, source: Source
+    ) -> tuple[Column, ...]:
+        found = {column.name: column for column in source.columns()}
+        for where, names in (
+            ("columns", entry.columns or ()),
+            ("hidden", entry.hidden),
+            ("column", entry.column),
+        ):
+            seen: set[str] = set()
+            for name in names:
+                if name not in found:
+                    self._fail(
+                        f"{key}.{where}",
+                        f"there is no column {name!r}" + _suggest(name, found),
+                    )
+                if name in seen:
+                    self._fail(f"{key}.{where}", f"{name!r} is named twice")
+                seen.add(name)
+        shown = [n for n in (entry.columns or found) if n not in entry.hidden]
+        if not shown:
+            self._fail(key, "shows no column; show at least one")
+        settings = {name: entry.column.get(name, _Column()) for name in shown}
+        return tuple(
+            replace(
+                found[name],
+                description=settings[name].description,
+                filterable=found[name].filterable and settings[name].filterable,
+            )
+            for name in shown
+        )
+
+    def _role(
+        self,
+        key: str,
+        role: str,
+        name: str | None,
+        columns: Mapping[str, Column],
+        kinds: tuple[ColumnKind, ...],
+    ) -> str | None:
+        if name is None:
+            return None
+        column = columns.get(name)
+        if column is None:
+            self._fail(
+                f"{key}.{role}",
+                f"the dataset shows no column {name!r}" + _suggest(name, columns),
+            )
+        if column.kind not in kinds:
+            wanted = " or ".join(kinds)
+            self._fail(
+                f"{key}.{role}",
+                f"{name!r} is {column.type}, and must be {wanted}; set its type in "
+                f"[{key}.column.{name}] or choose another column",
+            )
+        if not column.filterable:
+            self._fail(f"{key}.{role}", f"{name!r} must be filterable")
+        return name
+
+
+_COMPARED = (ColumnKind.STRING, ColumnKind.INTEGER)
+
+
+def _origins(entry: _Dataset) -> dict[str, str | None]:
+    return {
+        "parquet": entry.parquet,
+        "csv": entry.csv,
+        "json": entry.json_,
+        "table": entry.table,
+        "query": entry.query,
+    }
+
+
+def _suggest(name: str, known: Iterable[str]) -> str:
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; there are {', '.join(sorted(known))}" if known else ""
+
+
+def _key(location: tuple[int | str, ...]) -> str:
+    return ".".join(str(part) for part in location)
+
+
+def _problem(location: tuple[int | str, ...], error: Mapping[str, object]) -> str:
+    """A validation error in the operator's words."""
+    kind = error["type"]
+    if kind == "extra_forbidden":
+        model: type[_Model] = _File
+        if len(location) > 1:
+            model = _MODELS.get(str(location[0]), _File)
+        if len(location) > 3:  # noqa: PLR2004 - datasets.NAME.column.NAME.key
+            model = _Column
+        names = [field.alias or name for name, field in model.model_fields.items()]
+        return "unknown key" + _suggest(str(location[-1]), names)
+    if kind == "missing":
+        return "is missing; add it"
+    text = str(error["msg"])
+    return text.replace("Input should be", "must be", 1)

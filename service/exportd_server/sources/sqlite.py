@@ -1,0 +1,386 @@
+"""What SQLite needs: its session, its types, its SQL.
+
+A SQLite column may hold values of any type, and the driver takes a column's type from
+the first batch, so that a late value of another type would fail or come out as another
+one. Therefore each value is read by an expression that gives the column's type or NULL;
+one more column tells the position of the first column whose value was of another type;
+and a first row of well-typed values fixes what the driver sees. That row is dropped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.types as pat
+from sqlglot import exp
+
+from exportd_server.errors import SourceFailed
+from exportd_server.sources import query as sql
+from exportd_server.sources.adbc import Misfit, Session
+from exportd_server.sources.base import Column, Query
+from exportd_server.sources.query import Dialect, Field
+from exportd_server.sources.types import MAX_PRECISION, NAIVE_MICROS
+
+_BATCH_ROWS = 8_192
+_VIEW = "exportd_probe"
+_SAMPLE_ROWS = 1_000
+_BUSY_MILLISECONDS = 500
+_MAX_PARAMETERS = 32_766
+_SETTLED_SECONDS = 1.0
+_SQLITE_HEADER = 100
+_DIGITS = re.compile(r"\(\s*([0-9]+)\s*(?:,\s*([0-9]+)\s*)?\)")
+
+
+def _number(value: float, parameters: list[float]) -> exp.Expression:
+    """A parameter: SQLite's own reading of digits may miss by the last bit."""
+    if len(parameters) == _MAX_PARAMETERS:
+        raise ValueError(f"at most {_MAX_PARAMETERS} floating point values")
+    parameters.append(value)
+    return exp.Placeholder()
+
+
+def _starts_with(operand: exp.Expression, value: exp.Expression) -> exp.Expression:
+    length = sql.function("length", value.copy())
+    head = sql.function("substr", operand, exp.Literal.number(1), length)
+    return exp.EQ(this=_binary(head), expression=value)
+
+
+def _binary(operand: exp.Expression) -> exp.Expression:
+    return exp.Collate(this=exp.paren(operand), expression=exp.Var(this="BINARY"))
+
+
+SQLITE = Dialect(
+    name="sqlite",
+    number=_number,
+    boolean=lambda value: exp.Literal.number(int(value)),
+    binary=lambda value: sql.function("unhex", exp.Literal.string(value.hex())),
+    starts_with=_starts_with,
+    contains=lambda operand, value: exp.GT(
+        this=sql.function("instr", operand, value), expression=exp.Literal.number(0)
+    ),
+    typed_moments=False,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SqliteField(Field):
+    """With a condition that a value of the column's type meets, and a value that fixes
+    the type for the driver."""
+
+    good: exp.Expression
+    sample: exp.Expression
+
+
+class Sqlite:
+    """A SQLite file, opened read-only."""
+
+    driver = "sqlite"
+    dialect = SQLITE
+    interruptible = False
+    stream_options: Mapping[str, str] = {"adbc.sqlite.query.batch_rows": str(_BATCH_ROWS)}
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.uri = f"file:{quote(str(path))}?mode=ro"
+
+    def begin(self, session: Session) -> None:
+        """Wait a little for a writer, and take the snapshot."""
+        session.fetch(f"PRAGMA busy_timeout = {_BUSY_MILLISECONDS}")
+        (row,) = session.fetch("PRAGMA encoding")
+        if row["encoding"] != "UTF-8":
+            # Its order of texts would be another one.
+            raise SourceFailed("only databases in UTF-8 can be read")
+        session.fetch("SELECT COUNT(*) AS n FROM sqlite_master")
+
+    def describe(
+        self, session: Session, relation: exp.Expression, types: Mapping[str, pa.DataType]
+    ) -> tuple[Field, ...]:
+        """The columns, by their declared types; those without one by the first rows."""
+        if isinstance(relation, exp.Table):
+            name = relation.name
+        else:
+            name = _VIEW
+            body = exp.select("*").from_(relation.copy())
+            session.run(f'CREATE TEMP VIEW "{name}" AS {sql.render(SQLITE, body)}')
+        listed = session.fetch(
+            "SELECT name, type, hidden, \"notnull\" AS required FROM pragma_table_xinfo("
+            f"{sql.render(SQLITE, sql.text(name))}) ORDER BY cid"
+        )
+        listed = [row for row in listed if row["hidden"] != 1]
+        if not listed:
+            raise SourceFailed("there is no such table")
+        declared = {row["name"]: _declared(row["type"] or "") for row in listed}
+        open_names = [n for n, kind in declared.items() if kind is None and n not in types]
+        seen = self._seen(session, relation, open_names) if open_names else {}
+        return tuple(
+            _field(
+                Column(
+                    row["name"],
+                    types.get(row["name"]) or declared[row["name"]] or seen[row["name"]],
+                    nullable=not row["required"],
+                ),
+                native=row["name"] not in types and declared[row["name"]] is not None,
+            )
+            for row in listed
+        )
+
+    def _seen(
+        self, session: Session, relation: exp.Expression, names: Sequence[str]
+    ) -> dict[str, pa.DataType]:
+        inner = exp.select(*[sql.identifier(n) for n in names]).from_(relation.copy())
+        kinds = [
+            exp.alias_(
+                sql.function(
+                    "group_concat",
+                    exp.Distinct(expressions=[sql.function("typeof", sql.identifier(n))]),
+                ),
+                f"c{index}",
+            )
+            for index, n in enumerate(names)
+        ]
+        probe = exp.select(*kinds).from_(inner.limit(_SAMPLE_ROWS).subquery("t"))
+        (row,) = session.fetch(sql.render(SQLITE, probe))
+        return {
+            name: _SEEN.get(frozenset((found or "").split(",")) - {"null", ""}, pa.string())
+            for name, found in zip(names, row.values(), strict=True)
+        }
+
+    def estimate(self, session: Session, statement: str, query: Query) -> int | None:
+        """None: SQLite would have to count."""
+        del session, statement, query
+        return None
+
+    def statement(self, tree: exp.Select, fields: Sequence[Field]) -> exp.Expression:
+        """The tree with its guard column, after the row that fixes the types."""
+        guard = exp.Case()
+        samples: list[exp.Expression] = [exp.Literal.number(0)]
+        for index, field in enumerate(fields, 1):
+            if not isinstance(field, SqliteField):
+                raise TypeError(type(field).__name__)
+            bad = exp.Not(this=exp.paren(field.good.copy()))
+            guard = guard.when(bad, exp.Literal.number(index))
+            samples.append(field.sample.copy())
+        guard = guard.else_(exp.Literal.number(0))
+        body = tree.copy()
+        body.set("expressions", [exp.alias_(guard, "_bad"), *body.expressions])
+        names = ["_bad", *(f"_{index}" for index in range(len(fields)))]
+        head = exp.select(
+            *[exp.alias_(s, n) for s, n in zip(samples, names, strict=True)]
+        )
+        rows = exp.select("*").from_(body.subquery("rows_"))
+        return exp.union(head, rows, distinct=False)
+
+    def unpack(
+        self, batch: pa.RecordBatch, fields: Sequence[Field], *, first: bool
+    ) -> list[pa.Array]:
+        """The columns in their types, once the guard says that all values have one."""
+        if first:
+            batch = batch.slice(1)
+        worst = pc.max(batch.column(0)).as_py()
+        if worst:
+            raise Misfit(fields[worst - 1].column.name)
+        return [
+            _typed(array, field.column.type)
+            for array, field in zip(batch.columns[1:], fields, strict=True)
+        ]
+
+    def fingerprint(self) -> Mapping[str, Any] | None:
+        """Of the file and its write-ahead log: sizes, modification times, and the header
+        with its change counter."""
+        digest = hashlib.sha256()
+        newest = 0.0
+        try:
+            for path in (self._path, Path(f"{self._path}-wal")):
+                try:
+                    stat = path.stat()
+                    with path.open("rb") as file:
+                        header = file.read(_SQLITE_HEADER)
+                except FileNotFoundError:
+                    continue
+                if stat.st_size == 0:  # a reader may make an empty log
+                    continue
+                digest.update(f"{path.name}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
+                digest.update(header)
+                newest = max(newest, stat.st_mtime)
+        except OSError as error:
+            raise SourceFailed from error
+        settled = time.time() - newest > _SETTLED_SECONDS
+        return {"digest": digest.hexdigest(), "settled": settled}
+
+
+_SEEN: dict[frozenset[str], pa.DataType] = {
+    frozenset({"integer"}): pa.int64(),
+    frozenset({"real"}): pa.float64(),
+    frozenset({"integer", "real"}): pa.float64(),
+    frozenset({"blob"}): pa.binary(),
+}
+
+
+def _declared(name: str) -> pa.DataType | None:
+    """The type of a declared type's name, by SQLite's own rules of affinity; None where
+    the name leaves it open."""
+    upper = name.upper()
+    if "INT" in upper:
+        return pa.int64()
+    if "CHAR" in upper or "CLOB" in upper or "TEXT" in upper:
+        return pa.string()
+    if "BLOB" in upper:
+        return pa.binary()
+    if "REAL" in upper or "FLOA" in upper or "DOUB" in upper:
+        return pa.float64()
+    if upper.startswith("BOOL"):
+        return pa.bool_()
+    digits = _DIGITS.search(upper)
+    if upper.startswith(("DEC", "NUM")) and digits:
+        precision, scale = int(digits[1]), int(digits[2] or 0)
+        if 1 <= precision <= MAX_PRECISION and scale <= precision:
+            return pa.decimal128(precision, scale)
+    return None
+
+
+def _call(name: str, *arguments: exp.Expression | str | int) -> exp.Expression:
+    """A function of expressions, texts and whole numbers."""
+    return sql.function(
+        name,
+        *[
+            each.copy()
+            if isinstance(each, exp.Expression)
+            else exp.Literal.number(each)
+            if isinstance(each, int)
+            else exp.Literal.string(each)
+            for each in arguments
+        ],
+    )
+
+
+def _is(value: exp.Expression, *kinds: str) -> exp.Expression:
+    return exp.In(
+        this=_call("typeof", value),
+        expressions=[exp.Literal.string(kind) for kind in (*kinds, "null")],
+    )
+
+
+def _when(good: exp.Expression, value: exp.Expression) -> exp.Expression:
+    return exp.Case().when(good.copy(), value.copy())
+
+
+def _like(value: exp.Expression, pattern: str) -> exp.Expression:
+    return exp.Glob(this=value.copy(), expression=exp.Literal.string(pattern))
+
+
+_DATE_GLOB = "[0-9][0-9][0-9][0-9]-[0-9][0-9]-[0-9][0-9]"
+_CLOCK_GLOB = "[0-9][0-9]:[0-9][0-9]:[0-9][0-9]"
+
+
+def _moment(value: exp.Expression, glob: str, width: int) -> tuple[Any, Any]:
+    """A condition for ISO text with up to six digits of a second, in UTC, and the one
+    form of it whose order is that of time."""
+    bare = _call("replace", _call("rtrim", value, "Z"), "+00:00", "")
+    head = _call("substr", bare, 1, width)
+    tail = _call("substr", bare, width + 1)
+    fraction = exp.and_(
+        _like(tail, ".[0-9]*"),
+        exp.Not(this=_like(_call("substr", tail, 2), "*[^0-9]*")),
+        exp.LTE(this=_call("length", tail), expression=exp.Literal.number(7)),
+    )
+    whole = exp.EQ(this=tail.copy(), expression=exp.Literal.string(""))
+    good = exp.and_(
+        exp.EQ(this=_call("typeof", value), expression=exp.Literal.string("text")),
+        _like(head, glob),
+        exp.paren(exp.or_(whole, fraction)),
+    )
+    digits = exp.DPipe(
+        this=_call("ltrim", tail, "."), expression=exp.Literal.string("000000"), safe=True
+    )
+    canon = exp.DPipe(
+        this=exp.DPipe(
+            this=_call("replace", head, "T", " "),
+            expression=exp.Literal.string("."),
+            safe=True,
+        ),
+        expression=_call("substr", digits, 1, 6),
+        safe=True,
+    )
+    return good, canon
+
+
+def _lossless_text(value: exp.Expression) -> exp.Expression:
+    """A number as text that reads back as the same number."""
+    short = sql.cast(value.copy(), "TEXT")
+    same = exp.EQ(this=sql.cast(short.copy(), "REAL"), expression=value.copy())
+    exact = _call("printf", "%!.17g", value)
+    real = exp.EQ(this=_call("typeof", value), expression=exp.Literal.string("real"))
+    return (
+        exp.Case()
+        .when(exp.and_(real, exp.Not(this=exp.paren(same))), exact)
+        .else_(short)
+    )
+
+
+def _field(column: Column, *, native: bool) -> SqliteField:
+    """How to read a column. `native`: its declared type is the one it is read as, so it
+    can be compared as it is, by its indexes."""
+    name = sql.identifier(column.name)
+    kind = column.type
+    null = exp.Is(this=name.copy(), expression=exp.Null())
+    sample: exp.Expression = exp.Literal.string("")
+    if pat.is_integer(kind):
+        good, value, sample = _is(name, "integer"), name, exp.Literal.number(0)
+        if not pat.is_int64(kind):
+            native = False
+    elif pat.is_boolean(kind):
+        bit = exp.In(
+            this=name.copy(), expressions=[exp.Literal.number(0), exp.Literal.number(1)]
+        )
+        typed = exp.EQ(this=_call("typeof", name), expression=exp.Literal.string("integer"))
+        good, value = exp.or_(null, exp.and_(typed, bit)), name
+        sample = exp.Literal.number(0)
+    elif pat.is_floating(kind):
+        value = sql.cast(name, "REAL")
+        back = exp.EQ(this=sql.cast(value.copy(), "BIGINT"), expression=name.copy())
+        whole = exp.EQ(this=_call("typeof", name), expression=exp.Literal.string("integer"))
+        good = exp.or_(_is(name, "real"), exp.and_(whole, back))
+        sample = exp.Literal.number("0.0")
+    elif pat.is_binary(kind):
+        good, value, sample = _is(name, "blob"), name, _call("zeroblob", 0)
+    elif pat.is_string(kind):
+        good, value = _is(name, "text", "integer", "real"), _lossless_text(name)
+        if native:
+            good, value = _is(name, "text"), name
+    elif pat.is_decimal(kind):
+        good, value = _is(name, "text", "integer", "real"), _lossless_text(name)
+        column = Column(
+            column.name, kind, column.nullable, column.description, filterable=False
+        )
+    else:
+        good, value = _temporal(name, kind)
+        good = exp.or_(null, good)
+    value = _when(good, value)
+    operand = name if native else value
+    text = _binary(operand.copy()) if pat.is_string(kind) else operand
+    return SqliteField(column, value, text, text, good, sample)
+
+
+def _temporal(name: exp.Expression, kind: pa.DataType) -> tuple[Any, Any]:
+    if pat.is_date(kind):
+        typed = exp.EQ(this=_call("typeof", name), expression=exp.Literal.string("text"))
+        return exp.and_(typed, _like(name, _DATE_GLOB)), name
+    if pat.is_time(kind):
+        return _moment(name, _CLOCK_GLOB, 8)
+    return _moment(name, f"{_DATE_GLOB}[ T]{_CLOCK_GLOB}", 19)
+
+
+def _typed(array: pa.Array, kind: pa.DataType) -> pa.Array:
+    """Timestamps are written without their zone, which is UTC."""
+    if pat.is_timestamp(kind) and kind.tz is not None and pat.is_string(array.type):
+        return array.cast(NAIVE_MICROS).cast(kind)
+    return array

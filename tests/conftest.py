@@ -1,0 +1,22 @@
+"""Fixtures that every kind of test may ask for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.gate import GateSource
+from tests.support.samples import SAMPLE_ROWS, write_samples
+
+
+@pytest.fixture(scope="session")
+def sample_catalogue(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sample data, small, and the path of its catalogue."""
+    return write_samples(tmp_path_factory.mktemp("samples") / "data", SAMPLE_ROWS)
+
+
+@pytest.fixture
+def gate() -> GateSource:
+    """A source whose batches come when the test says so."""
+    return GateSource()

@@ -1,0 +1,100 @@
+"""How callers use the client, for type checkers to agree with. Never run."""
+
+# pyright: strict
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from pathlib import Path
+from typing import assert_type
+
+import polars as pl
+
+from exportd import (
+    AsyncClient,
+    AsyncJob,
+    CancelOutcome,
+    Client,
+    Dataset,
+    Download,
+    DownloadProgress,
+    Filter,
+    Job,
+    JobInfo,
+    JobState,
+    Manifest,
+    Progress,
+    Retry,
+)
+from exportd.errors import ExportdError, JobFailed, QuotaExceeded
+
+
+def show(info: JobInfo) -> None:
+    assert_type(info.progress.fraction, float | None)
+
+
+def count(progress: DownloadProgress) -> int:
+    return progress.done
+
+
+def blocking(path: Path) -> None:
+    with Client("localhost:50051", token="t", retry=Retry(attempts=2)) as client:
+        job = client.export(
+            "token_transfers",
+            format="parquet",
+            target_id="0xabc",
+            start=datetime(2026, 1, 1, tzinfo=UTC),
+            columns=["block", "amount"],
+            filters=[
+                ("amount", ">=", Decimal("1.5")),
+                ("memo", "is null"),
+                ("network", "in", ["base", "optimism"]),
+                Filter("sender", "starts with", "0x"),
+            ],
+            compression="zstd",
+            ttl=timedelta(hours=1),
+            labels={"team": "data"},
+        )
+        assert_type(job, Job)
+        done = job.wait(timeout=60, on_progress=show).download(
+            path, parallel=4, overwrite=True, on_progress=count
+        )
+        assert_type(done, Download)
+        done.path.read_bytes()
+        path.open().close()
+        assert_type(job.state, JobState)
+        assert_type(job.progress, Progress)
+        assert_type(job.manifest, Manifest | None)
+        assert_type(job.error, JobFailed | None)
+        assert_type(job.cancel(), CancelOutcome)
+        assert_type(job.to_polars(), pl.DataFrame)
+        for info in job.watch():
+            assert_type(info, JobInfo)
+        for dataset in client.datasets():
+            assert_type(dataset, Dataset)
+        for other in client.jobs(states=[JobState.RUNNING, "FAILED"], dataset="d"):
+            assert_type(other, Job)
+        client.export("d", format="xml")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+        client.export("d")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+
+
+async def in_asyncio(path: Path) -> None:
+    async with AsyncClient("localhost:50051", tls=True) as client:
+        job = await client.export("token_transfers", format="csv", header=False)
+        assert_type(job, AsyncJob)
+        done = await (await job.wait(on_progress=show)).download(path)
+        assert_type(done, Download)
+        assert_type(await job.to_polars(), pl.DataFrame)
+        async for info in job.watch():
+            assert_type(info, JobInfo)
+        async for other in client.jobs():
+            assert_type(other, AsyncJob)
+        async for dataset in client.datasets():
+            assert_type(dataset, Dataset)
+
+
+def failing(error: ExportdError) -> None:
+    assert_type(error.reason, str)
+    assert_type(error.metadata, dict[str, str])
+    if isinstance(error, QuotaExceeded):
+        assert_type(error.retry_after, timedelta | None)

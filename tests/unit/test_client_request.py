@@ -1,0 +1,259 @@
+"""What the client makes of Python values and of what people type."""
+
+from __future__ import annotations
+
+import uuid
+from datetime import UTC, date, datetime, time, timedelta, timezone
+from decimal import Decimal
+from typing import Any
+
+import pytest
+
+from exportd import Filter
+from exportd._model import Column, Dataset, JobState
+from exportd._request import create_export, filter_proto, list_jobs
+from exportd.cli.where import parse_duration, parse_moment, parse_where
+from exportd.errors import InvalidRequest
+from exportd.v1 import dataset_pb2, job_pb2
+from tests.support.scripted_server import dataset as scripted_dataset
+
+DATASET = Dataset.of(scripted_dataset("token_transfers"))
+
+
+def build(**options: Any) -> job_pb2.CreateExportRequest:
+    return create_export("d", {"format": "csv", **options})  # type: ignore[typeddict-item]  # Any from the tests
+
+
+@pytest.mark.parametrize(
+    ("value", "member", "sent"),
+    [
+        (True, "bool_value", True),
+        (0, "int_value", 0),
+        (-(2**63), "int_value", -(2**63)),
+        (2**63, "string_value", "9223372036854775808"),
+        (1.5, "double_value", 1.5),
+        (Decimal("1E+3"), "string_value", "1000"),
+        (Decimal("0.000000000000000001"), "string_value", "0.000000000000000001"),
+        ("", "string_value", ""),
+        (b"\0\xff", "bytes_value", b"\0\xff"),
+        (date(2026, 1, 31), "string_value", "2026-01-31"),
+        (time(13, 45, 0, 500), "string_value", "13:45:00.000500"),
+    ],
+)
+def test_each_python_type_has_its_place_on_the_wire(
+    value: Any, member: str, sent: object
+) -> None:
+    proto = filter_proto("f", ("c", "=", value))
+    assert proto.values[0].WhichOneof("kind") == member
+    assert getattr(proto.values[0], member) == sent
+
+
+def test_a_moment_is_sent_in_utc_whatever_its_zone() -> None:
+    there = datetime(2026, 1, 31, 14, 0, tzinfo=timezone(timedelta(hours=2)))
+    value = filter_proto("f", ("c", ">=", there)).values[0].timestamp_value
+    assert value.ToJsonString() == "2026-01-31T12:00:00Z"
+
+
+@pytest.mark.parametrize("field", ["start", "end"])
+def test_a_naive_datetime_is_refused_with_the_mend(field: str) -> None:
+    with pytest.raises(InvalidRequest, match=r"no time zone; give one.*tzinfo=UTC") as e:
+        build(**{field: datetime(2026, 1, 31)})  # noqa: DTZ001 - naive on purpose
+    assert e.value.violations[0].subject == field
+    assert isinstance(e.value, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("condition", "says"),
+    [
+        (("c", "=", None), "use 'is null'"),
+        (("c", "=", float("nan")), "NaN"),
+        (("c", "=", Decimal("Infinity")), "finite"),
+        (("c", "=", datetime(2026, 1, 1)), "no time zone"),  # noqa: DTZ001 - on purpose
+        (("c", "=", time(1, tzinfo=UTC)), "no time zone"),
+        (("c", "=", {"a": 1}), "dict"),
+        (("c", "like", "x"), "unknown operator"),
+        (("c", "in", "abc"), "sequence"),
+        (("c", "in", 5), "sequence"),
+        (("c", "is null", 5), "takes no value"),
+        (("c",), "column, operator, value"),
+    ],
+)
+def test_filters_that_cannot_be_meant_are_refused(condition: Any, says: str) -> None:
+    with pytest.raises(InvalidRequest, match=says):
+        filter_proto("f", condition)
+
+
+def test_filters_of_several_and_of_no_values() -> None:
+    many = filter_proto("f", ("c", "in", (1, 2)))
+    assert many.operator == dataset_pb2.FILTER_OPERATOR_IN
+    assert [v.int_value for v in many.values] == [1, 2]
+    assert not filter_proto("f", ("c", "is not null")).values
+    assert filter_proto("f", Filter("c", "contains", "x")).values[0].string_value == "x"
+
+
+def test_each_call_has_a_fresh_request_id_unless_one_is_given() -> None:
+    first, second = build().request_id, build().request_id
+    assert uuid.UUID(first) != uuid.UUID(second)
+    own = uuid.uuid4()
+    assert build(request_id=own).request_id == str(own)
+
+
+def test_every_option_reaches_its_field() -> None:
+    request = build(
+        target_id="0xabc",
+        network="base",
+        start=datetime(2026, 1, 1, tzinfo=UTC),
+        end=datetime(2026, 2, 1, tzinfo=UTC),
+        columns=["a", "b"],
+        filters=[("a", ">", 1)],
+        limit=10,
+        compression="zstd",
+        delimiter=";",
+        header=False,
+        null_marker="NULL",
+        spreadsheet_safe=True,
+        max_part_rows=5,
+        max_part_bytes=70_000,
+        ttl=timedelta(hours=2),
+        priority=-3,
+        labels={"team": "data"},
+        validate_only=True,
+    )
+    expected = job_pb2.CreateExportRequest(
+        request_id=request.request_id,
+        dataset="d",
+        target_id="0xabc",
+        network="base",
+        columns=["a", "b"],
+        limit=10,
+        format=dataset_pb2.FORMAT_CSV,
+        csv_options=job_pb2.CsvOptions(
+            delimiter=";",
+            header=False,
+            null_marker="NULL",
+            dialect=job_pb2.CSV_DIALECT_SPREADSHEET_SAFE,
+        ),
+        compression=job_pb2.COMPRESSION_ZSTD,
+        max_part_rows=5,
+        max_part_bytes=70_000,
+        priority=-3,
+        labels={"team": "data"},
+        validate_only=True,
+    )
+    expected.filters.append(filter_proto("f", ("a", ">", 1)))
+    expected.ttl.FromTimedelta(timedelta(hours=2))
+    expected.time_range.start_time.FromDatetime(datetime(2026, 1, 1, tzinfo=UTC))
+    expected.time_range.end_time.FromDatetime(datetime(2026, 2, 1, tzinfo=UTC))
+    assert request == expected
+
+
+def test_compression_goes_to_where_the_format_keeps_it() -> None:
+    parquet = build(format="parquet", compression="snappy", row_group_rows=7)
+    assert parquet.parquet_options.compression == job_pb2.PARQUET_COMPRESSION_SNAPPY
+    assert parquet.parquet_options.row_group_rows == 7
+    arrow = build(format="arrow", compression="lz4")
+    assert arrow.arrow_options.compression == job_pb2.ARROW_COMPRESSION_LZ4
+    assert not parquet.HasField("csv_options")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"format": "xml"},
+        {"format": "parquet", "compression": "gzip"},
+        {"format": "csv", "compression": "snappy"},
+        {"format": "jsonl", "delimiter": ";"},
+        {"format": "parquet", "header": False},
+        {"format": "csv", "row_group_rows": 5},
+        {"columns": "abc"},
+    ],
+)
+def test_an_option_that_does_not_fit_the_format_is_never_dropped_silently(
+    options: dict[str, Any],
+) -> None:
+    with pytest.raises(InvalidRequest):
+        build(**options)
+
+
+def test_job_states_may_be_given_by_name() -> None:
+    request = list_jobs(states=["RUNNING", JobState.FAILED])
+    assert list(request.states) == [job_pb2.JOB_STATE_RUNNING, job_pb2.JOB_STATE_FAILED]
+    with pytest.raises(InvalidRequest, match="CANCELLED, FAILED"):
+        list_jobs(states=["DONE"])
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("amount>=1.5", Filter("amount", ">=", Decimal("1.5"))),
+        ("block = 7", Filter("block", "=", 7)),
+        ("price < 1e3", Filter("price", "<", 1000.0)),
+        ("ok!=TRUE", Filter("ok", "!=", True)),
+        ("sender=a=b", Filter("sender", "=", "a=b")),
+        ("sender=", Filter("sender", "=", "")),
+        ('sender=" x "', Filter("sender", "=", " x ")),
+        ("sender^=0x", Filter("sender", "starts with", "0x")),
+        ("sender ~ (foo", Filter("sender", "contains", "(foo")),
+        ("sender is null", Filter("sender", "is null")),
+        ("sender IS  NOT NULL", Filter("sender", "is not null")),
+        ("block in (1, 2)", Filter("block", "in", [1, 2])),
+        ('sender not in (a, "b,c")', Filter("sender", "not in", ["a", "b,c"])),
+        ("day>2026-01-31", Filter("day", ">", date(2026, 1, 31))),
+        ("at>=13:45:00.5", Filter("at", ">=", "13:45:00.5")),
+        ("hash=0xC0FFEE", Filter("hash", "=", b"\xc0\xff\xee")),
+        (
+            "time<2026-01-31T00:00:00.123456789Z",
+            Filter("time", "<", "2026-01-31T00:00:00.123456789Z"),
+        ),
+    ],
+)
+def test_typed_conditions_take_their_types_from_the_columns(
+    text: str, expected: Filter
+) -> None:
+    assert parse_where(text, DATASET) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("amount", "cannot read"),
+        (">=5", "cannot read"),
+        ("nope=1", "no column 'nope'; there are block"),
+        ("within (1)", "cannot read"),
+        ("block=1.5", "block .int64. takes a whole number"),
+        ("amount=abc", "decimal number"),
+        ("ok=yes", "true or false"),
+        ("hash=xyz", "hexadecimal"),
+        ("time>2026-01-31T00:00:00", "with an offset"),
+        ("day=2026-13-01", "date such as"),
+        ("block in 1,2", "brackets"),
+        ("sender is null x", "takes no value"),
+    ],
+)
+def test_conditions_that_cannot_be_read_say_how_to_mend_them(text: str, says: str) -> None:
+    with pytest.raises(InvalidRequest, match=says):
+        parse_where(text, DATASET)
+
+
+def test_a_column_named_like_an_operator_word_can_be_filtered() -> None:
+    column = Column("is", "INTEGER", "int64", nullable=True, operators=("EQUAL",))
+    odd = Dataset.of(dataset_pb2.Dataset(name="d"))
+    odd = Dataset("d", "", True, (column,), (), "", "", "", None, None, None, odd.proto)
+    assert parse_where("is = 5", odd) == Filter("is", "=", 5)
+
+
+def test_moments_need_an_offset_and_dates_mean_midnight_utc() -> None:
+    assert parse_moment("--since", "2026-01-31") == datetime(2026, 1, 31, tzinfo=UTC)
+    moment = parse_moment("--since", "2026-01-31T02:00:00+02:00")
+    assert moment == datetime(2026, 1, 31, tzinfo=UTC)
+    with pytest.raises(InvalidRequest, match="add Z for UTC"):
+        parse_moment("--since", "2026-01-31T00:00:00")
+    with pytest.raises(InvalidRequest, match="cannot read"):
+        parse_moment("--since", "yesterday")
+
+
+def test_durations() -> None:
+    assert parse_duration("--ttl", "1d12h") == timedelta(hours=36)
+    for bad in ("", "24", "h", "1.5h", "-1h", "1h x"):
+        with pytest.raises(InvalidRequest):
+            parse_duration("--ttl", bad)
