@@ -48,14 +48,16 @@ check: $(VENV)/.dev ## Format, lint, types, imports, contract, stubs, audit
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/buf lint proto
 	$(BIN)/python tools/generate.py --check
+	$(BIN)/python tools/configuration.py --check
 	$(BIN)/python tools/audit.py
 
 format: $(VENV)/.dev ## Format the code and mend what the linter can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-gen: $(VENV)/.dev ## Generate the stubs from proto/
+gen: $(VENV)/.dev ## Generate the stubs and the configuration page
 	$(BIN)/python tools/generate.py
+	$(BIN)/python tools/configuration.py
 
 bench: $(VENV)/.dev ## Measure memory, latency and throughput (minutes)
 	$(BIN)/python -m bench all

@@ -223,6 +223,13 @@ def test_download_takes_the_servers_name_refuses_to_replace_and_obeys_force(
     assert forced["verified_by"] == "sha256"
 
 
+def test_a_path_that_ends_in_a_slash_is_a_directory_to_make(
+    exportd: Any, tmp_path: Path
+) -> None:
+    assert exportd("download", JOB, "new/dir/").out == "new/dir/token_transfers-1.csv\n"
+    assert (tmp_path / "new/dir/token_transfers-1.csv").read_bytes() == DATA
+
+
 def test_download_of_parts_that_do_not_join_makes_a_directory_named_after_the_output(
     exportd: Any, server: ScriptedServer, tmp_path: Path
 ) -> None:

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from itertools import count
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -26,6 +27,8 @@ COLUMNS = (
     ManifestColumn("id", "INTEGER", "int64", nullable=False),
     ManifestColumn("paid", "DECIMAL", "decimal128(38, 18)", nullable=True),
 )
+
+_job_numbers = count(1)
 
 
 class FakeClock:
@@ -67,8 +70,8 @@ def part(lease: Lease, sequence: int = 0, *, rows: int = 10, size: int = 100) ->
     )
 
 
-def shards(count: int) -> list[Shard]:
-    return [Shard(index, f'{{"from":{index}}}') for index in range(count)]
+def shards(number: int) -> list[Shard]:
+    return [Shard(index, f'{{"from":{index}}}') for index in range(number)]
 
 
 @dataclass
@@ -79,13 +82,11 @@ class World:
     clock: FakeClock
     dump: Callable[[], dict[str, list[tuple[Any, ...]]]]
     """Everything that is in the database, table by table."""
-    _jobs: int = 0
 
     def new(
         self, tenant: str = "acme", request_id: str = "", fingerprint: str = "", **what: Any
     ) -> NewJob:
-        self._jobs += 1
-        job_id = str(UUID(int=self._jobs))
+        job_id = str(UUID(int=next(_job_numbers)))
         return NewJob(job_id, tenant, spec(**what), request_id, fingerprint)
 
     async def create(self, tenant: str = "acme", **what: Any) -> Job:
@@ -118,17 +119,17 @@ class World:
         assert lease is not None
         return lease
 
-    async def plan(self, lease: Lease, count: int = 1) -> Lease:
+    async def plan(self, lease: Lease, number: int = 1) -> Lease:
         return await self.ledger.record_plan(
-            lease, shards(count), COLUMNS, estimated_rows=None
+            lease, shards(number), COLUMNS, estimated_rows=None
         )
 
-    async def running(self, count: int = 1, tenant: str = "acme") -> tuple[Job, Lease]:
+    async def running(self, number: int = 1, tenant: str = "acme") -> tuple[Job, Lease]:
         """A job of so many shards, and the lease on its first."""
         job = await self.create(tenant)
         lease = await self.lease()
         assert lease.job_id == job.job_id
-        return await self.job(job), await self.plan(lease, count)
+        return await self.job(job), await self.plan(lease, number)
 
     async def finish(self, lease: Lease, sequence: int = 0) -> bool:
         await self.ledger.add_part(lease, part(lease, sequence))

@@ -111,7 +111,7 @@ def same(left: Any, right: Any) -> bool:
         if math.isnan(left) or math.isnan(right):
             return math.isnan(left) and math.isnan(right)
         return struct.pack("d", left) == struct.pack("d", right)
-    if isinstance(left, list) and isinstance(right, list):
+    if isinstance(left, list | tuple) and isinstance(right, list | tuple):
         return len(left) == len(right) and all(map(same, left, right))
     if isinstance(left, dict) and isinstance(right, dict):
         return list(left) == list(right) and all(same(left[k], right[k]) for k in left)
@@ -409,6 +409,45 @@ def array_of(values: list[Any], kind: pa.DataType) -> pa.Array:
     if pat.is_dictionary(kind):
         return pa.array(values, kind.value_type).dictionary_encode().cast(kind)
     return pa.array(values, kind)
+
+
+def plain_values(array: pa.Array, kind: pa.DataType) -> list[Any]:
+    """The plain values of an array that holds what a column of type `kind` held, in
+    whatever unit and layout a reader chose."""
+    if pat.is_dictionary(kind):
+        return plain_values(array, kind.value_type)
+    if pat.is_dictionary(array.type):
+        array = array.dictionary_decode()
+    if pat.is_struct(kind):
+        columns = [
+            plain_values(child, field.type)
+            for child, field in zip(array.flatten(), kind, strict=True)
+        ]
+        names = [field.name for field in kind]
+        present = array.is_valid().to_pylist()
+        return [
+            dict(zip(names, row, strict=True)) if there else None
+            for row, there in zip(zip(*columns, strict=True), present, strict=True)
+        ]
+    if pat.is_nested(kind):
+        return [_plain_items(item, kind) if item.is_valid else None for item in array]
+    if pat.is_temporal(kind):
+        width = pa.int32() if kind.bit_width == 32 else pa.int64()
+        return list(array.cast(kind).view(width).to_pylist())
+    return list(array.to_pylist())
+
+
+def _plain_items(item: pa.Scalar, kind: pa.DataType) -> list[Any]:
+    if pat.is_map(kind):
+        keys, values = item.values.flatten()
+        return list(
+            zip(
+                plain_values(keys, kind.key_type),
+                plain_values(values, kind.item_type),
+                strict=True,
+            )
+        )
+    return plain_values(item.values, kind.value_type)
 
 
 @st.composite

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import pytest
 from crc32c import crc32c
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from exportd_server.platform import checksum
 from exportd_server.platform.checksum import (
     crc32c_combine,
     crc32c_without_prefix,
     crc32c_without_suffix,
 )
-from hypothesis import given
-from hypothesis import strategies as st
 
 
 def test_the_check_value_of_the_published_catalogue_comes_out() -> None:
@@ -19,12 +20,14 @@ def test_the_check_value_of_the_published_catalogue_comes_out() -> None:
     assert crc32c_combine(crc32c(b"12345"), crc32c(b"6789"), 4) == 0xE3069283
 
 
+@settings(deadline=None)
 @given(st.binary(), st.binary())
 def test_combining_equals_hashing_the_joined_bytes(first: bytes, second: bytes) -> None:
     combined = crc32c_combine(crc32c(first), crc32c(second), len(second))
     assert combined == crc32c(first + second)
 
 
+@settings(deadline=None)
 @given(st.binary(), st.binary())
 def test_a_prefix_and_a_suffix_can_be_taken_away(first: bytes, second: bytes) -> None:
     whole = crc32c(first + second)
@@ -32,6 +35,7 @@ def test_a_prefix_and_a_suffix_can_be_taken_away(first: bytes, second: bytes) ->
     assert crc32c_without_suffix(whole, crc32c(second), len(second)) == crc32c(first)
 
 
+@settings(deadline=None)
 @given(st.lists(st.binary(max_size=40), max_size=8))
 def test_combining_many_pieces_in_turn_equals_hashing_them_all(pieces: list[bytes]) -> None:
     crc = 0
@@ -40,6 +44,7 @@ def test_combining_many_pieces_in_turn_equals_hashing_them_all(pieces: list[byte
     assert crc == crc32c(b"".join(pieces))
 
 
+@settings(deadline=None)
 @given(
     st.integers(0, 2**32 - 1),
     st.integers(0, 2**32 - 1),

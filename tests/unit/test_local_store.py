@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import inspect
 import os
 import random
 import signal
@@ -20,6 +21,7 @@ import pytest
 
 from exportd_server.errors import ConfigurationError, ErrorReason, StoreFailed
 from exportd_server.platform.files import Directory, File
+from exportd_server.store import local
 from exportd_server.store.key import JobPrefix, OutputKey, OutputKind
 from exportd_server.store.local import LocalStore
 from tests.support.store import (
@@ -296,6 +298,33 @@ async def test_a_deletion_that_fails_anywhere_is_completed_by_the_next_one(
         assert [path for path in tree(root) if path != "acme"] == []
         await store.close()
     assert gone > 3
+
+
+@pytest.mark.parametrize("stage", ["before write", "before finalize"])
+async def test_a_writer_caught_in_a_deletion_that_is_not_over_yet_fails(
+    store: LocalStore, root: Path, stage: str
+) -> None:
+    """The job has been moved out of the way, the writer's directory with it, but not a
+    file has been removed."""
+    writer = store.create(KEY)
+    if stage == "before finalize":
+        writer.write(DATA)
+
+    def break_off(name: str, index: int) -> None:
+        if name == "scandir":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with FaultySystem(break_off).in_place(), pytest.raises(StoreFailed):
+        await store.delete_job(JOB)
+    if stage == "before write":
+        writer.write(DATA)
+    with pytest.raises(StoreFailed):
+        writer.finalize()
+    assert await keys(store) == set()
+    assert not (root / "acme" / f".{JOB.job_id}" / "output" / KEY.name).exists()
+    assert await jobs(store) == {JOB}
+    await store.delete_job(JOB)
+    assert await jobs(store) == set()
 
 
 async def test_reads_that_fail_are_failures_of_the_store_not_missing_parts(
@@ -828,16 +857,17 @@ async def test_an_open_that_is_cancelled_leaves_no_file_open(
 
 
 async def test_a_listing_that_is_broken_off_closes_its_directories(
-    store: LocalStore,
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(local, "_PAGE", 1)
     for sequence in range(3):
         put(store, part_key(sequence=sequence), b"")
     put(store, part_key(JobPrefix("rival", JOB.job_id)), b"")
-    await keys(store)
-    before = open_descriptors()
-    for listing in (store.list_job(JOB), store.list_jobs()):
+    for items in (store._tree.parts(JOB), store._tree.jobs()):
+        listing = store._paged(items)
         async for _ in listing:
             break
+        assert inspect.getgeneratorstate(items) == inspect.GEN_SUSPENDED
         assert isinstance(listing, AsyncGenerator)
         await listing.aclose()
-    assert open_descriptors() == before
+        assert inspect.getgeneratorstate(items) == inspect.GEN_CLOSED

@@ -7,7 +7,7 @@ import string
 from uuid import UUID
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from exportd_server.store.key import JobPrefix, OutputKey, OutputKind
@@ -32,11 +32,13 @@ JOB_ID = "0197c1f0-7a3e-7000-8000-000000000001"
 GOOD = f"acme/{JOB_ID}/output/000001-000002.3"
 
 
+@settings(deadline=None)
 @given(output_keys)
 def test_a_key_reads_back_from_its_text(key: OutputKey) -> None:
     assert OutputKey.parse(str(key)) == key
 
 
+@settings(deadline=None)
 @given(output_keys)
 def test_a_key_is_four_plain_segments(key: OutputKey) -> None:
     """No `..`, no separator within a segment, no control character, no hidden name, and
@@ -51,11 +53,13 @@ def test_a_key_is_four_plain_segments(key: OutputKey) -> None:
     assert len(text.encode()) <= 1024
 
 
+@settings(deadline=None)
 @given(output_keys, output_keys)
 def test_different_keys_have_different_texts(one: OutputKey, two: OutputKey) -> None:
     assert (one == two) == (str(one) == str(two))
 
 
+@settings(deadline=None)
 @given(output_keys)
 def test_keys_of_different_kinds_never_collide(key: OutputKey) -> None:
     of_each_kind = {
@@ -65,18 +69,21 @@ def test_keys_of_different_kinds_never_collide(key: OutputKey) -> None:
     assert len(of_each_kind) == len(OutputKind)
 
 
+@settings(deadline=None)
 @given(output_keys, st.integers(0, 2**63 - 1))
 def test_keys_of_different_tokens_never_collide(key: OutputKey, token: int) -> None:
     other = OutputKey(key.prefix, key.kind, key.shard, key.sequence, token)
     assert (str(other) == str(key)) == (token == key.token)
 
 
+@settings(deadline=None)
 @given(prefixes, prefixes)
 def test_no_job_lies_within_another_one(one: JobPrefix, two: JobPrefix) -> None:
     if one != two:
         assert not f"{one}/".startswith(f"{two}/")
 
 
+@settings(deadline=None)
 @given(
     st.one_of(
         st.text(),

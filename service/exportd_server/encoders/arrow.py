@@ -27,8 +27,13 @@ class ArrowEncoder:
             schema,
             options=pa.ipc.IpcWriteOptions(compression=_CODECS[output.arrow.compression]),
         )
-        # The writer puts the schema out with the first batch, or at the end.
-        self.prefix_bytes = len(schema.serialize())
+        # The writer would put the schema out with the first batch, or at the end; whoever
+        # keeps checksums of the prefix wants it now.
+        message = memoryview(schema.serialize())
+        with self._tap.open():
+            self._tap.write(message)
+        self._tap.skip(len(message))
+        self.prefix_bytes = len(message)
         self.suffix_bytes = 0
 
     @property
@@ -47,7 +52,7 @@ class ArrowEncoder:
 
     def close(self) -> None:
         """Write the mark of the end."""
-        before = max(self._tap.written, self.prefix_bytes)
+        before = self._tap.written
         with self._tap.open(), encoding():
             self._writer.close()
         self.suffix_bytes = self._tap.written - before

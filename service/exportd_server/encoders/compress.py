@@ -164,6 +164,7 @@ class Tap:
         self._sink = sink
         self._small = bytearray()
         self._flowing = False
+        self._skipping = 0
         self.written = 0
         self.closed = False
 
@@ -183,7 +184,9 @@ class Tap:
 
     def write(self, data: Any, /) -> int:
         """Take all of `data`."""
-        view = memoryview(data)
+        size = memoryview(data).nbytes
+        view = memoryview(data)[self._skipping :]
+        self._skipping = max(0, self._skipping - size)
         if self._flowing:
             if view.nbytes < _SMALL:
                 self._small += view
@@ -193,7 +196,11 @@ class Tap:
                 self._drain()
                 self._sink.write(view)
             self.written += view.nbytes
-        return view.nbytes
+        return size
+
+    def skip(self, size: int) -> None:
+        """Leave out the next `size` bytes: they were written before."""
+        self._skipping = size
 
     def tell(self) -> int:
         """Bytes taken so far."""

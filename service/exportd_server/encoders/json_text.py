@@ -20,6 +20,8 @@ from exportd_server.encoders.values import (
     is_list,
     is_text,
     join,
+    list_offsets,
+    map_entries,
     polars_frame,
     simple,
     string_array,
@@ -140,7 +142,7 @@ def _float(array: pa.Array) -> pa.Array:
 
 def _map(array: pa.Array) -> pa.Array:
     kind = array.type
-    entries = _entries(array)
+    entries = map_entries(array)
     keys, values = entries.flatten().flatten()
     keys = simple(keys)
     if not (is_text(keys.type) and is_text(_unwrapped(kind.key_type))):
@@ -152,31 +154,11 @@ def _map(array: pa.Array) -> pa.Array:
     return _in_list(entries, join(keys, ":", json_text(values)), "{", "}")
 
 
-def _entries(array: pa.Array) -> pa.Array:
-    """A map as the list of pairs that it is in memory; a cast would copy it."""
-    fields = [
-        pa.field("key", array.type.key_type, nullable=False),
-        pa.field("value", array.type.item_type),
-    ]
-    pairs = pa.StructArray.from_arrays([array.keys, array.items], fields=fields)
-    return pa.Array.from_buffers(
-        pa.list_(pairs.type),
-        len(array),
-        array.buffers()[:2],
-        offset=array.offset,
-        children=[pairs],
-    )
-
-
 def _unwrapped(kind: pa.DataType) -> pa.DataType:
     return kind.value_type if pat.is_dictionary(kind) else kind
 
 
 def _in_list(array: pa.Array, texts: pa.Array, opening: str, closing: str) -> pa.Array:
     """The texts of all the items, in order, as one text for each list."""
-    valid = array.is_valid()
-    lengths = pc.if_else(valid, pc.list_value_length(array), 0).cast(pa.int32())
-    ends = pc.cumulative_sum_checked(lengths)
-    offsets = pa.concat_arrays([pa.array([0], pa.int32()), ends])
-    joined = pc.binary_join(pa.ListArray.from_arrays(offsets, texts), ",")
-    return pc.if_else(valid, join(opening, joined, closing), _NULL)
+    joined = pc.binary_join(pa.ListArray.from_arrays(list_offsets(array), texts), ",")
+    return pc.if_else(array.is_valid(), join(opening, joined, closing), _NULL)

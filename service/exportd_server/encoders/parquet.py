@@ -12,7 +12,14 @@ import pyarrow.types as pat
 
 from exportd_server.encoders.base import ByteSink, OutputFormat, ParquetCompression
 from exportd_server.encoders.compress import Tap
-from exportd_server.encoders.values import conform, encoding, is_list, simple
+from exportd_server.encoders.values import (
+    conform,
+    encoding,
+    is_list,
+    list_offsets,
+    map_entries,
+    simple,
+)
 
 _GROUP_BYTES = 64 << 20
 _SAMPLE_ROWS = 8192
@@ -85,13 +92,8 @@ class ParquetEncoder:
         columns = []
         for field, column in zip(self._carried, batch.columns, strict=True):
             with encoding(field.name):
-                if column.type != field.type:
-                    # Intervals and runs need more than a cast.
-                    columns.append(_unpacked(column).cast(field.type))
-                else:
-                    columns.append(column)
-        with encoding():
-            return pa.RecordBatch.from_arrays(columns, schema=self._carried)
+                columns.append(carry(column, field.type))
+        return pa.RecordBatch.from_arrays(columns, schema=self._carried)
 
     def _write_group(self) -> None:
         table = pa.Table.from_batches(self._batches, self._carried)
@@ -138,10 +140,49 @@ def carried(kind: pa.DataType) -> pa.DataType:
     return kind
 
 
-def _unpacked(array: pa.Array) -> pa.Array:
+def carry(array: pa.Array, kind: pa.DataType) -> pa.Array:
+    """The values under the type that `carried` gives.
+
+    Arrow's own cast does it for flat columns alone: of lists in views it makes invalid
+    ones.
+    """
+    if array.type == kind:
+        return array
     if pat.is_interval(array.type) or pat.is_run_end_encoded(array.type):
-        return simple(array)
-    return array
+        return simple(array).cast(kind)
+    if pat.is_struct(kind):
+        children = zip(array.flatten(), kind, strict=True)
+        return pa.StructArray.from_arrays(
+            [carry(child, field.type) for child, field in children],
+            fields=list(kind),
+            mask=array.is_null(),
+        )
+    if pat.is_map(kind):
+        entries = map_entries(array)
+        keys, values = entries.flatten().flatten()
+        return pa.MapArray.from_arrays(
+            list_offsets(entries),
+            carry(keys, kind.key_type),
+            carry(values, kind.item_type),
+            type=kind,
+            mask=array.is_null(),
+        )
+    if pat.is_fixed_size_list(kind):
+        size = kind.list_size
+        items = array.values.slice(array.offset * size, len(array) * size)
+        return pa.FixedSizeListArray.from_arrays(
+            carry(items, kind.value_type), type=kind, mask=array.is_null()
+        )
+    if is_list(kind):
+        make = pa.LargeListArray if pat.is_large_list(kind) else pa.ListArray
+        offsets = list_offsets(array)
+        return make.from_arrays(
+            offsets.cast(pa.int64()) if pat.is_large_list(kind) else offsets,
+            carry(array.flatten(), kind.value_type),
+            type=kind,
+            mask=array.is_null(),
+        )
+    return array.cast(kind)
 
 
 def _is_large(kind: pa.DataType) -> bool:

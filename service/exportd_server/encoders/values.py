@@ -166,6 +166,30 @@ def is_list(kind: pa.DataType) -> bool:
     )
 
 
+def list_offsets(array: pa.Array) -> pa.Array:
+    """Where each list begins in `array.flatten()`, and where the last one ends; for any
+    layout of lists."""
+    lengths = pc.if_else(array.is_valid(), pc.list_value_length(array), 0)
+    ends = pc.cumulative_sum_checked(lengths.cast(pa.int32()))
+    return pa.concat_arrays([pa.array([0], pa.int32()), ends])
+
+
+def map_entries(array: pa.Array) -> pa.Array:
+    """A map as the list of pairs that it is in memory, uncopied."""
+    fields = [
+        pa.field("key", array.type.key_type, nullable=False),
+        pa.field("value", array.type.item_type),
+    ]
+    pairs = pa.StructArray.from_arrays([array.keys, array.items], fields=fields)
+    return pa.Array.from_buffers(
+        pa.list_(pairs.type),
+        len(array),
+        array.buffers()[:2],
+        offset=array.offset,
+        children=[pairs],
+    )
+
+
 _Step = Callable[[pa.Array], pa.Array]
 
 

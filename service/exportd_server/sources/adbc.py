@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 import adbc_driver_manager.dbapi
-import adbc_driver_postgresql.dbapi
+import adbc_driver_postgresql.dbapi  # type: ignore[import-untyped] - ships no types
 import adbc_driver_sqlite.dbapi
 import pyarrow as pa
 from sqlglot import exp
@@ -44,7 +44,7 @@ _CONNECT = {
 _LEAVE_SECONDS = 5.0
 
 
-class Misfit(Exception):  # noqa: N818 - always turned into ValueNotEncodable
+class Misfit(Exception):
     """A value of the column called `name` is not of its type."""
 
     def __init__(self, name: str) -> None:

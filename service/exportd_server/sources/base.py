@@ -232,5 +232,5 @@ class Source(Protocol):
         ...
 
 
-class SourceChanged(Exception):  # noqa: N818 - a signal to the job, not a failure
+class SourceChanged(Exception):
     """What is left of the shard no longer fits what was read of it."""

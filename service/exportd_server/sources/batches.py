@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -26,7 +26,7 @@ _REPEAT_SECONDS = 0.1
 
 def gather(
     batches: Iterable[pa.RecordBatch], *, rows: int = BATCH_ROWS, size: int = BATCH_BYTES
-) -> Iterator[pa.RecordBatch]:
+) -> Generator[pa.RecordBatch, None, None]:
     """Join small batches and cut large ones, keeping the order. Empty ones vanish."""
     held: list[pa.RecordBatch] = []
     held_rows = held_bytes = 0

@@ -143,9 +143,11 @@ class _Unread:
         return None
 
     def plan(self, query: Query) -> Plan:
+        del query
         raise SourceFailed("the dataset is not exportable")
 
     def open(self, query: Query, shard: Shard, *, skip_rows: int = 0) -> BatchStream:
+        del query, shard, skip_rows
         raise SourceFailed("the dataset is not exportable")
 
 
@@ -168,9 +170,7 @@ class _Loader:
             }
         )
 
-    def _fail(
-        self, key: str, problem: str, cause: BaseException | None = None
-    ) -> NoReturn:
+    def _fail(self, key: str, problem: str, cause: BaseException | None = None) -> NoReturn:
         where = f"{self._path}: {key}" if key else str(self._path)
         text = f"{where}: {problem}".replace("\n", " ").replace("\r", " ")
         raise ConfigurationError(text) from cause
@@ -328,9 +328,7 @@ class _Loader:
                 "file; sqlite:////path for an absolute one)",
             )
         if connection.statement_timeout_seconds is not None:
-            self._fail(
-                f"{key}.statement_timeout_seconds", "applies to postgresql:// only"
-            )
+            self._fail(f"{key}.statement_timeout_seconds", "applies to postgresql:// only")
         file = self._directory / unquote(url.removeprefix("sqlite:///"))
         if not file.is_file():
             self._fail(f"{key}.url", f"there is no file {file}")
@@ -360,9 +358,7 @@ class _Loader:
             text = text.replace(form, "***")
         return f"connection {entry.connection!r} cannot read it: {text}"
 
-    def _columns(
-        self, key: str, entry: _Dataset, source: Source
-    ) -> tuple[Column, ...]:
+    def _columns(self, key: str, entry: _Dataset, source: Source) -> tuple[Column, ...]:
         found = {column.name: column for column in source.columns()}
         for where, names in (
             ("columns", entry.columns or ()),
@@ -452,7 +448,7 @@ def _problem(location: tuple[int | str, ...], error: Mapping[str, object]) -> st
         model: type[_Model] = _File
         if len(location) > 1:
             model = _MODELS.get(str(location[0]), _File)
-        if len(location) > 3:  # noqa: PLR2004 - datasets.NAME.column.NAME.key
+        if len(location) > 3:  # datasets.NAME.column.NAME.key
             model = _Column
         names = [field.alias or name for name, field in model.model_fields.items()]
         return "unknown key" + _suggest(str(location[-1]), names)

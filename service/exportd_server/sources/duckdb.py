@@ -71,7 +71,7 @@ _DIALECT = Dialect(
 )
 
 
-class _Misfit(Exception):  # noqa: N818 - always turned into ValueNotEncodable
+class _Misfit(Exception):
     """A value is not of its column's type; `name` is the column's, None when the engine
     does not say which one."""
 
@@ -107,9 +107,8 @@ def _list_files(pattern: str) -> _Listing:
     """The files that a pattern means now, in the order they are read in."""
     digest = hashlib.sha256()
     newest = 0.0
-    paths = sorted(
-        path for path in glob.glob(pattern, recursive=True) if Path(path).is_file()
-    )
+    found = glob.glob(pattern, recursive=True)  # noqa: PTH207 - the pattern is absolute
+    paths = sorted(path for path in found if Path(path).is_file())
     try:
         for path in paths:
             stat = os.stat(path)  # noqa: PTH116 - one call for each of many files
@@ -200,9 +199,10 @@ class FileSource:
     """The rows of files that match a pattern, file after file in the order of their
     names.
 
-    `pattern` is absolute; `FileNotFoundError` says that no file matches it. `types` declares columns whose type is not to be guessed. A
-    plan's state is a digest of the files' names, sizes and modification times: reading
-    begins only while it holds, and goes on after a crash only while it holds.
+    `pattern` is absolute; `FileNotFoundError` says that no file matches it. `types`
+    declares columns whose type is not to be guessed. A plan's state is a digest of the
+    files' names, sizes and modification times: reading begins only while it holds, and
+    goes on after a crash only while it holds.
     """
 
     def __init__(
@@ -261,9 +261,7 @@ class FileSource:
         listing = _list_files(self._pattern)
         if listing.digest != state["digest"]:
             raise SourceChanged
-        if skip_rows and not (
-            state["settled"] and state["engine"] == duckdb.__version__
-        ):
+        if skip_rows and not (state["settled"] and state["engine"] == duckdb.__version__):
             raise SourceChanged
         tree, _ = sql.select(
             _DIALECT,
@@ -284,7 +282,11 @@ class FileSource:
         return _reader(self._format, paths, types)
 
     def _describe(
-        self, engine: duckdb.DuckDBPyConnection, paths: Sequence[str], *, whole: bool = False
+        self,
+        engine: duckdb.DuckDBPyConnection,
+        paths: Sequence[str],
+        *,
+        whole: bool = False,
     ) -> tuple[dict[str, str], dict[str, str]]:
         """The engine's type of each column, and the type that its file is read as."""
         reader = _reader(self._format, paths, None)
@@ -307,9 +309,7 @@ class FileSource:
     def _build(
         self, engine: duckdb.DuckDBPyConnection, paths: Sequence[str]
     ) -> dict[str, Field]:
-        values = {
-            name: self._value(name, kind) for name, kind in self._names.items()
-        }
+        values = {name: self._value(name, kind) for name, kind in self._names.items()}
         # Asking for no rows tells the exact Arrow types.
         tree = exp.Select(
             expressions=[exp.alias_(v, n, quoted=True) for n, v in values.items()]
@@ -356,9 +356,8 @@ class FileSource:
         with self._lock:
             if self._verified == listing.digest:
                 return
-            with _translated_misfit():
-                with contextlib.closing(_engine(listing.paths)) as engine:
-                    found, _ = self._describe(engine, listing.paths, whole=True)
+            with _translated_misfit(), contextlib.closing(_engine(listing.paths)) as engine:
+                found, _ = self._describe(engine, listing.paths, whole=True)
             for name in sorted(self._nested):
                 if found.get(name) != self._names[name]:
                     raise ValueNotEncodable(
@@ -446,14 +445,21 @@ class FileStream:
             raise SourceFailed("the dataset's files changed while they were read")
 
 
-def write_parquet(select: str, target: Path, *, row_group_rows: int = 122_880) -> None:
-    """Write the result of a query over generated rows to a Parquet file, row group by
-    row group, the same bytes each time. For the sample data."""
+def write_parquet(values: str, relation: str, target: Path) -> None:
+    """Write expressions over generated rows to a Parquet file, row group by row group,
+    the same bytes each time. For the sample data; the SQL is its own."""
     engine = duckdb.connect(config={"threads": 1, "memory_limit": "512MB"})
+    tree = exp.select(sql.raw(values)).from_(sql.raw(relation))
     with contextlib.closing(engine):
         engine.execute("SET TimeZone = 'UTC'")
+        text = sql.render(_DIALECT, tree)
         path = sql.render(_DIALECT, sql.text(str(target)))
         engine.execute(
-            f"COPY ({select}) TO {path} (FORMAT parquet, COMPRESSION zstd, "
-            f"ROW_GROUP_SIZE {int(row_group_rows)})"
+            f"COPY ({text}) TO {path} (FORMAT parquet, COMPRESSION zstd, "
+            "ROW_GROUP_SIZE 122880)"
         )
+
+
+def engine_version() -> str:
+    """Version of DuckDB: another one may write other bytes."""
+    return duckdb.__version__

@@ -127,14 +127,13 @@ def _bytes(column: Column, text: str) -> bytes:
 
 
 def _date(column: Column, text: str) -> date:
+    mend = f"column {column.name} needs a calendar date, like 2026-01-31"
+    if not _DATE.fullmatch(text):
+        raise ValueError(mend)
     try:
-        if not _DATE.fullmatch(text):
-            raise ValueError
         return date.fromisoformat(text)
     except ValueError:
-        raise ValueError(
-            f"column {column.name} needs a calendar date, like 2026-01-31"
-        ) from None
+        raise ValueError(mend) from None
 
 
 def _microseconds(column: Column, fraction: str | None) -> int:

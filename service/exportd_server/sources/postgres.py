@@ -226,7 +226,8 @@ class Postgres:
                 sql.cast(
                     sql.cast(
                         sql.function(
-                            "pg_typeof", exp.column(exp.to_identifier(name, quoted=True), "q")
+                            "pg_typeof",
+                            exp.column(exp.to_identifier(name, quoted=True), "q"),
                         ),
                         "OID",
                     ),
@@ -237,8 +238,10 @@ class Postgres:
             for index, name in enumerate(names)
         ]
         one = exp.select(exp.Literal.number(1)).subquery("one")
-        probe = exp.select(*types).from_(one).join(
-            body.subquery("q"), on=exp.true(), join_type="left"
+        probe = (
+            exp.select(*types)
+            .from_(one)
+            .join(body.subquery("q"), on=exp.true(), join_type="left")
         )
         (oids,) = session.fetch(sql.render(POSTGRES, probe))
         base = " UNION ALL ".join(
@@ -295,7 +298,9 @@ def _reading(
     if built_in in _PLAIN:
         return name, _PLAIN[built_in]
     if built_in in _FINITE or built_in == "time":
-        return _finite(attribute.name, name, built_in), _FINITE.get(built_in, pa.time64("us"))
+        return _finite(attribute.name, name, built_in), _FINITE.get(
+            built_in, pa.time64("us")
+        )
     if built_in == "oid":
         return sql.cast(name, "BIGINT"), pa.int64()
     if built_in == "numeric":
@@ -331,8 +336,9 @@ def _declared(
 def _finite(column: str, value: exp.Expression, built_in: str) -> exp.Expression:
     """The value, or an error that names the column: what the driver makes of an infinity
     is garbage, and Arrow has no 24:00."""
+    good: exp.Expression
     if built_in == "time":
-        good: exp.Expression = exp.LT(
+        good = exp.LT(
             this=value.copy(), expression=sql.cast(exp.Literal.string("24:00:00"), "TIME")
         )
     else:
@@ -342,7 +348,9 @@ def _finite(column: str, value: exp.Expression, built_in: str) -> exp.Expression
             good = exp.and_(good, exp.LT(this=value.copy(), expression=last))
     to = {"timestamptz": "TIMESTAMPTZ"}.get(built_in, built_in.upper())
     marked = exp.DPipe(
-        this=exp.Literal.string(f"{MARK}{column.encode().hex()}:"), expression=_text(value), safe=True
+        this=exp.Literal.string(f"{MARK}{column.encode().hex()}:"),
+        expression=_text(value),
+        safe=True,
     )
     return exp.Case().when(good, value.copy()).else_(sql.cast(exp.paren(marked), to))
 

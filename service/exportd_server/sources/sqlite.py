@@ -111,9 +111,11 @@ class Sqlite:
             name = _VIEW
             body = exp.select("*").from_(relation.copy())
             session.run(f'CREATE TEMP VIEW "{name}" AS {sql.render(SQLITE, body)}')
+        info = sql.function("pragma_table_xinfo", sql.text(name))
         listed = session.fetch(
-            "SELECT name, type, hidden, \"notnull\" AS required FROM pragma_table_xinfo("
-            f"{sql.render(SQLITE, sql.text(name))}) ORDER BY cid"
+            sql.render(
+                SQLITE, exp.select("name", "type", "hidden", '"notnull"').from_(info)
+            )
         )
         listed = [row for row in listed if row["hidden"] != 1]
         if not listed:
@@ -126,7 +128,7 @@ class Sqlite:
                 Column(
                     row["name"],
                     types.get(row["name"]) or declared[row["name"]] or seen[row["name"]],
-                    nullable=not row["required"],
+                    nullable=not row["notnull"],
                 ),
                 native=row["name"] not in types and declared[row["name"]] is not None,
             )
@@ -173,9 +175,7 @@ class Sqlite:
         body = tree.copy()
         body.set("expressions", [exp.alias_(guard, "_bad"), *body.expressions])
         names = ["_bad", *(f"_{index}" for index in range(len(fields)))]
-        head = exp.select(
-            *[exp.alias_(s, n) for s, n in zip(samples, names, strict=True)]
-        )
+        head = exp.select(*[exp.alias_(s, n) for s, n in zip(samples, names, strict=True)])
         rows = exp.select("*").from_(body.subquery("rows_"))
         return exp.union(head, rows, distinct=False)
 
@@ -188,10 +188,13 @@ class Sqlite:
         worst = pc.max(batch.column(0)).as_py()
         if worst:
             raise Misfit(fields[worst - 1].column.name)
-        return [
-            _typed(array, field.column.type)
-            for array, field in zip(batch.columns[1:], fields, strict=True)
-        ]
+        arrays = []
+        for array, field in zip(batch.columns[1:], fields, strict=True):
+            try:
+                arrays.append(_typed(array, field.column.type))
+            except pa.ArrowInvalid as error:
+                raise Misfit(field.column.name) from error
+        return arrays
 
     def fingerprint(self) -> Mapping[str, Any] | None:
         """Of the file and its write-ahead log: sizes, modification times, and the header
@@ -320,19 +323,19 @@ def _lossless_text(value: exp.Expression) -> exp.Expression:
     exact = _call("printf", "%!.17g", value)
     real = exp.EQ(this=_call("typeof", value), expression=exp.Literal.string("real"))
     return (
-        exp.Case()
-        .when(exp.and_(real, exp.Not(this=exp.paren(same))), exact)
-        .else_(short)
+        exp.Case().when(exp.and_(real, exp.Not(this=exp.paren(same))), exact).else_(short)
     )
 
 
 def _field(column: Column, *, native: bool) -> SqliteField:
     """How to read a column. `native`: its declared type is the one it is read as, so it
     can be compared as it is, by its indexes."""
-    name = sql.identifier(column.name)
+    name: exp.Expression = sql.identifier(column.name)
+    good: exp.Expression
+    value: exp.Expression
+    sample: exp.Expression = exp.Literal.string("")
     kind = column.type
     null = exp.Is(this=name.copy(), expression=exp.Null())
-    sample: exp.Expression = exp.Literal.string("")
     if pat.is_integer(kind):
         good, value, sample = _is(name, "integer"), name, exp.Literal.number(0)
         if not pat.is_int64(kind):
@@ -380,7 +383,11 @@ def _temporal(name: exp.Expression, kind: pa.DataType) -> tuple[Any, Any]:
 
 
 def _typed(array: pa.Array, kind: pa.DataType) -> pa.Array:
-    """Timestamps are written without their zone, which is UTC."""
-    if pat.is_timestamp(kind) and kind.tz is not None and pat.is_string(array.type):
+    """Text as the types that Arrow does not read it as: timestamps are written without
+    their zone, which is UTC, and a time of day is read as one of the first day."""
+    if pat.is_timestamp(kind):
         return array.cast(NAIVE_MICROS).cast(kind)
+    if pat.is_time(kind):
+        day = pc.binary_join_element_wise("1970-01-01", array, " ")
+        return day.cast(NAIVE_MICROS).view(pa.int64()).view(kind)
     return array

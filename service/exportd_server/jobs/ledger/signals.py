@@ -113,6 +113,10 @@ class Signals:
         finally:
             self._idle.remove(event)
 
+    def idlers(self) -> int:
+        """How many wait for work."""
+        return len(self._idle)
+
     # --- waiting for jobs
 
     @contextmanager

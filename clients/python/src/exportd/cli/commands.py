@@ -26,25 +26,17 @@ from exportd.cli.where import parse_duration, parse_moment, parse_where
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
-EXIT_CODES: Sequence[tuple[int, str, tuple[type[errors.ExportdError], ...]]] = (
-    (
-        3,
-        "not found, or expired",
-        (errors.NotFound,),
-    ),
-    (
-        7,
-        "not possible now: the job has not finished, a conflict, a file in the way",
-        (errors.PreconditionFailed,),
-    ),
-    (2, "wrong usage or request", (errors.InvalidRequest,)),
-    (4, "the job failed or was cancelled", (errors.JobEnded,)),
-    (5, "the server cannot be reached, or takes too long", (errors.Unavailable,)),
-    (5, "", (errors.TimedOut,)),
-    (6, "the data is corrupt", (errors.DataLoss,)),
-    (8, "a quota is used up", (errors.QuotaExceeded,)),
+EXIT_CODES: Sequence[tuple[type[errors.ExportdError], int]] = (
+    (errors.InvalidRequest, 2),
+    (errors.NotFound, 3),
+    (errors.JobEnded, 4),
+    (errors.Unavailable, 5),
+    (errors.TimedOut, 5),
+    (errors.DataLoss, 6),
+    (errors.PreconditionFailed, 7),
+    (errors.QuotaExceeded, 8),
 )
-"""Exit code, what it means, which errors have it. All others: 1."""
+"""Errors and their exit codes, which `EPILOG` explains; all others: 1."""
 
 INTERRUPTED = 130
 
@@ -214,7 +206,7 @@ def datasets(settings: Settings, name: str | None, as_json: bool) -> None:
 @click.option(
     "-o",
     "--download",
-    type=click.Path(path_type=Path),
+    type=click.Path(),
     metavar="PATH",
     help="Wait, then download to this file or directory.",
 )
@@ -228,7 +220,7 @@ def create(settings: Settings, /, dataset: str, **given: Any) -> None:
         if given["validate_only"]:
             _print_estimate(job, given["as_json"])
             return
-        path: Path | None = given["download"]
+        path: str | None = given["download"]
         if path is None and not given["wait"]:
             _print_created(job, given["as_json"])
             return
@@ -337,7 +329,7 @@ def delete(settings: Settings, job_id: str, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("job_id", metavar="JOB")
-@click.argument("path", required=False, type=click.Path(path_type=Path))
+@click.argument("path", required=False, type=click.Path())
 @click.option("--part", type=click.IntRange(min=0), help="Only this part.")
 @click.option(
     "--parallel",
@@ -352,7 +344,7 @@ def delete(settings: Settings, job_id: str, as_json: bool) -> None:
 @click.option("--force", is_flag=True, help="Replace a file that is there.")
 @json_option
 @click.pass_obj
-def download(settings: Settings, /, job_id: str, path: Path | None, **given: Any) -> None:
+def download(settings: Settings, /, job_id: str, path: str | None, **given: Any) -> None:
     """Download the output of JOB to PATH, a file or a directory; by default here, under
     the server's name. Prints the path. The same command again goes on where one ended."""
     with settings.client() as client:
@@ -406,7 +398,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 def exit_code(error: errors.ExportdError) -> int:
     """The exit code of an error."""
-    return next((code for code, _, kinds in EXIT_CODES if isinstance(error, kinds)), 1)
+    return next((code for kind, code in EXIT_CODES if isinstance(error, kind)), 1)
 
 
 def _export_options(client: Client, name: str, given: dict[str, Any]) -> ExportOptions:
@@ -456,7 +448,7 @@ def _wait(settings: Settings, job: Job, *, as_json: bool = False) -> None:
 
 
 def _download(
-    settings: Settings, job: Job, path: Path | None, *, as_json: bool, **plan: Any
+    settings: Settings, job: Job, path: str | None, *, as_json: bool, **plan: Any
 ) -> None:
     target = _default_path(job) if path is None else path
     again = f"exportd download {job.id}" + ("" if path is None else f" {path}")

@@ -1,0 +1,70 @@
+"""The server under measurement, in a process of its own, and what the kernel says of
+it."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CACHE = ROOT / ".data" / "bench"
+"""Sample data that is kept between runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A server process."""
+
+    address: str
+    pid: int
+
+    def memory_mib(self) -> float:
+        """Peak resident memory of the process since it began, in MiB."""
+        status = Path(f"/proc/{self.pid}/status").read_text(encoding="ascii")
+        kib = next(
+            line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")
+        )
+        return int(kib) / 1024
+
+
+@contextlib.contextmanager
+def server(data_dir: Path, catalogue: Path) -> Iterator[Measured]:
+    """Run a server with the default settings on a catalogue."""
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "exportd_server.cli", "serve"),
+            *("--listen", "127.0.0.1:0", "--data-dir", str(data_dir)),
+            *("--catalogue", str(catalogue), "--log-level", "warning"),
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        address = process.stdout.readline().strip()
+        assert address, "the server did not start"
+        yield Measured(address, process.pid)
+        process.terminate()
+        process.wait(60)
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def sample_data(rows: int) -> Path:
+    """Generate sample data of a size once; returns its catalogue."""
+    directory = CACHE / f"samples-{rows}"
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "exportd_server.cli", "samples"),
+            *(str(directory), "--rows", str(rows)),
+        ],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    return directory / "datasets.toml"

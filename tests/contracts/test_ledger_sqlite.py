@@ -1,0 +1,491 @@
+"""What the embedded ledger adds to the contract: one file, one process, no loss."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import sqlite3
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+import sqlalchemy as sa
+from alembic.config import Config
+from alembic.script import ScriptDirectory
+
+from exportd_server.errors import ConfigurationError, ErrorReason, ErrorRecord
+from exportd_server.jobs.ledger import schema
+from exportd_server.jobs.ledger.base import ClaimLimits, JobQuery, LeaseLost
+from exportd_server.jobs.ledger.sql import SqlLedger
+from exportd_server.jobs.ledger.sqlite import SqliteDatabase, open_sqlite_ledger
+from exportd_server.jobs.ledger.tables import METADATA, jobs, tasks
+from exportd_server.jobs.ledger.transaction import Transaction
+from exportd_server.jobs.model import JobState
+from tests.support.ledger import (
+    CLEANUP,
+    EXPORT,
+    LEASE,
+    REAP,
+    FakeClock,
+    World,
+    dump_sqlite,
+    part,
+    sqlite_world,
+)
+
+
+SOURCE_DOWN = ErrorRecord(ErrorReason.SOURCE_FAILED, "down")
+
+
+@pytest.fixture
+async def world(tmp_path: Path) -> AsyncIterator[World]:
+    async with sqlite_world(tmp_path) as world:
+        yield world
+
+
+def database_of(world: World) -> SqliteDatabase:
+    assert isinstance(world.ledger, SqlLedger)
+    assert isinstance(world.ledger._database, SqliteDatabase)
+    return world.ledger._database
+
+
+# --- the file is one process's
+
+
+async def test_a_second_process_on_the_file_is_refused_in_one_clear_line(
+    world: World, tmp_path: Path
+) -> None:
+    job = await world.create()
+    code = (
+        "import asyncio, sys\n"
+        "from pathlib import Path\n"
+        "from exportd_server.errors import ConfigurationError\n"
+        "from exportd_server.jobs.ledger.sqlite import open_sqlite_ledger\n"
+        "from exportd_server.platform.clock import SystemClock\n"
+        "try:\n"
+        "    asyncio.run(open_sqlite_ledger(Path(sys.argv[1]), SystemClock()))\n"
+        "except ConfigurationError as error:\n"
+        "    print(error)\n"
+    )
+    second = await asyncio.to_thread(
+        subprocess.run,
+        [sys.executable, "-c", code, str(tmp_path / "ledger.db")],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=True,
+    )
+    assert "another process has it open" in second.stdout
+    assert second.stdout.count("\n") == 1
+    assert (await world.job(job)).state is JobState.PENDING
+
+
+async def test_the_same_process_cannot_open_it_twice_either(
+    world: World, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigurationError, match="has it open"):
+        await open_sqlite_ledger(tmp_path / "ledger.db", FakeClock())
+
+
+async def test_a_closed_ledger_may_be_opened_again(tmp_path: Path) -> None:
+    for _ in range(2):
+        async with sqlite_world(tmp_path) as world:
+            await world.create()
+            await world.ledger.close()
+            await world.ledger.close()
+
+
+async def test_opening_makes_leased_tasks_due_and_counts_their_attempts(
+    tmp_path: Path,
+) -> None:
+    async with sqlite_world(tmp_path) as world:
+        job, lease = await world.running()
+        await world.ledger.add_part(lease, part(lease))
+        cancelled = await world.create("other")
+        await world.ledger.cancel_job("other", cancelled.job_id)
+        await world.lease(CLEANUP)
+        await world.lease(REAP)
+    async with sqlite_world(tmp_path) as world:
+        reopened = await world.job(job)
+        assert (reopened.state, reopened.attempt) == (JobState.PENDING, 1)
+        with pytest.raises(LeaseLost):
+            await world.ledger.complete_shard(lease)
+        heir = await world.lease()
+        assert (heir.task_id, heir.attempt) == (lease.task_id, 2)
+        assert await world.ledger.shard_parts(heir) == [part(lease)]
+        assert await world.finish(heir, 1)
+        assert len(await world.work_off()) == 2, "and what the dead one left is looked for"
+        assert await world.claim(REAP) is not None
+
+
+async def test_opening_fails_a_job_that_took_down_every_process_it_ran_in(
+    tmp_path: Path,
+) -> None:
+    async with sqlite_world(tmp_path) as world:
+        job = await world.create()
+    for _ in range(5):
+        async with sqlite_world(tmp_path) as world:
+            assert (await world.job(job)).state is JobState.PENDING
+            await world.lease()
+    async with sqlite_world(tmp_path) as world:
+        ended = await world.job(job)
+        assert ended.error is not None
+        assert ended.error.reason is ErrorReason.ATTEMPTS_EXHAUSTED
+        assert await world.claim() is None
+
+
+# --- its tables
+
+
+async def test_the_migrations_make_the_tables_the_statements_are_written_for(
+    world: World, tmp_path: Path
+) -> None:
+    def shape(path: Path) -> dict[str, str]:
+        connection = sqlite3.connect(path)
+        rows = connection.execute(
+            "SELECT name, sql FROM sqlite_master "
+            "WHERE sql IS NOT NULL AND name <> 'alembic_version'"
+        ).fetchall()
+        connection.close()
+        return {name: re.sub(r"\s+", " ", sql) for name, sql in rows}
+
+    declared = sa.create_engine(f"sqlite:///{tmp_path / 'declared.db'}")
+    METADATA.create_all(declared)
+    declared.dispose()
+    assert shape(tmp_path / "ledger.db") == shape(tmp_path / "declared.db")
+
+
+def test_the_newest_version_is_the_scripts() -> None:
+    config = Config()
+    config.set_main_option("script_location", str(schema.MIGRATIONS))
+    assert ScriptDirectory.from_config(config).get_heads() == [schema.HEAD]
+
+
+async def test_a_database_of_a_later_release_is_refused(tmp_path: Path) -> None:
+    async with sqlite_world(tmp_path) as world:
+        await world.create()
+    path = tmp_path / "ledger.db"
+    with sqlite3.connect(path) as connection:
+        connection.execute("UPDATE alembic_version SET version_num = '9999'")
+    connection.close()
+    before = dump_sqlite(path)
+    with pytest.raises(ConfigurationError, match="version 9999") as caught:
+        await open_sqlite_ledger(path, FakeClock())
+    assert "\n" not in str(caught.value)
+    assert dump_sqlite(path) == before
+
+
+async def test_somebody_elses_database_is_refused_and_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "theirs.db"
+    with sqlite3.connect(path) as connection:
+        connection.execute("CREATE TABLE jobs (title TEXT)")
+    connection.close()
+    with pytest.raises(ConfigurationError, match="not a ledger's") as caught:
+        await open_sqlite_ledger(path, FakeClock())
+    assert "\n" not in str(caught.value)
+    connection = sqlite3.connect(path)
+    assert connection.execute("SELECT name FROM sqlite_master").fetchall() == [("jobs",)]
+    connection.close()
+
+
+async def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("dear diary, " * 100)
+    with pytest.raises(ConfigurationError, match="not a database") as caught:
+        await open_sqlite_ledger(path, FakeClock())
+    assert "\n" not in str(caught.value)
+    assert path.read_text() == "dear diary, " * 100
+
+
+async def test_a_path_that_cannot_be_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "file" / "ledger.db"):
+        with pytest.raises(ConfigurationError, match="read and write"):
+            await open_sqlite_ledger(path, FakeClock())
+
+
+async def test_what_was_refused_is_not_held(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.db"
+    path.write_bytes(b"no database at all" * 100)
+    with pytest.raises(ConfigurationError):
+        await open_sqlite_ledger(path, FakeClock())
+    path.unlink()
+    await (await open_sqlite_ledger(path, FakeClock())).close()
+
+
+async def test_a_new_ledger_makes_its_folder_and_is_the_owners_alone(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "a" / "b" / "ledger.db"
+    ledger = await open_sqlite_ledger(path, FakeClock())
+    await ledger.get_job("acme", "x")
+    for file in path.parent.iterdir():
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600, file
+    await ledger.close()
+
+
+# --- durability
+
+
+async def test_every_connection_syncs_each_commit_and_minds_foreign_keys(
+    world: World,
+) -> None:
+    def pragmas(tx: Transaction) -> tuple[Any, ...]:
+        return tuple(
+            tx.connection.exec_driver_sql(f"PRAGMA {name}").scalar_one()
+            for name in ("journal_mode", "synchronous", "foreign_keys", "query_only")
+        )
+
+    full = 2
+    database = database_of(world)
+    assert await database.write(pragmas) == ("wal", full, 1, 0)
+    for reading in await asyncio.gather(*(database.read(pragmas) for _ in range(4))):
+        assert reading == ("wal", full, 1, 1)
+
+
+async def test_a_process_killed_in_the_middle_leaves_a_usable_file(
+    tmp_path: Path,
+) -> None:
+    """The child works on jobs without a pause and says what it knows to be durable;
+    killed at some moment, nothing it said is lost and nothing is half done."""
+    path = tmp_path / "ledger.db"
+    promised: list[dict[str, str]] = []
+    for round_ in range(3):
+        child = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "tests.support.ledger_child",
+            str(path),
+            str(round_),
+            stdout=subprocess.PIPE,
+            cwd=Path(__file__).parents[2],
+        )
+        assert child.stdout is not None
+        async with asyncio.timeout(60):
+            lines = [await child.stdout.readline() for _ in range(40 + 17 * round_)]
+        child.kill()
+        rest, _ = await child.communicate()
+        # A last line may be cut off: then it was not said.
+        promised += [json.loads(line) for line in (*lines, *rest.split(b"\n")[:-1])]
+
+    connection = sqlite3.connect(path)
+    assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    connection.close()
+    ledger = await open_sqlite_ledger(path, FakeClock())
+    states = {
+        job.job_id: job for job in await ledger.list_jobs("acme", JobQuery(), limit=100_000)
+    }
+    final = {entry["job_id"]: entry["said"] for entry in promised}
+    assert len(final) > 10
+    for job_id, said in final.items():
+        job = states[job_id]
+        if said in ("SUCCEEDED", "CANCELLED"):
+            assert job.state == said
+        assert job.state is not JobState.RUNNING, "its worker is dead"
+        whole = await ledger.get_job("acme", job_id)
+        assert whole is not None
+        assert (whole.manifest is not None) == (whole.state is JobState.SUCCEEDED)
+        if whole.manifest is not None:
+            assert [p.sequence for p in whole.manifest.parts] == [0, 1]
+    while await ledger.claim("w", EXPORT, lease=LEASE) is not None:
+        pass
+    await ledger.close()
+
+
+# --- beside the event loop
+
+
+async def test_a_slow_database_does_not_hold_up_the_event_loop(
+    world: World, tmp_path: Path
+) -> None:
+    """A foreign tool holds the write lock: creating waits, the loop and reads do not."""
+    job = await world.create()
+    foreign = sqlite3.connect(tmp_path / "ledger.db", isolation_level=None)
+    foreign.execute("BEGIN IMMEDIATE")
+    creating = asyncio.create_task(world.create())
+    slowest = 0.0
+    begun = time.perf_counter()
+    while time.perf_counter() - begun < 0.3:
+        tick = time.perf_counter()
+        assert (await world.job(job)).state is JobState.PENDING
+        await asyncio.sleep(0)
+        slowest = max(slowest, time.perf_counter() - tick)
+    assert not creating.done()
+    foreign.execute("ROLLBACK")
+    foreign.close()
+    async with asyncio.timeout(15):
+        await creating
+    assert slowest < 0.25
+
+
+# --- cost
+
+
+async def test_a_long_backlog_costs_no_scan(world: World) -> None:
+    """No statement of a job's whole life, nor of the lists and the reaper, reads a table
+    from end to end: SQLite's plan for each statement that was run says how it looks."""
+    database = database_of(world)
+    seen: dict[str, Any] = {}
+    for engine in (database._writer, database._readers):
+
+        @sa.event.listens_for(engine, "before_cursor_execute")
+        def note(
+            _c: Any, _cursor: Any, statement: str, parameters: Any, _x: Any, many: bool
+        ) -> None:
+            if not many:
+                seen[statement] = parameters
+
+    await one_of_everything(world)
+    scans = {}
+    connection = sqlite3.connect(database._path)
+    for statement, parameters in seen.items():
+        if not re.match(r"SELECT|UPDATE|DELETE|WITH", statement):
+            continue
+        plan = connection.execute(f"EXPLAIN QUERY PLAN {statement}", parameters)
+        steps = [step for *_, step in plan]
+        assert steps or statement.startswith("DELETE") or "INSERT" in statement
+        bad = [s for s in steps if re.match(r"SCAN (jobs|tasks|parts|labels|tenants)", s)]
+        if bad:
+            scans[statement] = bad
+    connection.close()
+    assert len(seen) > 40
+    assert scans == {}
+
+
+async def one_of_everything(world: World) -> None:
+    ledger = world.ledger
+    job, lease = await world.running(2)
+    await world.create(labels={"a": "b", "c": "d"}, request_id="r")
+    await world.create(priority=3)
+    await ledger.create_job(world.new(request_id="r"), max_active=100)
+    await ledger.create_job(world.new(request_id="new"), max_active=100)
+    await ledger.record_progress(lease, rows=1, bytes_=1, rows_per_second=1)
+    await ledger.add_part(lease, part(lease))
+    await ledger.finished_parts("acme", job.job_id)
+    await ledger.shard_parts(lease)
+    await ledger.renew([lease], LEASE)
+    await ledger.release(lease)
+    world.clock.advance(1)
+    held = [await world.claim(limit=limit) for limit in (1, 1, None, None)]
+    for got in held:
+        if got is not None and got.job_id == job.job_id:
+            await ledger.fail_attempt(got, SOURCE_DOWN, retry_in=timedelta(0))
+            await ledger.restart_output(await world.lease())
+            break
+    else:
+        pytest.fail("the job was not claimed")
+    world.clock.advance(60)
+    await world.plan(await world.lease(), 2)
+    await ledger.wait_for_work(0.01)
+    await ledger.cancel_job("acme", job.job_id)
+    for query in (
+        JobQuery(),
+        JobQuery(states=frozenset({JobState.PENDING, JobState.FAILED})),
+        JobQuery(dataset="token_transfers"),
+        JobQuery(labels={"a": "b", "c": "d"}),
+        JobQuery(created_from=job.create_time, created_before=world.clock.now()),
+    ):
+        page = await ledger.list_jobs("acme", query, limit=2)
+        if page:
+            last = (page[-1].create_time, page[-1].job_id)
+            await ledger.list_jobs("acme", query, limit=2, before=last)
+    world.clock.advance(10**6)
+    reap = await world.lease(REAP)
+    assert await ledger.expire_jobs(reap, limit=10) == 1
+    await ledger.complete_reap(reap, again_in=LEASE)
+    done = await world.work_off()
+    assert done
+    await ledger.known_jobs([job.job_id])
+    await ledger.wait_for_change(job.job_id, 1, 0.01)
+
+
+async def test_a_claim_takes_no_longer_at_a_hundred_thousand_queued_jobs(
+    world: World,
+) -> None:
+    database = database_of(world)
+    first = await world.create("tenant-0")
+
+    def fill(tx: Transaction, begin: int, count: int) -> None:
+        def like(table: sa.Table, *keys: sa.ColumnElement[bool]) -> dict[str, Any]:
+            row = tx.connection.execute(sa.select(table).where(*keys)).mappings().one()
+            return dict(row)
+
+        job = like(jobs, jobs.c.job_id == first.job_id)
+        task = like(tasks, tasks.c.job_id == first.job_id)
+        del task["task_id"]
+        numbers = range(begin, begin + count)
+        ids = {n: str(UUID(int=2**64 + n)) for n in numbers}
+        tenant = {n: f"tenant-{n % 5}" for n in numbers}
+        tx.connection.execute(
+            sa.insert(jobs),
+            [job | {"job_id": ids[n], "tenant": tenant[n]} for n in numbers],
+        )
+        tx.connection.execute(
+            sa.insert(tasks),
+            [task | {"job_id": ids[n], "tenant": tenant[n]} for n in numbers],
+        )
+
+    async def steps_of_a_claim() -> int:
+        """Virtual-machine steps, which unlike time are the same on every run."""
+        steps = 0
+
+        def count() -> int:
+            nonlocal steps
+            steps += 1
+            return 0
+
+        def install(tx: Transaction, handler: Any) -> None:
+            connection = tx.connection.connection.driver_connection
+            assert isinstance(connection, sqlite3.Connection)
+            connection.set_progress_handler(handler, 10)
+
+        await database.write(lambda tx: install(tx, count))
+        for limits in (ClaimLimits(), ClaimLimits(3)):
+            lease = await world.ledger.claim("w", EXPORT, lease=LEASE, limits=limits)
+            assert lease is not None
+            await world.ledger.release(lease)
+        await database.write(lambda tx: install(tx, None))
+        return 10 * steps
+
+    await database.write(lambda tx: fill(tx, 0, 1_000))
+    few = await steps_of_a_claim()
+    await database.write(lambda tx: fill(tx, 1_000, 99_000))
+    many = await steps_of_a_claim()
+    assert 0 < many < 1.5 * few
+    assert few < 20_000
+
+
+async def test_a_commit_is_one_transaction_and_an_idle_claim_writes_nothing(
+    world: World, tmp_path: Path
+) -> None:
+    await world.claim()
+    journal = tmp_path / "ledger.db-wal"
+    before = journal.stat().st_size
+    for _ in range(10):
+        assert await world.claim() is None
+    assert journal.stat().st_size == before
+    await world.create()
+    assert journal.stat().st_size > before
+
+
+async def test_an_error_half_way_undoes_everything(world: World) -> None:
+    _, lease = await world.running()
+    before = world.dump()
+
+    def half(tx: Transaction) -> None:
+        tx.connection.execute(sa.delete(tasks))
+        raise RuntimeError("half way")
+
+    with pytest.raises(RuntimeError, match="half way"):
+        await database_of(world).write(half)
+    assert world.dump() == before
+    await world.ledger.renew([lease], timedelta(seconds=1))
+    assert world.dump() != before
