@@ -235,7 +235,7 @@ async def test_a_part_that_does_not_exist(server: Server) -> None:
 
 
 async def test_sql_in_a_filter_value_is_data(server: Server) -> None:
-    for text in ("' OR 1=1 --", "x'; DROP TABLE t; --", "\\", "%", "_", "\x00"):
+    for text in ("' OR 1=1 --", "x'; DROP TABLE t; --", "\\", "%", "_"):
         job = await rpc.export(
             server.stub,
             "token_transfers",

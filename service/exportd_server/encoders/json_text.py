@@ -84,7 +84,8 @@ def written_by_polars(array: pa.Array) -> bool:
 
 
 def _known(kind: pa.DataType) -> bool:
-    if is_list(kind) and not pat.is_list_view(kind) and not pat.is_large_list_view(kind):
+    if pat.is_list(kind) or pat.is_large_list(kind):
+        # The other layouts are unknown to Polars, or misread when they are sliced.
         return _known(kind.value_type)
     if pat.is_struct(kind):
         return kind.num_fields > 0 and all(_known(field.type) for field in kind)

@@ -133,6 +133,8 @@ class _Lowering:
 
     def carried(self, output: OutputFormat, names: tuple[str, ...]) -> None:
         known = [self.by_name[name] for name in names if name in self.by_name]
+        if not known:
+            return
         for name, why in unsupported(output, schema_of(known)):
             self.complain("format", f"{output.format} cannot carry {name}: {why}")
 

@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 import adbc_driver_manager.dbapi
-import adbc_driver_postgresql.dbapi  # type: ignore[import-untyped] - ships no types
+import adbc_driver_postgresql.dbapi  # type: ignore[import-untyped]
 import adbc_driver_sqlite.dbapi
 import pyarrow as pa
 from sqlglot import exp
@@ -66,7 +66,7 @@ class Vendor(Protocol):
         ...
 
     def describe(
-        self, session: Session, relation: exp.Expression, types: Mapping[str, pa.DataType]
+        self, session: Session, relation: exp.Expr, types: Mapping[str, pa.DataType]
     ) -> tuple[Field, ...]:
         """The columns of a relation; `types` declares some of them. Raises `SourceFailed`
         when there is no such relation."""
@@ -76,7 +76,7 @@ class Vendor(Protocol):
         """About how many rows a statement gives, where that is cheap to tell."""
         ...
 
-    def statement(self, tree: exp.Select, fields: Sequence[Field]) -> exp.Expression:
+    def statement(self, tree: exp.Select, fields: Sequence[Field]) -> exp.Expr:
         """The tree to run for a query's tree."""
         ...
 
@@ -201,7 +201,7 @@ class AdbcSource:
     def __init__(
         self,
         vendor: Vendor,
-        relation: exp.Expression,
+        relation: exp.Expr,
         types: Mapping[str, pa.DataType] | None = None,
     ) -> None:
         self._vendor = vendor

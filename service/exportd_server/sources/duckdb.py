@@ -142,17 +142,17 @@ def _engine(paths: Sequence[str]) -> duckdb.DuckDBPyConnection:
     return engine
 
 
-def _option(name: str, value: exp.Expression) -> exp.Expression:
+def _option(name: str, value: exp.Expr) -> exp.Expr:
     return exp.EQ(this=exp.to_identifier(name), expression=value)
 
 
 def _reader(
     file_format: FileFormat, paths: Sequence[str], types: Mapping[str, str] | None
-) -> exp.Expression:
+) -> exp.Expr:
     """The table function that reads files; `types` pins the columns' types, so that no
     file is guessed at anew."""
     files = exp.Array(expressions=[sql.text(path) for path in paths])
-    options: list[exp.Expression] = []
+    options: list[exp.Expr] = []
     pinned = exp.Struct(
         expressions=[
             exp.PropertyEQ(this=sql.text(name), expression=sql.text(kind))
@@ -178,7 +178,7 @@ def _reader(
     return sql.function(f"read_{file_format}", files, *options)
 
 
-def _guarded(name: str, kind: str) -> exp.Expression:
+def _guarded(name: str, kind: str) -> exp.Expr:
     """Text as a whole number, or an error that names the column: the engine's own
     conversion would round 2.5 in silence."""
     column = sql.identifier(name)
@@ -277,7 +277,7 @@ class FileSource:
             [self._fields[name].column for name in query.columns],
         )
 
-    def _relation(self, paths: Sequence[str]) -> exp.Expression:
+    def _relation(self, paths: Sequence[str]) -> exp.Expr:
         types = self._pinned if self._format != "parquet" else None
         return _reader(self._format, paths, types)
 
@@ -323,7 +323,7 @@ class FileSource:
             fields[name] = Field(column, value, value, value)
         return fields
 
-    def _value(self, name: str, kind: str) -> exp.Expression:
+    def _value(self, name: str, kind: str) -> exp.Expr:
         column = sql.identifier(name)
         declared = self._declared.get(name)
         if declared is not None:

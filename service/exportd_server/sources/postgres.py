@@ -93,7 +93,7 @@ _FINITE: dict[str, pa.DataType] = {
 _LAST_YEAR = "290000-01-01"
 
 
-def _collated(operand: exp.Expression) -> exp.Expression:
+def _collated(operand: exp.Expr) -> exp.Expr:
     return exp.Collate(
         this=exp.paren(operand), expression=exp.to_identifier("C", quoted=True)
     )
@@ -164,7 +164,7 @@ class Postgres:
         session.fetch(sql.render(POSTGRES, exp.select(*calls)))
 
     def describe(
-        self, session: Session, relation: exp.Expression, types: Mapping[str, pa.DataType]
+        self, session: Session, relation: exp.Expr, types: Mapping[str, pa.DataType]
     ) -> tuple[Field, ...]:
         """The columns, by the database's own catalogue."""
         if isinstance(relation, exp.Table):
@@ -184,7 +184,7 @@ class Postgres:
         (plan,) = rows[0].values()
         return int(json.loads(plan)[0]["Plan"]["Plan Rows"])
 
-    def statement(self, tree: exp.Select, fields: Sequence[Field]) -> exp.Expression:
+    def statement(self, tree: exp.Select, fields: Sequence[Field]) -> exp.Expr:
         """The tree as it is."""
         del fields
         return tree
@@ -210,7 +210,7 @@ class Postgres:
         name = sql.render(POSTGRES, sql.text(sql.render(POSTGRES, bare)))
         return self._attributes(session, _ATTRIBUTES.format(relation=name))
 
-    def _of_query(self, session: Session, relation: exp.Expression) -> list[_Attribute]:
+    def _of_query(self, session: Session, relation: exp.Expr) -> list[_Attribute]:
         """A temporary view keeps the digits that decimals are declared with. Where none
         may be made, as on a standby, the types are asked for without them."""
         with contextlib.suppress(SourceFailed), Session(_Writable(self)) as writable:
@@ -285,13 +285,11 @@ def _field(attribute: _Attribute, declared: pa.DataType | None) -> Field:
     return Field(column, value, exact, ordered)
 
 
-def _text(value: exp.Expression) -> exp.Expression:
+def _text(value: exp.Expr) -> exp.Expr:
     return sql.cast(value.copy(), "TEXT")
 
 
-def _reading(
-    name: exp.Expression, attribute: _Attribute
-) -> tuple[exp.Expression, pa.DataType]:
+def _reading(name: exp.Expr, attribute: _Attribute) -> tuple[exp.Expr, pa.DataType]:
     """What to read of a column, and the type it then has. `numeric` comes as text, which
     Arrow turns into decimals."""
     built_in = attribute.type
@@ -318,8 +316,8 @@ def _reading(
 
 
 def _declared(
-    name: exp.Expression, attribute: _Attribute, declared: pa.DataType
-) -> tuple[exp.Expression, pa.DataType]:
+    name: exp.Expr, attribute: _Attribute, declared: pa.DataType
+) -> tuple[exp.Expr, pa.DataType]:
     """A column that the operator gave a type: the database casts."""
     if pat.is_string(declared):
         value, kind = _reading(name, attribute)
@@ -333,10 +331,10 @@ def _declared(
     return value, declared
 
 
-def _finite(column: str, value: exp.Expression, built_in: str) -> exp.Expression:
+def _finite(column: str, value: exp.Expr, built_in: str) -> exp.Expr:
     """The value, or an error that names the column: what the driver makes of an infinity
     is garbage, and Arrow has no 24:00."""
-    good: exp.Expression
+    good: exp.Expr
     if built_in == "time":
         good = exp.LT(
             this=value.copy(), expression=sql.cast(exp.Literal.string("24:00:00"), "TIME")

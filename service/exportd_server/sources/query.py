@@ -30,7 +30,7 @@ from exportd_server.sources.base import (
     Scalar,
 )
 
-_COMPARISONS: dict[FilterOperator, Callable[..., exp.Expression]] = {
+_COMPARISONS: dict[FilterOperator, Callable[..., exp.Expr]] = {
     FilterOperator.EQUAL: exp.EQ,
     FilterOperator.NOT_EQUAL: exp.NEQ,
     FilterOperator.LESS: exp.LT,
@@ -54,9 +54,9 @@ class Field:
     compared, `text` the operand where text is ordered or searched."""
 
     column: Column
-    value: exp.Expression
-    operand: exp.Expression
-    text: exp.Expression
+    value: exp.Expr
+    operand: exp.Expr
+    text: exp.Expr
 
     @classmethod
     def plain(cls, column: Column) -> Field:
@@ -83,11 +83,11 @@ class Dialect:
     """
 
     name: str
-    number: Callable[[float, list[float]], exp.Expression]
-    boolean: Callable[[bool], exp.Expression]
-    binary: Callable[[bytes], exp.Expression]
-    starts_with: Callable[[exp.Expression, exp.Expression], exp.Expression]
-    contains: Callable[[exp.Expression, exp.Expression], exp.Expression]
+    number: Callable[[float, list[float]], exp.Expr]
+    boolean: Callable[[bool], exp.Expr]
+    binary: Callable[[bytes], exp.Expr]
+    starts_with: Callable[[exp.Expr, exp.Expr], exp.Expr]
+    contains: Callable[[exp.Expr, exp.Expr], exp.Expr]
     typed_moments: bool = True
 
 
@@ -96,7 +96,7 @@ def identifier(name: str) -> exp.Column:
     return exp.column(exp.to_identifier(name, quoted=True))
 
 
-def text(value: str) -> exp.Expression:
+def text(value: str) -> exp.Expr:
     """A string literal. Raises `ValueError` for text that SQL cannot carry."""
     if "\0" in value:
         raise ValueError("text must not contain U+0000")
@@ -104,28 +104,28 @@ def text(value: str) -> exp.Expression:
     return exp.Literal.string(value)
 
 
-def function(name: str, *arguments: exp.Expression) -> exp.Expression:
+def function(name: str, *arguments: exp.Expr) -> exp.Expr:
     """A function call, written exactly as named."""
     return exp.Anonymous(this=name, expressions=list(arguments))
 
 
-def cast(value: exp.Expression, to: str) -> exp.Expression:
+def cast(value: exp.Expr, to: str) -> exp.Expr:
     """A cast to a type in sqlglot's own notation."""
     return exp.Cast(this=value, to=exp.DataType.build(to))
 
 
-def raw(sql: str) -> exp.Expression:
+def raw(sql: str) -> exp.Expr:
     """Text of the operator's own, taken as it is. Never of a caller's."""
     return exp.Var(this=sql)
 
 
 def select(
     dialect: Dialect,
-    relation: exp.Expression,
+    relation: exp.Expr,
     fields: Mapping[str, Field],
     query: Query,
     *,
-    extra: Sequence[exp.Expression] = (),
+    extra: Sequence[exp.Expr] = (),
     skip_rows: int = 0,
 ) -> tuple[exp.Select, tuple[float, ...]]:
     """The tree of a query over a relation, and its parameters.
@@ -150,17 +150,17 @@ def select(
     return tree, tuple(parameters)
 
 
-def render(dialect: Dialect, tree: exp.Expression) -> str:
+def render(dialect: Dialect, tree: exp.Expr) -> str:
     """SQL text of a tree."""
     return tree.sql(dialect=dialect.name, comments=False)
 
 
 def _condition(
     dialect: Dialect, field: Field, condition: Filter, parameters: list[float]
-) -> exp.Expression:
+) -> exp.Expr:
     operator = condition.operator
 
-    def literal(value: Scalar) -> exp.Expression:
+    def literal(value: Scalar) -> exp.Expr:
         return _literal(dialect, field.column, value, parameters)
 
     match operator:
@@ -192,7 +192,7 @@ def _condition(
 
 def _literal(  # noqa: C901 - one arm for each kind of value
     dialect: Dialect, column: Column, value: Scalar, parameters: list[float]
-) -> exp.Expression:
+) -> exp.Expr:
     match column.kind, value:
         case ColumnKind.BOOLEAN, bool():
             return dialect.boolean(value)
@@ -231,7 +231,7 @@ def _literal(  # noqa: C901 - one arm for each kind of value
 _INT64_MAX = 2**63 - 1
 
 
-def _moment(dialect: Dialect, iso: str, to: str) -> exp.Expression:
+def _moment(dialect: Dialect, iso: str, to: str) -> exp.Expr:
     literal = exp.Literal.string(iso)
     return cast(literal, to) if dialect.typed_moments else literal
 

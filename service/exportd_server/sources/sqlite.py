@@ -40,7 +40,7 @@ _SQLITE_HEADER = 100
 _DIGITS = re.compile(r"\(\s*([0-9]+)\s*(?:,\s*([0-9]+)\s*)?\)")
 
 
-def _number(value: float, parameters: list[float]) -> exp.Expression:
+def _number(value: float, parameters: list[float]) -> exp.Expr:
     """A parameter: SQLite's own reading of digits may miss by the last bit."""
     if len(parameters) == _MAX_PARAMETERS:
         raise ValueError(f"at most {_MAX_PARAMETERS} floating point values")
@@ -48,13 +48,13 @@ def _number(value: float, parameters: list[float]) -> exp.Expression:
     return exp.Placeholder()
 
 
-def _starts_with(operand: exp.Expression, value: exp.Expression) -> exp.Expression:
+def _starts_with(operand: exp.Expr, value: exp.Expr) -> exp.Expr:
     length = sql.function("length", value.copy())
     head = sql.function("substr", operand, exp.Literal.number(1), length)
     return exp.EQ(this=_binary(head), expression=value)
 
 
-def _binary(operand: exp.Expression) -> exp.Expression:
+def _binary(operand: exp.Expr) -> exp.Expr:
     return exp.Collate(this=exp.paren(operand), expression=exp.Var(this="BINARY"))
 
 
@@ -76,8 +76,8 @@ class SqliteField(Field):
     """With a condition that a value of the column's type meets, and a value that fixes
     the type for the driver."""
 
-    good: exp.Expression
-    sample: exp.Expression
+    good: exp.Expr
+    sample: exp.Expr
 
 
 class Sqlite:
@@ -102,7 +102,7 @@ class Sqlite:
         session.fetch("SELECT COUNT(*) AS n FROM sqlite_master")
 
     def describe(
-        self, session: Session, relation: exp.Expression, types: Mapping[str, pa.DataType]
+        self, session: Session, relation: exp.Expr, types: Mapping[str, pa.DataType]
     ) -> tuple[Field, ...]:
         """The columns, by their declared types; those without one by the first rows."""
         if isinstance(relation, exp.Table):
@@ -136,7 +136,7 @@ class Sqlite:
         )
 
     def _seen(
-        self, session: Session, relation: exp.Expression, names: Sequence[str]
+        self, session: Session, relation: exp.Expr, names: Sequence[str]
     ) -> dict[str, pa.DataType]:
         inner = exp.select(*[sql.identifier(n) for n in names]).from_(relation.copy())
         kinds = [
@@ -161,10 +161,10 @@ class Sqlite:
         del session, statement, query
         return None
 
-    def statement(self, tree: exp.Select, fields: Sequence[Field]) -> exp.Expression:
+    def statement(self, tree: exp.Select, fields: Sequence[Field]) -> exp.Expr:
         """The tree with its guard column, after the row that fixes the types."""
         guard = exp.Case()
-        samples: list[exp.Expression] = [exp.Literal.number(0)]
+        samples: list[exp.Expr] = [exp.Literal.number(0)]
         for index, field in enumerate(fields, 1):
             if not isinstance(field, SqliteField):
                 raise TypeError(type(field).__name__)
@@ -250,13 +250,13 @@ def _declared(name: str) -> pa.DataType | None:
     return None
 
 
-def _call(name: str, *arguments: exp.Expression | str | int) -> exp.Expression:
+def _call(name: str, *arguments: exp.Expr | str | int) -> exp.Expr:
     """A function of expressions, texts and whole numbers."""
     return sql.function(
         name,
         *[
             each.copy()
-            if isinstance(each, exp.Expression)
+            if isinstance(each, exp.Expr)
             else exp.Literal.number(each)
             if isinstance(each, int)
             else exp.Literal.string(each)
@@ -265,18 +265,18 @@ def _call(name: str, *arguments: exp.Expression | str | int) -> exp.Expression:
     )
 
 
-def _is(value: exp.Expression, *kinds: str) -> exp.Expression:
+def _is(value: exp.Expr, *kinds: str) -> exp.Expr:
     return exp.In(
         this=_call("typeof", value),
         expressions=[exp.Literal.string(kind) for kind in (*kinds, "null")],
     )
 
 
-def _when(good: exp.Expression, value: exp.Expression) -> exp.Expression:
+def _when(good: exp.Expr, value: exp.Expr) -> exp.Expr:
     return exp.Case().when(good.copy(), value.copy())
 
 
-def _like(value: exp.Expression, pattern: str) -> exp.Expression:
+def _like(value: exp.Expr, pattern: str) -> exp.Expr:
     return exp.Glob(this=value.copy(), expression=exp.Literal.string(pattern))
 
 
@@ -284,7 +284,7 @@ _DATE_GLOB = "[0-9][0-9][0-9][0-9]-[0-9][0-9]-[0-9][0-9]"
 _CLOCK_GLOB = "[0-9][0-9]:[0-9][0-9]:[0-9][0-9]"
 
 
-def _moment(value: exp.Expression, glob: str, width: int) -> tuple[Any, Any]:
+def _moment(value: exp.Expr, glob: str, width: int) -> tuple[Any, Any]:
     """A condition for ISO text with up to six digits of a second, in UTC, and the one
     form of it whose order is that of time."""
     bare = _call("replace", _call("rtrim", value, "Z"), "+00:00", "")
@@ -316,7 +316,7 @@ def _moment(value: exp.Expression, glob: str, width: int) -> tuple[Any, Any]:
     return good, canon
 
 
-def _lossless_text(value: exp.Expression) -> exp.Expression:
+def _lossless_text(value: exp.Expr) -> exp.Expr:
     """A number as text that reads back as the same number."""
     short = sql.cast(value.copy(), "TEXT")
     same = exp.EQ(this=sql.cast(short.copy(), "REAL"), expression=value.copy())
@@ -330,10 +330,10 @@ def _lossless_text(value: exp.Expression) -> exp.Expression:
 def _field(column: Column, *, native: bool) -> SqliteField:
     """How to read a column. `native`: its declared type is the one it is read as, so it
     can be compared as it is, by its indexes."""
-    name: exp.Expression = sql.identifier(column.name)
-    good: exp.Expression
-    value: exp.Expression
-    sample: exp.Expression = exp.Literal.string("")
+    name: exp.Expr = sql.identifier(column.name)
+    good: exp.Expr
+    value: exp.Expr
+    sample: exp.Expr = exp.Literal.string("")
     kind = column.type
     null = exp.Is(this=name.copy(), expression=exp.Null())
     if pat.is_integer(kind):
@@ -373,7 +373,7 @@ def _field(column: Column, *, native: bool) -> SqliteField:
     return SqliteField(column, value, text, text, good, sample)
 
 
-def _temporal(name: exp.Expression, kind: pa.DataType) -> tuple[Any, Any]:
+def _temporal(name: exp.Expr, kind: pa.DataType) -> tuple[Any, Any]:
     if pat.is_date(kind):
         typed = exp.EQ(this=_call("typeof", name), expression=exp.Literal.string("text"))
         return exp.and_(typed, _like(name, _DATE_GLOB)), name
