@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+from datetime import timedelta
 
 import grpc
 
@@ -18,7 +19,7 @@ def main() -> None:
     if kind == "export":
         with exportd.Client(address) as client:
             while True:
-                job = client.export("token_transfers", format="csv", ttl=60)
+                job = client.export("token_transfers", format="csv", ttl=timedelta(minutes=1))
                 job.wait(timeout=600)
                 job.delete()
     with grpc.insecure_channel(address) as channel:

@@ -10,6 +10,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import grpc
 
@@ -25,7 +26,8 @@ GOAL_MIB = 350
 
 def results() -> Iterator[Result]:
     """Measure."""
-    for fmt in ("csv", "parquet"):
+    formats: tuple[Literal["csv", "parquet"], ...] = ("csv", "parquet")
+    for fmt in formats:
         small = peak(SMALL, fmt)
         yield Result(
             f"peak memory, {fmt}, {SMALL:,} rows", small, "MiB", goal=f"< {GOAL_MIB}"
@@ -41,7 +43,7 @@ def results() -> Iterator[Result]:
         )
 
 
-def peak(rows: int, fmt: str) -> float:
+def peak(rows: int, fmt: Literal["csv", "parquet"]) -> float:
     """Peak resident memory of one server, in MiB."""
     catalogue = sample_data(rows)
     with (

@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import exportd
 from bench.machine import CACHE, sample_data, server
@@ -25,7 +26,8 @@ def results() -> Iterator[Result]:
         server(Path(data), catalogue) as measured,
         exportd.Client(measured.address) as client,
     ):
-        for fmt in ("csv", "parquet"):
+        formats: tuple[Literal["csv", "parquet"], ...] = ("csv", "parquet")
+        for fmt in formats:
             times = []
             for _ in range(RUNS):
                 started = time.perf_counter()

@@ -1,7 +1,4 @@
-"""Writes docs/configuration.md from the settings, or checks that it is current.
-
-    python tools/configuration.py [--check]
-"""
+"""Writes docs/configuration.md from the settings; with --check, says if it is stale."""
 
 from __future__ import annotations
 
@@ -53,15 +50,14 @@ def rows(model: type[BaseModel] = Settings, prefix: str = "") -> Iterator[str]:
         else:
             key = f"{prefix}{name}"
             yield (
-                f"| `{key}` | `{variable(key)}` | {_default(field)} "
-                f"| {field.description} |"
+                f"| `{key}` | `{variable(key)}` | {_default(field)} | {field.description} |"
             )
 
 
 def _default(field: FieldInfo) -> str:
     value = field.default
     if value is None or value == "":
-        return "–"
+        return "none"
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
     if isinstance(value, int):

@@ -8,6 +8,7 @@ Everything goes over real gRPC on loopback, through the same commands a user has
 from __future__ import annotations
 
 import argparse
+import base64
 import contextlib
 import hashlib
 import json
@@ -69,11 +70,12 @@ def verify(file: Path, manifest: dict[str, Any]) -> str:
             sha.update(chunk)
     if (size, crc) != (int(manifest["bytes"]), manifest["crc32c"]):
         sys.exit(f"{file} does not match its manifest")
-    if "sha256_hex" not in manifest:
+    # With several parts the client has compared the SHA-256 of each.
+    if len(manifest["parts"]) > 1:
         return f"CRC32C {crc:08x}"
-    if sha.hexdigest() != manifest["sha256_hex"]:
+    if sha.digest() != base64.b64decode(manifest["sha256"]):
         sys.exit(f"{file} does not match its SHA-256")
-    return f"CRC32C {crc:08x} and SHA-256 {sha.hexdigest()[:16]}…"
+    return f"CRC32C {crc:08x} and SHA-256 {sha.hexdigest()[:16]}..."
 
 
 def main() -> None:

@@ -59,7 +59,10 @@ async def serving(
     Raises `ConfigurationError` in one line for whatever the operator must mend.
     """
     async with contextlib.AsyncExitStack() as stack:
-        datasets = catalogue or await asyncio.to_thread(_open_catalogue, settings)
+        if catalogue is not None:
+            datasets = catalogue
+        else:
+            datasets = await asyncio.to_thread(_open_catalogue, settings)
         stack.callback(datasets.close)
         settings.data_dir.mkdir(parents=True, exist_ok=True)
         clock = SystemClock()

@@ -150,14 +150,14 @@ class Settings(BaseSettings):
     drain_timeout: PositiveSeconds = Field(
         20.0, description="seconds that work may go on after a signal to stop"
     )
-    ledger: LedgerSettings = Field(default_factory=LedgerSettings)
-    store: StoreSettings = Field(default_factory=StoreSettings)
-    worker: WorkerSettings = Field(default_factory=WorkerSettings)
-    limits: LimitSettings = Field(default_factory=LimitSettings)
-    retention: RetentionSettings = Field(default_factory=RetentionSettings)
-    parts: PartSettings = Field(default_factory=PartSettings)
-    download: DownloadSettings = Field(default_factory=DownloadSettings)
-    log: LogSettings = Field(default_factory=LogSettings)
+    ledger: LedgerSettings = LedgerSettings()
+    store: StoreSettings = StoreSettings()
+    worker: WorkerSettings = WorkerSettings()
+    limits: LimitSettings = LimitSettings()
+    retention: RetentionSettings = RetentionSettings()
+    parts: PartSettings = PartSettings()
+    download: DownloadSettings = DownloadSettings()
+    log: LogSettings = LogSettings()
 
     @classmethod
     def settings_customise_sources(
@@ -227,7 +227,7 @@ def variable(key: str) -> str:
     return PREFIX + key.replace(".", "__").upper()
 
 
-CLIENT_VARIABLES = frozenset({"EXPORTD_SERVER"})
+CLIENT_VARIABLES = frozenset({"EXPORTD_SERVER", "EXPORTD_TOKEN"})
 """Variables of the client command, which may run in the same environment."""
 
 

@@ -122,7 +122,7 @@ def test_every_type_comes_back_as_it_went_in(output: OutputFormat, tmp_path: Pat
 @every_format
 @settings(
     deadline=None,
-    max_examples=1200,
+    max_examples=60,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 @given(table=tables())

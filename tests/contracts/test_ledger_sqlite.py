@@ -352,7 +352,9 @@ async def test_a_long_backlog_costs_no_scan(world: World) -> None:
         plan = connection.execute(f"EXPLAIN QUERY PLAN {statement}", parameters)
         steps = [step for *_, step in plan]
         assert steps or statement.startswith("DELETE") or "INSERT" in statement
-        bad = [s for s in steps if re.match(r"SCAN (jobs|tasks|ready|parts|labels|tenants)", s)]
+        bad = [
+            s for s in steps if re.match(r"SCAN (jobs|tasks|ready|parts|labels|tenants)", s)
+        ]
         if bad:
             scans[statement] = bad
     connection.close()

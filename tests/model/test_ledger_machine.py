@@ -355,9 +355,8 @@ class LedgerMachine(RuleBasedStateMachine):
         try:
             job, is_new = self.run(self.ledger.create_job(new, max_active=max_active))
         except RequestIdConflict as conflict:
-            assert known
-            assert conflict.job_id == known[0].job_id
-            assert known[0].fingerprint != fingerprint
+            refusal = (conflict.job_id, True)
+            assert [(k.job_id, k.fingerprint != fingerprint) for k in known] == [refusal]
             return multiple()
         except TooManyActiveJobs:
             assert not known
@@ -608,8 +607,9 @@ class LedgerMachine(RuleBasedStateMachine):
                 and not job.hidden
                 and self.model.now < job.expire
             )
-            found = kept[1] and [(p.shard, p.sequence, p.token) for p in kept[1]]
-            assert found == (self.model.manifest(job) if stays else None)
+            assert (kept[1] is not None) == stays
+            found = [(p.shard, p.sequence, p.token) for p in kept[1] or ()]
+            assert found == (self.model.manifest(job) if stays else [])
         if done := self.attempt(lease, self.ledger.complete_cleanup(lease)):
             task = done[0]
             self.model.tasks.remove(task)

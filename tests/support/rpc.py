@@ -37,7 +37,7 @@ async def get(stub: Any, job_id: str) -> job_pb2.Job:
 
 async def finish(stub: Any, job_id: str) -> job_pb2.Job:
     """Watch a job to its end."""
-    job = None
+    job: job_pb2.Job | None = None
     async for response in stub.WatchJob(pb.WatchJobRequest(job_id=job_id)):
         job = response.job
     assert job is not None

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from exportd_server import samples
 from exportd_server.sources.base import Source
+from exportd_server.sources.catalogue import Catalogue, Dataset
 
 SAMPLE_ROWS = 20_000
 
 
 def write_samples(directory: Path, rows: int) -> Path:
     """Generate the sample data; returns the path of its catalogue."""
-    from exportd_server import samples
-
     samples.generate(directory, rows)
     return directory / "datasets.toml"
 
 
-def catalogue_of(**sources: Source):
+def catalogue_of(**sources: Source) -> Catalogue:
     """A catalogue of sources made by a test."""
-    from exportd_server.sources.catalogue import Catalogue, Dataset
-
     return Catalogue(
         {
             name: Dataset(name=name, columns=source.columns(), source=source)

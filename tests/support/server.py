@@ -8,9 +8,10 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 
@@ -22,7 +23,7 @@ from exportd_server.sources.catalogue import Catalogue
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def settings(data_dir: Path, **values: object) -> Settings:
+def settings(data_dir: Path, **values: Any) -> Settings:
     """Settings of a test server: a port of the system's choice."""
     return Settings(listen="127.0.0.1:0", data_dir=data_dir, **values)
 
@@ -56,7 +57,7 @@ async def serve(
             address, options=(("grpc.max_receive_message_length", 8 * 2**20),)
         ) as channel:
             stub = export_service_pb2_grpc.ExportServiceStub(channel)
-            yield Server(running, channel, stub, options.data_dir)  # type: ignore[arg-type]
+            yield Server(running, channel, stub, options.data_dir)
 
 
 @dataclass
@@ -114,8 +115,8 @@ def server_process(
         process.stdout.close()
 
 
-async def until(condition: object, timeout: float = 10.0) -> None:
+async def until(condition: Callable[[], object], timeout: float = 10.0) -> None:
     """Wait until `condition()` holds; fails after `timeout` seconds."""
     async with asyncio.timeout(timeout):
-        while not condition():  # type: ignore[operator]
-            await asyncio.sleep(0.01)  # noqa: ASYNC110 - files and threads do not signal
+        while not condition():
+            await asyncio.sleep(0.01)

@@ -46,9 +46,13 @@ def test_the_producer_waits_while_the_budget_is_in_flight() -> None:
 
 def test_a_batch_larger_than_the_budget_still_passes() -> None:
     handover = Handover(1)
-    producer = threading.Thread(
-        target=lambda: (handover.put(batch(9)), handover.put(batch(9)), handover.finish())
-    )
+
+    def produce() -> None:
+        handover.put(batch(9))
+        handover.put(batch(9))
+        handover.finish()
+
+    producer = threading.Thread(target=produce)
     producer.start()
     assert sum(b.num_rows for b in handover) == 18
     producer.join()

@@ -327,6 +327,31 @@ async def test_a_writer_caught_in_a_deletion_that_is_not_over_yet_fails(
     assert await jobs(store) == set()
 
 
+@pytest.mark.parametrize("completed_by", ["sweep", "deletion"])
+async def test_a_job_begun_anew_beside_its_broken_off_deletion_is_one_job(
+    store: LocalStore, root: Path, completed_by: str
+) -> None:
+    def break_off(name: str, index: int) -> None:
+        if name == "scandir":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    put(store, KEY, DATA)
+    with FaultySystem(break_off).in_place(), pytest.raises(StoreFailed):
+        await store.delete_job(JOB)
+    anew = part_key(token=2)
+    put(store, anew, DATA)
+    assert await jobs(store) == {JOB}
+    assert await keys(store) == {anew}
+    if completed_by == "sweep":
+        assert await store.sweep_unfinished(JOB) == 0
+        assert await read(store, anew) == DATA
+        assert [path.name for path in (root / "acme").iterdir()] == [JOB.job_id]
+        assert await store.delete_job(JOB) == 1
+    else:
+        assert await store.delete_job(JOB) == 2
+    assert tree(root) == []
+
+
 async def test_reads_that_fail_are_failures_of_the_store_not_missing_parts(
     store: LocalStore,
 ) -> None:
@@ -805,6 +830,28 @@ async def test_a_cancelled_read_leaves_the_callers_buffer_alone_and_loses_nothin
     assert await drain(reader, 64) == DATA
     assert first == bytes(100)
     await reader.close()
+
+
+async def test_a_cancelled_read_that_waited_for_a_thread_loses_nothing_either(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(store, KEY, DATA)
+    device = SlowDevice(monkeypatch)
+    readers = [await store.open(KEY) for _ in range(local._THREADS + 1)]
+    readings = [
+        asyncio.create_task(reader.readinto(memoryview(bytearray(100))))
+        for reader in readers
+    ]
+    assert await asyncio.to_thread(device.begun.wait, 30)
+    assert not any(reading.done() for reading in readings)
+    readings[-1].cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await readings[-1]
+    device.go.set()
+    assert await drain(readers[-1]) == DATA
+    assert await asyncio.gather(*readings[:-1]) == [100] * local._THREADS
+    for reader in readers:
+        await reader.close()
 
 
 async def test_closing_during_a_read_keeps_the_file_open_until_the_read_is_over(

@@ -85,13 +85,9 @@ class LocalStore:
         """Open a finalized part at a byte offset."""
         if offset < 0:
             raise ValueError("an offset is not negative")
-        opening = self._threads.submit(self._tree.open, key)
-        try:
-            file = await _outcome(opening)
-        except asyncio.CancelledError:
-            # The thread may be about to open the file for nobody.
-            opening.add_done_callback(_close_result)
-            raise
+        # When this is cancelled the thread may yet open the file, for nobody: it is then
+        # collected, and by that closed.
+        file = await self._run(self._tree.open, key)
         return LocalPartReader(file, offset, self._threads)
 
     async def size(self, key: OutputKey) -> int:
@@ -283,6 +279,7 @@ class LocalPartReader:
                 self._file.read_at, self._offset, len(buffer)
             )
         try:
+            # Shielded, because a cancel would take a read that waits for its turn with it.
             data = await asyncio.shield(asyncio.wrap_future(self._waiting))
         except OSError as error:
             self._waiting = None
@@ -484,8 +481,3 @@ async def _outcome(future: Future[_T]) -> _T:
         return await asyncio.wrap_future(future)
     except OSError as error:
         raise _failed(error) from error
-
-
-def _close_result(opening: Future[File]) -> None:
-    if not opening.cancelled() and opening.exception() is None:
-        opening.result().close()
