@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import pyarrow as pa
 
 from exportd_server.errors import ConfigurationError
 from exportd_server.platform.logging import configure_logging
@@ -55,6 +56,9 @@ def serve(
     log = LogSettings(**chosen)
     configure_logging(log.level, log.style)
     keep_large_buffers()
+    # Arrow's own allocator keeps a share of every peak; the C library's was just told
+    # not to.
+    pa.set_memory_pool(pa.system_memory_pool())
     with _configuration_errors():
         asyncio.run(_serve(settings))
 

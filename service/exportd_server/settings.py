@@ -61,7 +61,7 @@ class WorkerSettings(Section):
         5.0, description="seconds between looks for work that nothing announced"
     )
     bytes_in_flight: PositiveInt = Field(
-        32 * 2**20, description="bytes of batches between reading and encoding an export"
+        8 * 2**20, description="bytes of batches between reading and encoding an export"
     )
 
 

@@ -6,6 +6,9 @@ import csv
 import gc
 import io
 import json
+import math
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +152,29 @@ def test_joined_parts_are_one_valid_file_and_each_is_valid_alone(
         assert_same(output, table, joined(parts), tmp_path / "joined")
 
 
+TOOLS = {Compression.GZIP: "gzip", Compression.ZSTD: "zstd"}
+
+
+@pytest.mark.parametrize("form", [Format.CSV, Format.JSONL])
+@pytest.mark.parametrize("compression", list(TOOLS))
+def test_the_command_line_tool_unpacks_joined_parts(
+    form: Format, compression: Compression
+) -> None:
+    tool = shutil.which(TOOLS[compression])
+    if tool is None:
+        pytest.skip(f"{TOOLS[compression]} is not installed")
+    table = every_type()
+    packed = OutputFormat(form, compression)
+    parts = [encode(packed, table.schema, [batch]) for batch in table.batches()]
+    whole = encode(OutputFormat(form), table.schema, table.batches())
+    for data, expected in (
+        (joined(parts), whole.data),
+        (encode(packed, table.schema, []).data, whole.data[: whole.prefix_bytes]),
+    ):
+        run = subprocess.run([tool, "-dc"], input=data, capture_output=True, check=True)
+        assert run.stdout == expected
+
+
 @pytest.mark.parametrize("output", [o for o in OUTPUTS if o.joinable], ids=name_of)
 def test_the_prefix_is_the_same_in_every_part_and_decodes_alone(
     output: OutputFormat,
@@ -289,7 +315,7 @@ class FullSink:
 def test_an_error_of_the_sink_comes_through_and_nothing_is_written_after(
     output: OutputFormat,
 ) -> None:
-    table = every_type(400)
+    table = long_table()
     whole = Collector()
     write_all(output, table, whole)
     size = len(whole.data)
@@ -300,6 +326,17 @@ def test_an_error_of_the_sink_comes_through_and_nothing_is_written_after(
         gc.collect()
         assert sink.failed
         assert not sink.late
+
+
+def long_table() -> Table:
+    rows = 5000
+    values: list[list[Any]] = [
+        list(range(rows)),
+        [f"{row * 7919:x}" for row in range(rows)],
+        [[float(row), math.nan] for row in range(rows)],
+    ]
+    fields = [("i", pa.int64()), ("t", pa.string()), ("l", pa.list_(pa.float64()))]
+    return Table(pa.schema(fields), values, [rows // 2])
 
 
 def write_all(output: OutputFormat, table: Table, sink: Any) -> None:

@@ -457,10 +457,10 @@ async def test_a_job_is_gone_when_its_deletion_races_with_its_writers(
 
     def delete(start: threading.Barrier) -> None:
         start.wait()
-        asyncio.run_coroutine_threadsafe(store.delete_job(JOB), loop).result()
+        asyncio.run_coroutine_threadsafe(store.delete_job(JOB), loop).result(20)
 
     for turn in range(25):
-        start = threading.Barrier(3)
+        start = threading.Barrier(3, timeout=20)
         work = [threads.submit(write, shard, turn, start) for shard in range(2)]
         work.append(threads.submit(delete, start))
         await asyncio.gather(*map(asyncio.wrap_future, work))
@@ -488,9 +488,9 @@ async def test_jobs_come_and_go_without_disturbing_their_neighbours(
             key = part_key(job, token=turn)
             put(store, key, b"data")
             store.create(part_key(job, token=turn, sequence=1)).abort()
-            found = asyncio.run_coroutine_threadsafe(read(store, key), loop).result()
+            found = asyncio.run_coroutine_threadsafe(read(store, key), loop).result(20)
             assert found == b"data"
-            asyncio.run_coroutine_threadsafe(leave(job, turn), loop).result()
+            asyncio.run_coroutine_threadsafe(leave(job, turn), loop).result(20)
 
     await asyncio.gather(
         *(asyncio.wrap_future(threads.submit(live, number)) for number in range(3))

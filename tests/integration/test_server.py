@@ -89,7 +89,7 @@ async def test_grpcurl_lists_describes_and_calls(
             server.address,
             f"{SERVICE}/CreateExport",
         )
-        job_id = json.loads(answer)["job"]["jobId"]
+        job_id = json.loads(answer)["job"]["job_id"]
         watched = grpcurl(
             "-d", json.dumps({"job_id": job_id}), server.address, f"{SERVICE}/WatchJob"
         )

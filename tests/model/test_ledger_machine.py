@@ -462,8 +462,9 @@ class LedgerMachine(RuleBasedStateMachine):
         assert task is not None, "the lease was lost"
         return task, result
 
-    @rule(some=st.lists(leases, max_size=3))
-    def renew(self, some: list[Lease]) -> None:
+    @rule(one=leases, two=leases)
+    def renew(self, one: Lease, two: Lease) -> None:
+        some = [one, two]
         lost = self.run(self.ledger.renew(some, timedelta(seconds=LEASE)))
         assert lost == [lease for lease in some if self.model.holds(lease) is None]
         for lease in some:

@@ -156,7 +156,7 @@ def to_csv(rows: list[dict[str, Any]], names: tuple[str, ...], *, header: bool) 
     """CSV with text quoted, so that a missing text and an empty one differ."""
     stream = io.StringIO()
     if header:
-        csv.writer(stream).writerow(names)
+        csv.writer(stream, lineterminator="\n").writerow(names)
     for row in rows:
         cells = []
         for name in names:

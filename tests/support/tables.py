@@ -8,6 +8,7 @@ parsers, must arrive at the same.
 from __future__ import annotations
 
 import base64
+import functools
 import gzip
 import io
 import json
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import date
 from decimal import Decimal
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -91,13 +93,18 @@ def decompress(data: bytes, compression: Compression) -> bytes:
 def csv_cells(data: bytes, path: Path, *, null: str = "") -> list[tuple[str | None, ...]]:
     """Cells of a CSV file with header as DuckDB reads them, every column as text."""
     path.write_bytes(data)
-    relation = duckdb.sql(
-        f"SELECT * FROM read_csv('{path}', header=true, all_varchar=true, delim=',', "
-        f"quote='\"', escape='\"', nullstr='{null}', allow_quoted_nulls=false, "
-        "auto_detect=false, new_line='\\n', max_line_size=10000000, "
+    return query(
+        f"SELECT * FROM read_csv('{path}', header=true, delim=',', quote='\"', "
+        f"escape='\"', nullstr='{null}', allow_quoted_nulls=false, auto_detect=false, "
+        "new_line='\\n', max_line_size=10000000, "
         f"columns={{{_duck_columns(data)}}})"
     )
-    return relation.fetchall()
+
+
+def query(sql: str) -> list[tuple[Any, ...]]:
+    """Rows of a query to a DuckDB of its own."""
+    with duckdb.connect() as database:
+        return database.execute(sql).fetchall()
 
 
 def _duck_columns(data: bytes) -> str:
@@ -398,10 +405,7 @@ class Table:
             schema=self.schema,
         )
         edges = [0, *self.cuts, whole.num_rows]
-        return [
-            whole.slice(start, end - start)
-            for start, end in zip(edges, edges[1:], strict=False)
-        ]
+        return [whole.slice(start, end - start) for start, end in pairwise(edges)]
 
 
 def array_of(values: list[Any], kind: pa.DataType) -> pa.Array:
@@ -465,6 +469,7 @@ def tables(draw: Callable[[st.SearchStrategy[Any]], Any], *, least: int = 1) -> 
     return Table(pa.schema(fields), columns, cuts)
 
 
+@functools.cache
 def every_type(rows: int = 40) -> Table:
     """A table with every type there is, on its own and inside of others, with values
     chosen to be hard; the same each time."""
@@ -518,49 +523,71 @@ HARD_TEXTS = [
 
 
 def _hard(kind: pa.DataType) -> list[Any]:
-    if pat.is_boolean(kind):
-        return [True, False, None]
-    if pat.is_null(kind):
-        return [None]
     if pat.is_dictionary(kind):
         return _hard(kind.value_type)
-    if pat.is_integer(kind):
-        bits = kind.bit_width
-        if pat.is_unsigned_integer(kind):
-            return [0, 1, None, 2**bits - 1]
-        return [0, -1, None, 2 ** (bits - 1) - 1, -(2 ** (bits - 1))]
-    if pat.is_floating(kind):
-        least = {16: 2.0**-24, 32: 2.0**-149, 64: 5e-324}[kind.bit_width]
-        most = {16: 65504.0, 32: (2 - 2**-23) * 2.0**127, 64: 1.7976931348623157e308}
-        third = {16: 0.333251953125, 32: 0.3333333432674408, 64: 1 / 3}
-        top = most[kind.bit_width]
-        special = [math.nan, math.inf, -math.inf, 0.0, -0.0, None, 1.0, 1.5]
-        return [*special, least, -least, top, -top, third[kind.bit_width]]
-    if pat.is_decimal(kind):
-        nines = (9,) * kind.precision
-        digits = [(0,), (1,), (5, 0), nines]
-        found: list[Any] = [None]
-        for sign in (0, 1):
-            found += [Decimal((sign, some, -kind.scale)) for some in digits]
-        return [v for v in found if v is None or v or not v.is_signed()]
-    if _is_text(kind):
-        return HARD_TEXTS
-    if pat.is_fixed_size_binary(kind):
-        return [b"\x00\xff\xfe\n", b"abcd", None]
-    if pat.is_date(kind):
-        scale = 1 if pat.is_date32(kind) else DAY * 1000
-        some = ("1970-01-01", "1969-12-31", "0001-01-01", "0000-01-01", "9999-12-31")
-        odd = ("-0001-12-31", "+10000-01-01", "-44000-03-15", "2024-02-29")
-        return [None, *(days(text) * scale for text in some + odd)]
-    if pat.is_time(kind):
-        return [0, 1, None, DAY * UNITS[kind.unit] - 1]
-    if pat.is_timestamp(kind):
-        scale = UNITS[kind.unit]
-        if kind.unit == "ns":
-            return [0, 1, -1, None, 2**63 - 1, -(2**63)]
-        edge = [days("0000-01-01") * DAY, days("+10000-01-01") * DAY]
-        near = [moment * scale + step for moment in edge for step in (-1, 0)]
-        return [0, 1, -1, None, *near]
-    if pat.is_duration(kind):
-        return [0, 1, -1, None, 2**63 - 1, -(2**63), 90_061 * UNITS[kind.unit]]
-    return [b"", b"\x00", None, b"\xff\xfe", bytes(range(256))]
+    return next(values(kind) for test, values in _HARD if test(kind))
+
+
+def _hard_integers(kind: pa.DataType) -> list[Any]:
+    bits = kind.bit_width
+    if pat.is_unsigned_integer(kind):
+        return [0, 1, None, 2**bits - 1]
+    return [0, -1, None, 2 ** (bits - 1) - 1, -(2 ** (bits - 1))]
+
+
+def _hard_floats(kind: pa.DataType) -> list[Any]:
+    least, most, third = {
+        16: (2.0**-24, 65504.0, 0.333251953125),
+        32: (2.0**-149, (2 - 2**-23) * 2.0**127, 0.3333333432674408),
+        64: (5e-324, 1.7976931348623157e308, 1 / 3),
+    }[kind.bit_width]
+    special = [math.nan, math.inf, -math.inf, 0.0, -0.0, None, 1.0, 1.5]
+    return [*special, least, -least, most, -most, third]
+
+
+def _hard_decimals(kind: pa.DataType) -> list[Any]:
+    found: list[Any] = [None, Decimal((0, (0,), -kind.scale))]
+    for digits in ((1,), (5, 0), (9,) * kind.precision):
+        found += [Decimal((sign, digits, -kind.scale)) for sign in (0, 1)]
+    return found
+
+
+def _hard_dates(kind: pa.DataType) -> list[Any]:
+    scale = 1 if pat.is_date32(kind) else DAY * 1000
+    some = ("1970-01-01", "1969-12-31", "0001-01-01", "0000-01-01", "9999-12-31")
+    odd = ("-0001-12-31", "+10000-01-01", "-44000-03-15", "2024-02-29")
+    return [None, *(days(text) * scale for text in some + odd)]
+
+
+def _hard_times(kind: pa.DataType) -> list[Any]:
+    return [0, 1, None, DAY * UNITS[kind.unit] - 1]
+
+
+def _hard_timestamps(kind: pa.DataType) -> list[Any]:
+    if kind.unit == "ns":
+        return [0, 1, -1, None, 2**63 - 1, -(2**63)]
+    edges = [days("0000-01-01") * DAY, days("+10000-01-01") * DAY]
+    near = [edge * UNITS[kind.unit] + step for edge in edges for step in (-1, 0)]
+    return [0, 1, -1, None, *near]
+
+
+def _hard_durations(kind: pa.DataType) -> list[Any]:
+    return [0, 1, -1, None, 2**63 - 1, -(2**63), 90_061 * UNITS[kind.unit]]
+
+
+_HARD: tuple[
+    tuple[Callable[[pa.DataType], bool], Callable[[pa.DataType], list[Any]]], ...
+] = (
+    (pat.is_boolean, lambda _: [True, False, None]),
+    (pat.is_null, lambda _: [None]),
+    (pat.is_integer, _hard_integers),
+    (pat.is_floating, _hard_floats),
+    (pat.is_decimal, _hard_decimals),
+    (_is_text, lambda _: HARD_TEXTS),
+    (pat.is_date, _hard_dates),
+    (pat.is_time, _hard_times),
+    (pat.is_timestamp, _hard_timestamps),
+    (pat.is_duration, _hard_durations),
+    (pat.is_fixed_size_binary, lambda _: [b"\x00\xff\xfe\n", b"abcd", None]),
+    (lambda _: True, lambda _: [b"", b"\x00", None, b"\xff\xfe", bytes(range(256))]),
+)

@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from exportd_server.encoders import values
 from exportd_server.encoders.base import CsvOptions, Format, OutputFormat
 from exportd_server.encoders.values import Slicer
 from exportd_server.errors import ValueNotEncodable
@@ -130,9 +131,9 @@ def test_slices_follow_the_text_that_rows_make() -> None:
         sizes.append(piece.num_rows)
         slicer.learn(piece.num_rows, piece.num_rows * 1024)
     assert sum(sizes) == 200_000
-    # Sixteen MiB of text a slice, once it is known that a row makes a KiB.
+    # The target of text a slice, once it is known that a row makes a KiB.
     assert sizes[0] == 1024
-    assert set(sizes[1:-1]) == {16_384}
+    assert set(sizes[1:-1]) == {values._TARGET_BYTES // 1024}
     sizes = [piece.num_rows for piece in Slicer().slices(batch)]
     assert sum(sizes) == 200_000
 

@@ -21,6 +21,7 @@ from exportd_server.encoders.values import (
     is_text,
     polars_frame,
     simple,
+    unwrapped,
 )
 
 # A missing value alone in its line would be an empty line, which most readers skip.
@@ -41,6 +42,7 @@ class CsvEncoder:
         self._schema = schema
         self._out = open_output(sink, output.compression)
         self._slicer = Slicer()
+        self._safe = self._options.dialect is CsvDialect.SPREADSHEET_SAFE
         self._marker = self._options.null_marker
         if not self._marker and len(schema) == 1:
             self._marker = _LONE_MARKER
@@ -82,11 +84,10 @@ class CsvEncoder:
             with encoding(field.name):
                 cells = _cells(column)
                 frame = polars_frame([str(index)], [cells])
-                if not _is_number(cells.type):
-                    if self._options.dialect is CsvDialect.SPREADSHEET_SAFE:
-                        frame = frame.select(_harmless(pl.col(str(index))))
-                elif self._all_text:
+                if self._all_text:
                     frame = frame.select(pl.all().cast(pl.String))
+                if self._safe and not _is_number(unwrapped(field.type)):
+                    frame = frame.select(_harmless(pl.col(str(index))))
             columns.append(frame.to_series())
         frame = pl.DataFrame(columns)
         with encoding():
@@ -136,7 +137,8 @@ def _is_number(kind: pa.DataType) -> bool:
 
 
 def _harmless(text: pl.Expr) -> pl.Expr:
-    return pl.when(text.str.contains(_FORMULA)).then("'" + text).otherwise(text)
+    armed = text.str.contains(_FORMULA)
+    return pl.when(armed).then(pl.format("'{}", text)).otherwise(text).name.keep()
 
 
 def _header(names: list[str], options: CsvOptions) -> bytes:

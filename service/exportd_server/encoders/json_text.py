@@ -25,6 +25,7 @@ from exportd_server.encoders.values import (
     polars_frame,
     simple,
     string_array,
+    unwrapped,
 )
 
 _NULL = "null"
@@ -145,18 +146,13 @@ def _map(array: pa.Array) -> pa.Array:
     kind = array.type
     entries = map_entries(array)
     keys, values = entries.flatten().flatten()
-    keys = simple(keys)
-    if not (is_text(keys.type) and is_text(_unwrapped(kind.key_type))):
+    if not is_text(unwrapped(kind.key_type)):
         return json_text(entries)
     keys = json_text(keys)
     rows = pl.Series(pc.list_parent_indices(entries))
     if pl.DataFrame({"row": rows, "key": pl.Series(keys)}).is_duplicated().any():
         raise pa.ArrowInvalid("a map has a key twice")
     return _in_list(entries, join(keys, ":", json_text(values)), "{", "}")
-
-
-def _unwrapped(kind: pa.DataType) -> pa.DataType:
-    return kind.value_type if pat.is_dictionary(kind) else kind
 
 
 def _in_list(array: pa.Array, texts: pa.Array, opening: str, closing: str) -> pa.Array:

@@ -21,7 +21,7 @@ from exportd_server.encoders.values import (
     simple,
 )
 
-_GROUP_BYTES = 64 << 20
+_GROUP_BYTES = 16 << 20
 _SAMPLE_ROWS = 8192
 _DECIMAL128 = 38
 _CODECS = {
@@ -36,7 +36,7 @@ class ParquetEncoder:
     """Writes one part as a Parquet file.
 
     Batches are kept, uncopied, until they fill a row group: as many rows as asked for,
-    or 64 MiB of Arrow data if that comes first.
+    or 16 MiB of Arrow data if that comes first.
     """
 
     def __init__(self, output: OutputFormat, schema: pa.Schema, sink: ByteSink) -> None:

@@ -22,7 +22,7 @@ from exportd_server.encoders.base import Buffer
 from exportd_server.errors import ValueNotEncodable
 
 _MAX_ROWS = 65_536
-_TARGET_BYTES = 16 << 20
+_TARGET_BYTES = 4 << 20
 
 _UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 _DIGITS = {"us": 6, "ns": 9}
@@ -107,7 +107,7 @@ class Chunks:
 
 
 class Slicer:
-    """Cuts batches so that the text of each slice stays near 16 MiB, however wide the
+    """Cuts batches so that the text of each slice stays near 4 MiB, however wide the
     rows; it learns from the slices before how much text a row makes."""
 
     def __init__(self) -> None:
@@ -141,6 +141,15 @@ def simple(array: pa.Array) -> pa.Array:
         kind = array.type
     text = _texting(kind)
     return array if text is None else text(array)
+
+
+def unwrapped(kind: pa.DataType) -> pa.DataType:
+    """The type of the values inside dictionaries, runs and extensions."""
+    if pat.is_dictionary(kind) or pat.is_run_end_encoded(kind):
+        return unwrapped(kind.value_type)
+    if isinstance(kind, pa.BaseExtensionType) and not is_uuid(kind):
+        return unwrapped(kind.storage_type)
+    return kind
 
 
 def is_uuid(kind: pa.DataType) -> bool:

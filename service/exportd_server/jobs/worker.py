@@ -69,7 +69,7 @@ class WorkerOptions:
     retry_base: float = 1.0
     retry_cap: float = 60.0
     running_per_tenant: int | None = None
-    max_bytes_in_flight: int = 32 * 2**20
+    max_bytes_in_flight: int = 8 * 2**20
 
 
 class Worker:

@@ -17,6 +17,7 @@ from exportd_server.encoders.base import Encoder, OutputFormat
 from exportd_server.encoders.registry import open_encoder
 from exportd_server.pipeline.budget import Handover, HandoverClosed
 from exportd_server.pipeline.digest import HashingSink, PartDigest
+from exportd_server.platform.malloc import release_free_memory
 from exportd_server.sources.base import BatchStream, Query, Shard, Source
 from exportd_server.store.base import OutputStore, PartWriter
 from exportd_server.store.key import JobPrefix, OutputKey, OutputKind
@@ -101,6 +102,12 @@ class ShardRun:
         """Write the shard's parts."""
         try:
             self._run()
+        finally:
+            release_free_memory()
+
+    def _run(self) -> None:
+        try:
+            self._run_pipeline()
         except HandoverClosed:
             raise Stopped from None
         except BaseException:
@@ -118,7 +125,7 @@ class ShardRun:
         if stream is not None:
             stream.cancel()
 
-    def _run(self) -> None:
+    def _run_pipeline(self) -> None:
         task = self._task
         with task.source.open(task.query, task.shard, skip_rows=task.done_rows) as stream:
             with self._lock:

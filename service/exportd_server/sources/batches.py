@@ -18,7 +18,7 @@ from exportd_server.errors import SourceFailed, ValueNotEncodable
 BATCH_ROWS = 65_536
 """Most rows in a batch: 65 k to 262 k cost least, and smaller ones hold less memory."""
 
-BATCH_BYTES = 16 * 2**20
+BATCH_BYTES = 4 * 2**20
 """A batch that has reached this many bytes takes no more rows."""
 
 _REPEAT_SECONDS = 0.1

@@ -104,6 +104,7 @@ class _Dataset(_Model):
     parquet: _Text | None = None
     csv: _Text | None = None
     json_: _Text | None = Field(default=None, alias="json")
+    csv_delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = None
     connection: _Text | None = None
     table: _Text | None = None
     query: _Text | None = None
@@ -237,6 +238,8 @@ class _Loader:
             self._fail(
                 key, f"needs exactly one of {', '.join(_origins(entry))}; it {found}"
             )
+        if entry.csv_delimiter is not None and entry.csv is None:
+            self._fail(f"{key}.csv_delimiter", "goes with csv only; leave it out")
         if given[0] in _FILE_FORMATS:
             if entry.connection is not None:
                 self._fail(
@@ -269,7 +272,13 @@ class _Loader:
         for file_format in _FILE_FORMATS:
             pattern = _origins(entry)[file_format]
             if pattern is not None:
-                return self._files(f"{key}.{file_format}", file_format, pattern, types)
+                return self._files(
+                    f"{key}.{file_format}",
+                    file_format,
+                    pattern,
+                    types,
+                    entry.csv_delimiter or ",",
+                )
         vendor = self._vendor(entry.connection or "")
         if entry.table is not None:
             return AdbcSource(vendor, self._table(key, vendor, entry.table), types)
@@ -285,10 +294,11 @@ class _Loader:
         file_format: FileFormat,
         pattern: str,
         types: Mapping[str, pa.DataType],
+        delimiter: str,
     ) -> FileSource:
         absolute = str(self._directory / Path(pattern).expanduser())
         try:
-            return FileSource(file_format, absolute, types)
+            return FileSource(file_format, absolute, types, delimiter=delimiter)
         except FileNotFoundError:
             self._fail(key, f"no file matches {absolute}")
 

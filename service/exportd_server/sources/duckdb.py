@@ -147,12 +147,15 @@ def _option(name: str, value: exp.Expr) -> exp.Expr:
 
 
 def _reader(
-    file_format: FileFormat, paths: Sequence[str], types: Mapping[str, str] | None
+    file_format: FileFormat,
+    paths: Sequence[str],
+    types: Mapping[str, str] | None,
+    delimiter: str,
 ) -> exp.Expr:
     """The table function that reads files; `types` pins the columns' types, so that no
     file is guessed at anew."""
     files = exp.Array(expressions=[sql.text(path) for path in paths])
-    options: list[exp.Expr] = []
+    options: dict[str, exp.Expr] = {"hive_partitioning": exp.false()}
     pinned = exp.Struct(
         expressions=[
             exp.PropertyEQ(this=sql.text(name), expression=sql.text(kind))
@@ -160,22 +163,27 @@ def _reader(
         ]
     )
     match file_format:
-        case "parquet":
-            options.append(_option("hive_partitioning", exp.false()))
         case "csv":
-            # Without it "" and nothing would both be missing.
-            options.append(_option("allow_quoted_nulls", exp.false()))
-            options.append(_option("hive_partitioning", exp.false()))
+            # RFC 4180, and nothing taken for a comment or a preamble by its looks. The
+            # last one: otherwise "" and nothing would both be missing.
+            options |= {
+                "delim": sql.text(delimiter),
+                "quote": sql.text('"'),
+                "escape": sql.text('"'),
+                "comment": sql.text(""),
+                "skip": exp.Literal.number(0),
+                "header": exp.true(),
+                "allow_quoted_nulls": exp.false(),
+            }
             if types:
-                options.append(_option("types", pinned))
-        case "json":
-            options.append(_option("hive_partitioning", exp.false()))
-            if types:
-                options.append(_option("columns", pinned))
-            else:
-                # Strings are not taken for dates by their looks.
-                options.append(_option("convert_strings_to_integers", exp.false()))
-    return sql.function(f"read_{file_format}", files, *options)
+                options["types"] = pinned
+        case "json" if types:
+            options["columns"] = pinned
+    return sql.function(
+        f"read_{file_format}",
+        files,
+        *[_option(name, value) for name, value in options.items()],
+    )
 
 
 def _guarded(name: str, kind: str) -> exp.Expr:
@@ -200,9 +208,9 @@ class FileSource:
     names.
 
     `pattern` is absolute; `FileNotFoundError` says that no file matches it. `types`
-    declares columns whose type is not to be guessed. A plan's state is a digest of the
-    files' names, sizes and modification times: reading begins only while it holds, and
-    goes on after a crash only while it holds.
+    declares columns whose type is not to be guessed. `delimiter` separates the cells of
+    CSV. A plan's state is a digest of the files' names, sizes and modification times:
+    reading begins only while it holds, and goes on after a crash only while it holds.
     """
 
     def __init__(
@@ -210,8 +218,11 @@ class FileSource:
         file_format: FileFormat,
         pattern: str,
         types: Mapping[str, pa.DataType] | None = None,
+        *,
+        delimiter: str = ",",
     ) -> None:
         self._format: FileFormat = file_format
+        self._delimiter = delimiter
         self._pattern = pattern
         self._declared = dict(types or {})
         self._lock = threading.Lock()
@@ -279,7 +290,7 @@ class FileSource:
 
     def _relation(self, paths: Sequence[str]) -> exp.Expr:
         types = self._pinned if self._format != "parquet" else None
-        return _reader(self._format, paths, types)
+        return _reader(self._format, paths, types, self._delimiter)
 
     def _describe(
         self,
@@ -289,7 +300,7 @@ class FileSource:
         whole: bool = False,
     ) -> tuple[dict[str, str], dict[str, str]]:
         """The engine's type of each column, and the type that its file is read as."""
-        reader = _reader(self._format, paths, None)
+        reader = _reader(self._format, paths, None, self._delimiter)
         if whole:
             reader.append("expressions", _option("sample_size", exp.Literal.number(-1)))
         relation = engine.sql(

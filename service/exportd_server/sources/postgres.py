@@ -222,19 +222,7 @@ class Postgres:
         body = exp.select("*").from_(relation.copy()).limit(0)
         names = session.names(sql.render(POSTGRES, body))
         types = [
-            exp.alias_(
-                sql.cast(
-                    sql.cast(
-                        sql.function(
-                            "pg_typeof",
-                            exp.column(exp.to_identifier(name, quoted=True), "q"),
-                        ),
-                        "OID",
-                    ),
-                    "BIGINT",
-                ),
-                f"c{index}",
-            )
+            exp.alias_(sql.cast(_type_of(name), "BIGINT"), f"c{index}")
             for index, name in enumerate(names)
         ]
         one = exp.select(exp.Literal.number(1)).subquery("one")
@@ -250,6 +238,12 @@ class Postgres:
             for index, (name, oid) in enumerate(zip(names, oids.values(), strict=True))
         )
         return self._attributes(session, base)
+
+
+def _type_of(name: str) -> exp.Expr:
+    column = exp.column(exp.to_identifier(name, quoted=True), "q")
+    oid = exp.DataType.build("oid", udt=True)
+    return exp.Cast(this=sql.function("pg_typeof", column), to=oid)
 
 
 class _Writable(Postgres):
