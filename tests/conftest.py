@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 
 from tests.support.gate import GateSource
+from tests.support.postgres import postgres, postgres_database, postgres_url
 from tests.support.samples import SAMPLE_ROWS, write_samples
+
+__all__ = ["postgres", "postgres_database", "postgres_url"]
 
 
 @pytest.fixture(scope="session")

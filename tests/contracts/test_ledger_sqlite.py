@@ -41,7 +41,6 @@ from tests.support.ledger import (
     sqlite_world,
 )
 
-
 SOURCE_DOWN = ErrorRecord(ErrorReason.SOURCE_FAILED, "down")
 
 
@@ -298,6 +297,32 @@ async def test_a_process_killed_in_the_middle_leaves_a_usable_file(
     while await ledger.claim("w", EXPORT, lease=LEASE) is not None:
         pass
     await ledger.close()
+
+
+async def test_a_full_disk_undoes_the_change_and_spoils_nothing(world: World) -> None:
+    database = database_of(world)
+    job, lease = await world.running()
+
+    def pages(tx: Transaction, most: int) -> int:
+        statement = f"PRAGMA max_page_count = {most}"
+        return int(tx.connection.exec_driver_sql(statement).scalar_one())
+
+    await database.write(lambda tx: pages(tx, 1))  # means: no more than there are
+    before = world.dump()
+    for _ in range(500):
+        try:
+            await world.create(labels={"much": "x" * 2000})
+        except sa.exc.OperationalError as error:
+            assert "full" in str(error)  # noqa: PT017 - which one of many is not known
+            break
+        before = world.dump()
+    else:
+        pytest.fail("the database never was full")
+    assert world.dump() == before
+    assert (await world.job(job)).state is JobState.RUNNING
+    await database.write(lambda tx: pages(tx, 2**30))
+    await world.create(labels={"much": "x" * 2000})
+    assert await world.finish(lease)
 
 
 # --- beside the event loop

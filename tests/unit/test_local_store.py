@@ -122,6 +122,42 @@ async def test_bytes_are_durable_before_the_name_and_the_name_before_the_return(
     assert told == ["write", "fsync", "link", "unlink", "fsync"]
 
 
+async def test_a_deletion_is_durable_when_it_returns(store: LocalStore) -> None:
+    put(store, KEY, DATA)
+    put(store, part_key(sequence=1), DATA)
+    with FaultySystem().in_place() as system:
+        await store.delete(KEY)
+        assert system.calls.index("unlink") < system.calls.index("fsync")
+        system.calls.clear()
+        await store.delete_job(JOB)
+        assert system.calls.index("rename") < system.calls.index("fsync")
+
+
+async def test_directories_pruned_at_any_moment_of_a_create_do_not_fail_it(
+    tmp_path: Path,
+) -> None:
+    """Right before each call to the system somebody else removes what is empty."""
+    count = length_of(tmp_path / "counted")
+    pruned = 0
+    for moment in range(count):
+        root = tmp_path / str(moment)
+        store = LocalStore(root)
+
+        def prune(name: str, index: int, root: Path = root, moment: int = moment) -> None:
+            nonlocal pruned
+            if index == moment:
+                for path in reversed(tree(root)):
+                    with suppress(OSError):
+                        (root / path).rmdir()
+                        pruned += 1
+
+        with FaultySystem(prune).in_place():
+            write_part(store)
+        assert await read(store, KEY) == DATA
+        await store.close()
+    assert pruned > 10
+
+
 async def test_names_that_are_no_parts_are_not_listed(
     store: LocalStore, root: Path
 ) -> None:
@@ -829,6 +865,34 @@ async def test_a_cancelled_read_leaves_the_callers_buffer_alone_and_loses_nothin
     # Smaller than the read that still waits, so its result is used in part.
     assert await drain(reader, 64) == DATA
     assert first == bytes(100)
+    await reader.close()
+
+
+async def test_bytes_that_come_into_the_cache_while_a_read_waits_are_not_read_twice(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(store, KEY, DATA)
+    asked = 0
+
+    def now_and_then(file: File, buffer: memoryview, offset: int) -> int | None:
+        nonlocal asked
+        asked += 1
+        if asked % 2:
+            return None
+        data = DATA[offset : offset + len(buffer)]
+        buffer[: len(data)] = data
+        return len(data)
+
+    device = SlowDevice(monkeypatch)
+    monkeypatch.setattr(File, "read_cached_into", now_and_then)
+    reader = await store.open(KEY)
+    reading = asyncio.create_task(reader.readinto(memoryview(bytearray(100))))
+    assert await asyncio.to_thread(device.begun.wait, 30)
+    reading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+    device.go.set()
+    assert await drain(reader, 100) == DATA
     await reader.close()
 
 

@@ -196,7 +196,7 @@ class ShardRun:
 
     def _note(self, part: _OpenPart) -> None:
         self.rows = self._finished_rows + part.rows
-        self.bytes = self._finished_bytes + part.sink.bytes
+        self.bytes = self._finished_bytes + part.bytes
         self._check(self.rows, self.bytes)
         if self._cancelled:
             raise Stopped
@@ -236,6 +236,11 @@ class _OpenPart:
         # A schema may be longer than what the sink remembers of the start.
         self.sink.mark()
 
+    @property
+    def bytes(self) -> int:
+        """Stored bytes so far, with what the encoder still holds."""
+        return self.sink.bytes + self.encoder.buffered_bytes
+
     def room(self, batch: pa.RecordBatch, limits: PartLimits) -> int:
         """How many of the batch's rows to write next, at least one."""
         rows: int = batch.num_rows
@@ -243,11 +248,11 @@ class _OpenPart:
             # Stored bytes a row so far; before the first row its size in memory, which
             # for text is about the same.
             per_row = (
-                self.sink.bytes / self.rows
-                if self.rows and self.sink.bytes
+                self.bytes / self.rows
+                if self.rows and self.bytes
                 else batch.nbytes / batch.num_rows
             )
-            left = max(0, limits.max_bytes - self.sink.bytes)
+            left = max(0, limits.max_bytes - self.bytes)
             rows = min(rows, max(MIN_PIECE_ROWS, int(left / max(per_row, 0.01)) + 1))
         if limits.max_rows is not None:
             rows = min(rows, limits.max_rows - self.rows)
@@ -263,7 +268,7 @@ class _OpenPart:
     def full(self, limits: PartLimits) -> bool:
         """Whether the next row belongs into another part."""
         return (limits.max_rows is not None and self.rows >= limits.max_rows) or (
-            limits.max_bytes is not None and self.sink.bytes >= limits.max_bytes
+            limits.max_bytes is not None and self.bytes >= limits.max_bytes
         )
 
     def finish(self) -> FinishedPart:

@@ -221,10 +221,11 @@ def _literal(  # noqa: C901 - one arm for each kind of value
             plain = (
                 value.astimezone(UTC).replace(tzinfo=None).isoformat(" ", "microseconds")
             )
-            if pat.is_timestamp(column.type) and column.type.tz is not None:
-                zone = "+00" if dialect.typed_moments else ""
-                return _moment(dialect, plain + zone, "TIMESTAMPTZ")
-            return _moment(dialect, plain, "TIMESTAMP")
+            zoned = column.type.tz is not None
+            if zoned and dialect.typed_moments:
+                plain += "+00"
+            fine = "_NS" if column.type.unit == "ns" else ""
+            return _moment(dialect, plain, f"TIMESTAMP{'TZ' if zoned else ''}{fine}")
     raise ValueError(f"{type(value).__name__} does not compare with {column.kind}")
 
 
@@ -233,7 +234,10 @@ _INT64_MAX = 2**63 - 1
 
 def _moment(dialect: Dialect, iso: str, to: str) -> exp.Expr:
     literal = exp.Literal.string(iso)
-    return cast(literal, to) if dialect.typed_moments else literal
+    if not dialect.typed_moments:
+        return literal
+    # Taken as it is: sqlglot does not know each of these names.
+    return exp.Cast(this=literal, to=exp.DataType.build(to, udt=True))
 
 
 def _fits(value: Decimal, kind: pa.DataType) -> None:

@@ -244,7 +244,7 @@ class CreateExportRequest(_message.Message):
     """Begin a new part after this many rows; absent: no limit by rows. At least 1."""
     max_part_bytes: _builtins.int
     """Begin a new part once this many stored bytes are written; a part may pass it by
-    one batch. Absent: the server's default. At least 65 536.
+    about a thousand rows. Absent: the server's default. At least 65 536.
     """
     priority: _builtins.int
     """Order among the caller's own waiting jobs, higher first; from -100 to 100.
