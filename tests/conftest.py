@@ -5,10 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.support.gate import GateSource
 from tests.support.postgres import postgres, postgres_database, postgres_url
 from tests.support.samples import SAMPLE_ROWS, write_samples
+
+# A machine that is busy is no fault of what is tested.
+settings.register_profile("exportd", deadline=None)
+settings.load_profile("exportd")
 
 __all__ = ["postgres", "postgres_database", "postgres_url"]
 

@@ -7,7 +7,9 @@ sets how many histories are tried.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import os
+import shutil
 import tempfile
 from collections.abc import Awaitable
 from dataclasses import dataclass, field
@@ -61,6 +63,7 @@ ERROR = ErrorRecord(ErrorReason.SOURCE_FAILED, "down")
 EXPORT = {TaskKind.PLAN, TaskKind.SHARD}
 
 _empty = Path(tempfile.mkdtemp(prefix="exportd-model-"))
+atexit.register(shutil.rmtree, _empty)
 
 
 # --- the model

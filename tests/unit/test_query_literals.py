@@ -70,7 +70,7 @@ def test_a_literal_becomes_the_exact_value(
         (pa.int64(), "double", "5.0", "int_value"),
         (pa.int64(), "int", "9223372036854775808", "2^63"),
         (pa.int64(), "int", "five", "like 42"),
-        (pa.int64(), "int", "１", "like 42"),
+        (pa.int64(), "int", "\uff11", "like 42"),
         (pa.int64(), "int", "", "like 42"),
         (pa.float64(), "double", "nan", "NaN"),
         (pa.float64(), "double", "x", "like 1.5"),
