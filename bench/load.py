@@ -19,7 +19,9 @@ def main() -> None:
     if kind == "export":
         with exportd.Client(address) as client:
             while True:
-                job = client.export("token_transfers", format="csv", ttl=timedelta(minutes=1))
+                job = client.export(
+                    "token_transfers", format="csv", ttl=timedelta(minutes=1)
+                )
                 job.wait(timeout=600)
                 job.delete()
     with grpc.insecure_channel(address) as channel:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests.support.flights import flights, flights_postgres, flights_sqlite
 from tests.support.gate import GateSource
 from tests.support.postgres import postgres, postgres_database, postgres_url
 from tests.support.samples import SAMPLE_ROWS, write_samples
@@ -15,7 +16,14 @@ from tests.support.samples import SAMPLE_ROWS, write_samples
 settings.register_profile("exportd", deadline=None)
 settings.load_profile("exportd")
 
-__all__ = ["postgres", "postgres_database", "postgres_url"]
+__all__ = [
+    "flights",
+    "flights_postgres",
+    "flights_sqlite",
+    "postgres",
+    "postgres_database",
+    "postgres_url",
+]
 
 
 @pytest.fixture(scope="session")

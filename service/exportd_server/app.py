@@ -23,6 +23,7 @@ from exportd_server.jobs.manager import JobManager, Policy
 from exportd_server.jobs.readers import Readers
 from exportd_server.jobs.worker import Worker, WorkerOptions
 from exportd_server.platform.clock import SystemClock
+from exportd_server.platform.malloc import release_free_memory
 from exportd_server.settings import Settings
 from exportd_server.sources.catalogue import Catalogue, load_catalogue
 from exportd_server.store.local import LocalStore
@@ -116,6 +117,8 @@ async def serving(
             ) from None
         working = asyncio.create_task(worker.run())
         working.add_done_callback(lambda _task: stop.set())
+        # Reading the catalogue took far more memory than it keeps.
+        await asyncio.to_thread(release_free_memory)
         log.info(
             "serving",
             listen=f"{settings.listen.rpartition(':')[0]}:{port}",

@@ -20,7 +20,7 @@ from exportd_server.sources.duckdb import engine_version, write_parquet
 
 CATALOGUE = "datasets.toml"
 _MARKER = ".samples.json"
-_VERSION = 1
+_VERSION = 2
 _FILE_ROWS = 5_000_000
 _START = 1_735_689_600  # 2025-01-01T00:00:00Z
 _SPAN = 365 * 86_400
@@ -272,14 +272,14 @@ def generate(directory: Path, token_transfers: int = 1_000_000, seed: int = 1) -
     """
     if token_transfers < 1:
         raise ConfigurationError("the sample data needs at least 1 row")
-    identity = {
+    identity: dict[str, object] = {
         "version": _VERSION,
         "rows": token_transfers,
         "seed": seed,
         "engine": engine_version(),
     }
     marker = directory / _MARKER
-    if marker.is_file() and json.loads(marker.read_text(encoding="utf-8")) == identity:
+    if _reads(marker, identity):
         return
     if directory.exists() and not marker.is_file() and any(directory.iterdir()):
         raise ConfigurationError(
@@ -292,9 +292,21 @@ def generate(directory: Path, token_transfers: int = 1_000_000, seed: int = 1) -
         fresh.chmod(0o755)
         _write(fresh, token_transfers, seed)
         (fresh / _MARKER).write_text(json.dumps(identity), encoding="utf-8")
-        _replace(fresh, directory)
+        try:
+            _replace(fresh, directory)
+        except OSError:
+            # Another process may have put the same there meanwhile.
+            if not _reads(marker, identity):
+                raise
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _reads(marker: Path, identity: dict[str, object]) -> bool:
+    try:
+        return bool(json.loads(marker.read_text(encoding="utf-8")) == identity)
+    except (OSError, ValueError):
+        return False
 
 
 def _write(directory: Path, token_transfers: int, seed: int) -> None:

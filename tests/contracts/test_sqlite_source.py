@@ -135,6 +135,16 @@ def test_a_float_that_becomes_text_reads_back_the_same(
     assert found[7] == "seven"
 
 
+def test_a_decimal_kept_as_a_float_has_the_digits_that_were_written(
+    path: Path, database: sqlite3.Connection
+) -> None:
+    written = ["12.3", "0.000012345678901235", "973.634881024144", "1000000000000000.5"]
+    fill(database, "DECIMAL(38, 18)", *written)
+    kinds = {row[0] for row in database.execute("SELECT typeof(v) FROM t")}
+    assert kinds == {"real"}
+    assert read(path).to_pylist()[:3] == [Decimal(text) for text in written[:3]]
+
+
 def test_declared_moments_are_read_from_iso_text(
     path: Path, database: sqlite3.Connection
 ) -> None:

@@ -512,3 +512,19 @@ async def test_a_full_disk_fails_the_job_cleanly_and_the_server_lives_on(
         assert "STORE_FULL" in job.error.message
         await until(lambda: not server.files())
         await rpc.export(server.stub, "gated")
+
+
+async def test_a_reader_that_goes_away_is_no_error_of_the_servers(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    async with serving(tmp_path, GateSource(2000, wide=True)) as server:
+        job = await rpc.export(server.stub, "gated")
+        for _ in range(20):
+            call = server.stub.StreamDownload(pb.StreamDownloadRequest(job_id=job.job_id))
+            async for _ in call:
+                break
+            call.cancel()
+        assert await rpc.download(server.stub, job.job_id)
+    logged = capfd.readouterr()
+    assert "unforeseen" not in logged.out + logged.err
+    assert "Traceback" not in logged.out + logged.err

@@ -209,7 +209,11 @@ MISTAKES = [
         SQLITE + 'table = "main.t"',
         "datasets.t.table: 'main.t' is no table name; write NAME",
     ),
-    (SQLITE + 'query = "SELEC 1"', "datasets.t: connection 'c' cannot read it: ", "syntax error"),
+    (
+        SQLITE + 'query = "SELEC 1"',
+        "datasets.t: connection 'c' cannot read it: ",
+        "syntax error",
+    ),
     (SQLITE + 'query = "SELECT * FROM t; DROP TABLE t"', "datasets.t: connection 'c'"),
     (
         DEAD + '[datasets.t]\nconnection = "c"\ntable = "t"',

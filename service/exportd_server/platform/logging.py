@@ -29,10 +29,12 @@ def configure_logging(
             structlog.processors.JSONRenderer(),
         ]
     else:
-        final = [structlog.dev.ConsoleRenderer(
+        final = [
+            structlog.dev.ConsoleRenderer(
                 colors=sys.stderr.isatty(),
                 exception_formatter=structlog.dev.plain_traceback,
-            )]
+            )
+        ]
     structlog.configure(
         processors=[
             *shared,

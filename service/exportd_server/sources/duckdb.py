@@ -227,6 +227,7 @@ class FileSource:
         self._declared = dict(types or {})
         self._lock = threading.Lock()
         self._verified = ""
+        self._counted: tuple[str, int | None] = ("", None)
         listing = _list_files(pattern)
         if not listing.paths:
             raise FileNotFoundError(pattern)
@@ -353,11 +354,16 @@ class FileSource:
         if self._format != "parquet" or not listing.paths:
             return None
         files = exp.Array(expressions=[sql.text(path) for path in listing.paths])
+        known, rows = self._counted
+        if known == listing.digest:
+            return rows
         footers = sql.function("parquet_file_metadata", files)
         total = exp.select(sql.function("sum", sql.identifier("num_rows"))).from_(footers)
         with _translated(), contextlib.closing(_engine(listing.paths)) as engine:
             row = engine.execute(sql.render(_DIALECT, total)).fetchone()
-        return int(row[0]) if row and row[0] is not None else None
+        rows = int(row[0]) if row and row[0] is not None else None
+        self._counted = (listing.digest, rows)
+        return rows
 
     def _verify(self, listing: _Listing, query: Query) -> None:
         """Make sure that the types of nested JSON columns hold for every row: the engine
@@ -459,6 +465,7 @@ class FileStream:
 def write_parquet(values: str, relation: str, target: Path) -> None:
     """Write expressions over generated rows to a Parquet file, row group by row group,
     the same bytes each time. For the sample data; the SQL is its own."""
+    # A reader of the file holds a row group, so small ones keep readers small.
     engine = duckdb.connect(config={"threads": 1, "memory_limit": "512MB"})
     tree = exp.select(sql.raw(values)).from_(sql.raw(relation))
     with contextlib.closing(engine):
@@ -467,7 +474,7 @@ def write_parquet(values: str, relation: str, target: Path) -> None:
         path = sql.render(_DIALECT, sql.text(str(target)))
         engine.execute(
             f"COPY ({text}) TO {path} (FORMAT parquet, COMPRESSION zstd, "
-            "ROW_GROUP_SIZE 122880)"
+            "ROW_GROUP_SIZE 32768)"
         )
 
 

@@ -284,10 +284,19 @@ _DATE_GLOB = "[0-9][0-9][0-9][0-9]-[0-9][0-9]-[0-9][0-9]"
 _CLOCK_GLOB = "[0-9][0-9]:[0-9][0-9]:[0-9][0-9]"
 
 
-def _moment(value: exp.Expr, glob: str, width: int) -> tuple[Any, Any]:
-    """A condition for ISO text with up to six digits of a second, in UTC, and the one
-    form of it whose order is that of time."""
-    bare = _call("replace", _call("rtrim", value, "Z"), "+00:00", "")
+def _is_text(value: exp.Expr) -> exp.Expr:
+    return exp.EQ(this=_call("typeof", value), expression=exp.Literal.string("text"))
+
+
+def _without_zone(value: exp.Expr) -> exp.Expr:
+    """ISO text without its zone, where that is UTC."""
+    return _call("replace", _call("rtrim", value, "Z"), "+00:00", "")
+
+
+def _canonical(value: exp.Expr, glob: str, width: int) -> exp.Expr:
+    """ISO text with up to six digits of a second, in UTC, in the one form of it whose
+    order is that of time; NULL for anything else."""
+    bare = _without_zone(value)
     head = _call("substr", bare, 1, width)
     tail = _call("substr", bare, width + 1)
     fraction = exp.and_(
@@ -296,24 +305,17 @@ def _moment(value: exp.Expr, glob: str, width: int) -> tuple[Any, Any]:
         exp.LTE(this=_call("length", tail), expression=exp.Literal.number(7)),
     )
     whole = exp.EQ(this=tail.copy(), expression=exp.Literal.string(""))
-    good = exp.and_(
-        exp.EQ(this=_call("typeof", value), expression=exp.Literal.string("text")),
-        _like(head, glob),
-        exp.paren(exp.or_(whole, fraction)),
-    )
+    good = exp.and_(_is_text(value), _like(head, glob), exp.paren(exp.or_(whole, fraction)))
     digits = exp.DPipe(
         this=_call("ltrim", tail, "."), expression=exp.Literal.string("000000"), safe=True
     )
-    canon = exp.DPipe(
-        this=exp.DPipe(
-            this=_call("replace", head, "T", " "),
-            expression=exp.Literal.string("."),
-            safe=True,
-        ),
-        expression=_call("substr", digits, 1, 6),
+    point = exp.DPipe(
+        this=_call("replace", head, "T", " "),
+        expression=exp.Literal.string("."),
         safe=True,
     )
-    return good, canon
+    canon = exp.DPipe(this=point, expression=_call("substr", digits, 1, 6), safe=True)
+    return _when(good, canon)
 
 
 def _lossless_text(value: exp.Expr) -> exp.Expr:
@@ -360,26 +362,33 @@ def _field(column: Column, *, native: bool) -> SqliteField:
         if native:
             good, value = _is(name, "text"), name
     elif pat.is_decimal(kind):
-        good, value = _is(name, "text", "integer", "real"), _lossless_text(name)
+        # A float is read to the 15 digits that SQLite keeps of a decimal: more of them
+        # would be digits that nobody wrote.
+        good, value = _is(name, "text", "integer", "real"), sql.cast(name, "TEXT")
         column = Column(
             column.name, kind, column.nullable, column.description, filterable=False
         )
     else:
-        good, value = _temporal(name, kind)
-        good = exp.or_(null, good)
+        # Arrow reads it, and refuses what is no moment.
+        width, canonical = _temporal(name, kind)
+        long = exp.GTE(this=_call("length", name), expression=exp.Literal.number(width))
+        good = exp.or_(null, exp.and_(_is_text(name), long))
+        value = name if pat.is_date(kind) else _without_zone(name)
+        read = _when(good, value)
+        return SqliteField(column, read, canonical, canonical, good, sample)
     value = _when(good, value)
     operand = name if native else value
     text = _binary(operand.copy()) if pat.is_string(kind) else operand
     return SqliteField(column, value, text, text, good, sample)
 
 
-def _temporal(name: exp.Expr, kind: pa.DataType) -> tuple[Any, Any]:
+def _temporal(name: exp.Expr, kind: pa.DataType) -> tuple[int, exp.Expr]:
+    """The fewest characters of such a text, and what is compared."""
     if pat.is_date(kind):
-        typed = exp.EQ(this=_call("typeof", name), expression=exp.Literal.string("text"))
-        return exp.and_(typed, _like(name, _DATE_GLOB)), name
+        return 10, _when(exp.and_(_is_text(name), _like(name, _DATE_GLOB)), name)
     if pat.is_time(kind):
-        return _moment(name, _CLOCK_GLOB, 8)
-    return _moment(name, f"{_DATE_GLOB}[ T]{_CLOCK_GLOB}", 19)
+        return 8, _canonical(name, _CLOCK_GLOB, 8)
+    return 19, _canonical(name, f"{_DATE_GLOB}[ T]{_CLOCK_GLOB}", 19)
 
 
 def _typed(array: pa.Array, kind: pa.DataType) -> pa.Array:

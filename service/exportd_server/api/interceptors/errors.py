@@ -3,6 +3,7 @@ the call."""
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -88,6 +89,10 @@ def _stream(behaviour: Behaviour, method: str) -> Behaviour:
 async def _abort(context: Any, error: Exception, method: str, started: float) -> None:
     if isinstance(error, grpc.aio.AbortError):
         raise error
+    if isinstance(error, grpc.aio.InternalError):
+        # Nothing more can be sent: the caller has gone, and there is nobody to tell.
+        _log_call(method, started, Code.CANCELLED.name)
+        raise asyncio.CancelledError from error
     if isinstance(error, ExportdError):
         public = error
     else:
@@ -99,7 +104,10 @@ async def _abort(context: Any, error: Exception, method: str, started: float) ->
             metadata={"reference": reference},
         )
     _log_call(method, started, public.code.name, public.reason)
-    await context.abort_with_status(rpc_status.to_status(error_status(public)))
+    try:
+        await context.abort_with_status(rpc_status.to_status(error_status(public)))
+    except grpc.aio.InternalError as gone:
+        raise asyncio.CancelledError from gone
 
 
 def _log_call(method: str, started: float, code: str, reason: str | None = None) -> None:
