@@ -101,7 +101,7 @@ async def test_cancelling_a_running_export_stops_it_within_a_second_and_leaves_n
         response = await server.stub.CancelJob(pb.CancelJobRequest(job_id=job.job_id))
         assert response.outcome == pb.CANCEL_OUTCOME_CANCELLED
         assert response.job.state == job_pb2.JOB_STATE_CANCELLED
-        await until(lambda: gate.cancelled == 1 and not server.files())
+        await until(lambda: gate.cancelled and not server.files())
         assert time.monotonic() - started < 1.0
         refused = await rpc.refusal(
             server.stub.StreamDownload(pb.StreamDownloadRequest(job_id=job.job_id))

@@ -32,7 +32,7 @@ def reflect(address: str, version: str, symbol: str | None = None) -> bytes:
         else reflection_pb2.ServerReflectionRequest(list_services="")
     )
     with grpc.insecure_channel(address) as channel:
-        call = channel.stream_stream(
+        call: grpc.StreamStreamMultiCallable[object, bytes] = channel.stream_stream(
             f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo",
             request_serializer=reflection_pb2.ServerReflectionRequest.SerializeToString,
         )
