@@ -60,12 +60,18 @@ async def serving(
     Raises `ConfigurationError` in one line for whatever the operator must mend.
     """
     async with contextlib.AsyncExitStack() as stack:
+        try:
+            settings.data_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigurationError(
+                f"data_dir: {settings.data_dir} cannot be made ({error.strerror}); name a "
+                "directory that this user may write to"
+            ) from None
         if catalogue is not None:
             datasets = catalogue
         else:
             datasets = await asyncio.to_thread(_open_catalogue, settings)
         stack.callback(datasets.close)
-        settings.data_dir.mkdir(parents=True, exist_ok=True)
         clock = SystemClock()
         ledger = await open_sqlite_ledger(
             _path(

@@ -194,12 +194,43 @@ class ExportdError(Exception):
         return TABLE[self.reason].code
 
 
+_MOST_TOLD = 1_800
+"""How much of a request's faults is told, in bytes as a trailer has them."""
+_OVERHEAD = 8
+
+
+def _clip(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def _weight(text: str) -> int:
+    """Size in a trailer, where a byte that is no printable ASCII becomes three."""
+    return sum(1 if 0x20 <= byte < 0x7F else 3 for byte in text.encode())
+
+
 class InvalidRequest(ExportdError):
-    """At least one field of the request is wrong."""
+    """At least one field of the request is wrong.
+
+    A status travels in HTTP/2 trailers, in text and again in its details, and clients
+    refuse trailers above 8 KiB: `told` is what fits, and the rest is told by number.
+    """
 
     def __init__(self, violations: Sequence[FieldViolation]) -> None:
+        told: list[FieldViolation] = []
+        room = _MOST_TOLD
+        for violation in violations:
+            short = FieldViolation(
+                _clip(violation.field, 100), _clip(violation.description, 300)
+            )
+            room -= _weight(short.field) + _weight(short.description) + _OVERHEAD
+            if told and room < 0:
+                break
+            told.append(short)
         self.violations = tuple(violations)
-        text = "; ".join(f"{v.field}: {v.description}" for v in self.violations)
+        self.told = tuple(told)
+        text = "; ".join(f"{v.field}: {v.description}" for v in told)
+        if len(told) < len(violations):
+            text += f"; and {len(violations) - len(told)} more"
         super().__init__(ErrorReason.INVALID_REQUEST, text or None)
 
     @classmethod

@@ -9,9 +9,9 @@ import os
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -23,6 +23,7 @@ from exportd_server.errors import ConfigurationError
 PREFIX = "EXPORTD_"
 
 PositiveInt = Annotated[int, Field(ge=1)]
+MOST_SECONDS = 100 * 366 * 86_400
 PositiveSeconds = Annotated[float, Field(gt=0)]
 
 
@@ -83,10 +84,18 @@ class RetentionSettings(Section):
     """How long jobs and outputs are kept, in seconds."""
 
     ttl: PositiveInt = Field(86_400, description="when the request does not say")
-    max_ttl: PositiveInt = Field(604_800, description="most that a request may ask for")
+    max_ttl: Annotated[int, Field(ge=1, le=MOST_SECONDS)] = Field(
+        604_800, description="most that a request may ask for, and not below `ttl`"
+    )
     reap_interval: Annotated[float, Field(ge=1)] = Field(
         300.0, description="between two looks for expired jobs; at least 1"
     )
+
+    @model_validator(mode="after")
+    def _default_within_bounds(self) -> Self:
+        if self.ttl > self.max_ttl:
+            raise ValueError(f"ttl ({self.ttl}) must not pass max_ttl ({self.max_ttl})")
+        return self
 
 
 class PartSettings(Section):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import uuid
 from collections.abc import AsyncIterator
 from datetime import timedelta
@@ -20,6 +22,7 @@ from tests.support.samples import catalogue_of
 from tests.support.server import Server, serve, settings
 
 Op = dataset_pb2.FilterOperator
+NO_HEX = "0x890a5d-ac96-774b-bcce-b302099a80575"
 
 
 @pytest.fixture
@@ -185,7 +188,14 @@ async def test_jobs_that_do_not_exist_and_ids_that_are_none_differ(
         missing = await rpc.refusal(call(request_class(job_id=str(uuid.uuid4()))))
         assert missing.code is grpc.StatusCode.NOT_FOUND, method
         assert missing.reason == "JOB_NOT_FOUND"
-        for nonsense in ("", "42", "../../etc/passwd", "x" * 36, "{" + "0" * 34 + "}"):
+        for nonsense in (
+            "",
+            "42",
+            "../../etc/passwd",
+            "x" * 36,
+            "{" + "0" * 34 + "}",
+            NO_HEX,
+        ):
             refused = await rpc.refusal(call(request_class(job_id=nonsense)))
             assert refused.code is grpc.StatusCode.INVALID_ARGUMENT, method
             assert refused.fields == ["job_id"]
@@ -259,3 +269,63 @@ async def test_a_timestamp_beyond_the_calendar_is_refused(server: Server) -> Non
     message.time_range.start_time.nanos = -1
     refused = await rpc.refusal(server.stub.CreateExport(message))
     assert refused.fields == ["time_range.start_time"]
+
+
+@pytest.mark.parametrize("count", [60, 150])
+async def test_so_many_bad_fields_that_no_answer_holds_them_are_told_by_number(
+    server: Server, count: int
+) -> None:
+    """A client refuses trailers that are too long, and would never see the answer."""
+    for name in ("no_such_column", "é" * 60, "x" * 20_000):
+        refused = await rpc.refusal(
+            server.stub.CreateExport(rpc.request("token_transfers", columns=[name] * count))
+        )
+        assert refused.code is grpc.StatusCode.INVALID_ARGUMENT
+        told = len(refused.fields)
+        assert told > 1 or len(name) > 14
+        assert refused.message.endswith(f"; and {count - told} more")
+
+
+@pytest.mark.parametrize("method", ["GetJob", "CreateExport", "StreamDownload"])
+async def test_bytes_that_are_no_message_are_an_invalid_request(
+    server: Server, method: str
+) -> None:
+    path = f"/exportd.v1.ExportService/{method}"
+    call: Any
+    if method == "StreamDownload":
+        call = server.channel.unary_stream(path)
+    else:
+        call = server.channel.unary_unary(path)
+    for wire in (b"\xff\xff\xff", b"\x0a\x02\xff\xfe"):
+        refused = await rpc.refusal(call(wire))
+        assert refused.code is grpc.StatusCode.INVALID_ARGUMENT
+        assert refused.reason == "INVALID_REQUEST"
+        assert "Error" not in refused.message
+
+
+@pytest.mark.parametrize("path", ["/", "/foo", "/a/b/c", "/exportd.v1.ExportService/No"])
+async def test_a_method_that_does_not_exist_is_unimplemented(
+    server: Server, path: str
+) -> None:
+    call: Any = server.channel.unary_unary(path)
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await call(b"")
+    assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_a_page_token_with_half_a_character_is_refused(server: Server) -> None:
+    await rpc.export(server.stub, "positions")
+    await rpc.export(server.stub, "positions")
+    page = await server.stub.ListJobs(pb.ListJobsRequest(page_size=1))
+    padded = page.next_page_token + "=" * (-len(page.next_page_token) % 4)
+    position = json.loads(base64.urlsafe_b64decode(padded))
+    position[-1] = "\ud800"
+    token = base64.urlsafe_b64encode(json.dumps(position).encode()).decode()
+    refused = await rpc.refusal(server.stub.ListJobs(pb.ListJobsRequest(page_token=token)))
+    assert refused.reason == "INVALID_PAGE_TOKEN"
+
+
+async def test_more_labels_than_a_job_has_are_refused(server: Server) -> None:
+    labels = {f"k{number}": "v" for number in range(33)}
+    refused = await rpc.refusal(server.stub.ListJobs(pb.ListJobsRequest(labels=labels)))
+    assert refused.fields == ["labels"]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import resource
+import threading
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ import pytest
 from exportd.v1 import dataset_pb2, export_service_pb2_grpc, job_pb2
 from exportd.v1 import export_service_pb2 as pb
 from exportd_server.errors import SourceFailed, ValueNotEncodable
-from exportd_server.sources.base import SourceChanged
+from exportd_server.jobs.ledger.sql import SqlLedger
+from exportd_server.jobs.model import PartRecord
+from exportd_server.sources.base import Plan, Query, Shard, SourceChanged
 from tests.support import rpc
 from tests.support.gate import BATCH_ROWS, GateSource
 from tests.support.samples import catalogue_of
@@ -251,6 +254,29 @@ async def test_a_cap_fails_the_job_with_the_cap_and_the_count(
         await until(lambda: not server.files())
 
 
+class TwoShards(GateSource):
+    """Gives its batches twice."""
+
+    def plan(self, query: Query) -> Plan:
+        return Plan((Shard(0), Shard(1)))
+
+
+@pytest.mark.parametrize("cap", ["max_rows", "max_bytes"])
+async def test_a_cap_holds_for_all_shards_together_however_fast_they_end(
+    tmp_path: Path, cap: str
+) -> None:
+    async with serving(tmp_path / "free", TwoShards(wide=True)) as server:
+        job = await rpc.export(server.stub, "gated")
+        whole: int = getattr(job.manifest, cap.removeprefix("max_"))
+    limits = {cap: whole - 1}
+    async with serving(tmp_path, TwoShards(wide=True), limits=limits) as server:
+        job = await rpc.create(server.stub, "gated")
+        job = await rpc.finish(server.stub, job.job_id)
+        assert job.state == job_pb2.JOB_STATE_FAILED
+        assert "EXPORT_TOO_LARGE" in job.error.message
+        await until(lambda: not server.files())
+
+
 async def test_a_cap_that_is_met_exactly_is_not_passed(tmp_path: Path) -> None:
     limits = {"max_rows": 10 * BATCH_ROWS}
     async with serving(tmp_path, GateSource(wide=True), limits=limits) as server:
@@ -398,6 +424,100 @@ async def test_following_a_job_that_fails_fails_too(
         await anext(call)
         gate.fail()
         assert (await rpc.refusal(call)).reason == "JOB_FAILED"
+
+
+async def test_following_a_job_that_is_cancelled_says_so_even_in_the_middle_of_a_look(
+    tmp_path: Path, gate: GateSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cancel falls between the look at the job and the look at its parts."""
+    finished_parts = SqlLedger.finished_parts
+
+    async def after_a_cancel(
+        ledger: SqlLedger, tenant: str, job_id: str
+    ) -> list[PartRecord]:
+        parts = await finished_parts(ledger, tenant, job_id)
+        if len(parts) < 3:
+            return parts
+        await ledger.cancel_job(tenant, job_id)
+        return await finished_parts(ledger, tenant, job_id)
+
+    monkeypatch.setattr(SqlLedger, "finished_parts", after_a_cancel)
+    async with serving(tmp_path, gate) as server:
+        job = await rpc.create(server.stub, "gated", max_part_rows=BATCH_ROWS)
+        call = aiter(
+            server.stub.StreamDownload(
+                pb.StreamDownloadRequest(job_id=job.job_id, follow=True)
+            )
+        )
+        gate.allow(2)
+        await anext(call)
+        await anext(call)
+        gate.allow(8)
+        assert (await rpc.refusal(call)).reason == "JOB_CANCELLED"
+
+
+async def test_cancelling_cuts_those_who_follow_with_the_right_reason(
+    tmp_path: Path,
+) -> None:
+    """The reader is in the middle of a part's data when the job is cancelled."""
+    gate = GateSource(2000)
+    async with serving(tmp_path, gate, download={"chunk_bytes": 4096}) as server:
+        job = await rpc.create(server.stub, "gated", max_part_rows=900 * BATCH_ROWS)
+        gate.allow(1900)
+        call = aiter(
+            server.stub.StreamDownload(
+                pb.StreamDownloadRequest(job_id=job.job_id, follow=True)
+            )
+        )
+        await anext(call)
+        await anext(call)
+        await server.stub.CancelJob(pb.CancelJobRequest(job_id=job.job_id))
+        refused = await rpc.refusal(call)
+        assert refused.code is grpc.StatusCode.FAILED_PRECONDITION
+        assert refused.reason == "JOB_CANCELLED"
+
+
+async def test_following_from_before_the_beginning_is_refused_before_any_data(
+    tmp_path: Path,
+) -> None:
+    async with serving(tmp_path, GateSource(wide=True)) as server:
+        job = await rpc.export(server.stub, "gated")
+        call = server.stub.StreamDownload(
+            pb.StreamDownloadRequest(job_id=job.job_id, follow=True, read_offset=-1)
+        )
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await anext(aiter(call))
+        assert refused.value.code() is grpc.StatusCode.OUT_OF_RANGE
+
+
+async def test_a_server_that_is_cancelled_ends_although_a_source_hangs(
+    tmp_path: Path, gate: GateSource
+) -> None:
+    """What a second interrupt from the keyboard does."""
+    up: asyncio.Queue[Server] = asyncio.Queue()
+
+    async def run() -> None:
+        async with serve(settings(tmp_path), catalogue_of(gated=gate)) as server:
+            await up.put(server)
+            await asyncio.Event().wait()
+
+    before = asyncio.all_tasks()
+    running = asyncio.create_task(run())
+    server = await up.get()
+    job = await rpc.create(server.stub, "gated", max_part_rows=BATCH_ROWS)
+    gate.allow(2)
+    await rows_of(server, job.job_id, 2 * BATCH_ROWS)
+    # A loop that is blocked can not tell time: the gate opens by a thread's clock.
+    rescue = threading.Timer(ENOUGH, gate.open_wide)
+    rescue.start()
+    started = time.monotonic()
+    for task in asyncio.all_tasks() - before:
+        task.cancel()
+    with suppress(asyncio.CancelledError):
+        await running
+    assert time.monotonic() - started < ENOUGH / 2
+    assert gate.cancelled
+    rescue.cancel()
 
 
 async def test_a_reader_that_takes_nothing_is_dropped(tmp_path: Path) -> None:

@@ -150,6 +150,9 @@ def start(
         ([], {}, '[ledger]\nurl = "mysql://x/y"\n', ["ledger.url", "sqlite:///"]),
         ([], {}, '[store]\nurl = "ftp://x/y"\n', ["store.url", "file:///"]),
         ([], {}, "[retention]\nreap_interval = 0.5\n", ["retention.reap_interval"]),
+        ([], {}, "[retention]\nttl = 1000\nmax_ttl = 10\n", ["retention", "max_ttl"]),
+        ([], {"EXPORTD_RETENTION__MAX_TTL": "9" * 18}, None, ["retention.max_ttl"]),
+        (["--data-dir", "README.md"], {}, None, ["data_dir", "README.md"]),
     ],
 )
 def test_a_mistake_in_the_configuration_is_one_line_with_the_key(

@@ -41,6 +41,7 @@ from exportd_server.errors import (
 )
 from exportd_server.jobs.ledger.base import JobQuery
 from exportd_server.jobs.lower import MAX_FILTERS
+from exportd_server.jobs.manager import MAX_LABELS
 from exportd_server.jobs.model import (
     CancelOutcome,
     ExportSpec,
@@ -84,14 +85,15 @@ class Reader:
                 self.complain(field, "is required: a UUID")
             return ""
         try:
-            if len(text) != 36:
-                raise ValueError  # noqa: TRY301 - one complaint for all forms
-            return str(UUID(text))
+            canonical = str(UUID(text))
         except ValueError:
+            canonical = ""
+        if canonical != text.lower():
             self.complain(
                 field, "must be a UUID such as 01890a5d-ac96-774b-bcce-b302099a8057"
             )
             return ""
+        return canonical
 
     def moment(
         self, field: str, message: timestamp_pb2.Timestamp, *, present: bool
@@ -359,6 +361,8 @@ def fingerprint(request: job_pb2.CreateExportRequest) -> str:
 
 def read_job_query(reader: Reader, request: export_service_pb2.ListJobsRequest) -> JobQuery:
     """The conditions of a ListJobs."""
+    if len(request.labels) > MAX_LABELS:
+        reader.complain("labels", f"at most {MAX_LABELS} labels, not {len(request.labels)}")
     states: set[JobState] = set()
     for index, number in enumerate(request.states):
         name = _enum_name(job_pb2.JobState, number)
@@ -647,7 +651,7 @@ def error_status(error: ExportdError) -> status_pb2.Status:
                     error_details_pb2.BadRequest.FieldViolation(
                         field=violation.field, description=violation.description
                     )
-                    for violation in error.violations
+                    for violation in error.told
                 ]
             ),
         )

@@ -84,11 +84,16 @@ class Downloads:
         reader.check()
         sender = _Sender(context, self._options, self._readers, job_id)
         with self._readers.reading(job_id):
-            if request.follow:
-                await self._follow(tenant, job_id, request, sender)
-            else:
-                job = await self._manager.output(tenant, job_id)
-                await self._send(job, request, sender)
+            try:
+                if request.follow:
+                    await self._follow(tenant, job_id, request, sender)
+                else:
+                    job = await self._manager.output(tenant, job_id)
+                    await self._send(job, request, sender)
+            except _Cut:
+                # Deleted or cancelled: the job says which.
+                self._manager.refuse_unreadable(await self._manager.get(tenant, job_id))
+                raise ExportdError(ErrorReason.JOB_NOT_FOUND) from None
 
     async def _send(
         self,
@@ -211,12 +216,17 @@ class Downloads:
                     raise ExportdError(ErrorReason.PARTS_NOT_JOINABLE)
                 generation = generation or job.generation
                 _check_generation(job, generation)
+                done = job.state is JobState.SUCCEEDED
                 if parts[: len(sent)] != sent:
-                    _check_generation(job, -1)
+                    if done:
+                        _check_generation(job, -1)
+                    # The job changed after it was looked at; the next look says how.
+                    continue
                 if not begun:
+                    if request.read_offset < 0:
+                        raise ExportdError(ErrorReason.OFFSET_OUT_OF_RANGE)
                     begun = True
                     await sender.metadata(_metadata(job, file_name(job), None))
-                done = job.state is JobState.SUCCEEDED
                 ready = parts[len(sent) :] if done else parts[len(sent) : -1]
                 for part in ready:
                     last = done and part is parts[-1]
@@ -227,10 +237,14 @@ class Downloads:
                         job, [segment], request.read_offset, end, sender, base
                     )
                 if done:
-                    if not 0 <= request.read_offset <= base:
+                    if request.read_offset > base:
                         raise ExportdError(ErrorReason.OFFSET_OUT_OF_RANGE)
                     layout = joined_layout(job.spec.output, parts)
                     await sender.metadata(_metadata(job, file_name(job), layout))
+
+
+class _Cut(Exception):
+    """The job was cancelled or deleted while it was being downloaded."""
 
 
 class _Sender:
@@ -257,7 +271,7 @@ class _Sender:
     async def data(self, offset: int, data: memoryview) -> None:
         """Send a chunk."""
         if self._readers.is_cut(self._job_id):
-            raise ExportdError(ErrorReason.JOB_NOT_FOUND, "the job was deleted")
+            raise _Cut
         await self._write(data_message(offset, crc32c(data), data))
 
     async def _write(self, message: bytes) -> None:

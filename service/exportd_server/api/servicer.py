@@ -205,6 +205,9 @@ def _read_token(token: str, query: str, *types: type) -> list[Any]:
         padded = token.encode("ascii") + b"=" * (-len(token) % 4)
         text = base64.b64decode(padded, altchars=b"-_", validate=True)
         issued_for, *position = json.loads(text)
+        for value in position:
+            # JSON can name half a character, which no database takes.
+            str(value).encode()
     except (ValueError, TypeError, RecursionError):
         raise ExportdError(ErrorReason.INVALID_PAGE_TOKEN) from None
     if issued_for != query or [type(value) for value in position] != list(types):

@@ -39,12 +39,12 @@ class Housekeeping:
     async def cleanup(self, lease: Lease) -> None:
         """Delete the output that the job must not have; then, if the task says so,
         forget the job."""
-        if lease.forget and self._readers.in_use(lease.job_id):
+        prefix = JobPrefix(lease.tenant, lease.job_id)
+        kept = await self._ledger.kept_parts(lease)
+        if kept is None and self._readers.in_use(lease.job_id):
             busy = ErrorRecord(ErrorReason.JOB_NOT_FINISHED, "being downloaded")
             await self._ledger.fail_attempt(lease, busy, retry_in=_WHILE_READ)
             return
-        prefix = JobPrefix(lease.tenant, lease.job_id)
-        kept = await self._ledger.kept_parts(lease)
         if kept is None:
             deleted = await self._store.delete_job(prefix)
         else:

@@ -18,6 +18,7 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Literal
 
 import structlog
 
@@ -113,7 +114,8 @@ class Worker:
             for task in (*slots, heartbeat):
                 task.cancel()
             await asyncio.gather(*slots, heartbeat, return_exceptions=True)
-            self._threads.shutdown(wait=True)
+            # Not on the loop, which a run that ends may still want a word with.
+            await asyncio.to_thread(self._threads.shutdown)
 
     async def drain(self, grace: float) -> None:
         """Claim nothing more; after `grace` seconds stop what still runs and give its
@@ -140,13 +142,7 @@ class Worker:
                         limits=ClaimLimits(self._options.running_per_tenant),
                     )
                     if lease is None:
-                        waiting = asyncio.create_task(
-                            self._ledger.wait_for_work(self._options.poll)
-                        )
-                        await asyncio.wait(
-                            (waiting, draining), return_when=asyncio.FIRST_COMPLETED
-                        )
-                        waiting.cancel()
+                        await self._wait_for_work(draining)
                     else:
                         await self._work(lease)
                     failures = 0
@@ -154,12 +150,21 @@ class Worker:
                     # The ledger may be out of reach for a while; the work is not lost.
                     failures += 1
                     log.exception("worker slot failed", failures=failures)
-                    await asyncio.sleep(self._backoff(failures))
+                    await asyncio.wait((draining,), timeout=self._backoff(failures))
         finally:
             draining.cancel()
 
+    async def _wait_for_work(self, draining: asyncio.Task[Literal[True]]) -> None:
+        waiting = asyncio.create_task(self._ledger.wait_for_work(self._options.poll))
+        try:
+            await asyncio.wait((waiting, draining), return_when=asyncio.FIRST_COMPLETED)
+            if waiting.done():
+                waiting.result()
+        finally:
+            waiting.cancel()
+
     def _backoff(self, failures: int) -> float:
-        """Capped exponential backoff with full jitter, in seconds."""
+        """Capped exponential backoff, half of it jitter, in seconds."""
         options = self._options
         ceiling = min(options.retry_cap, options.retry_base * 2 ** min(failures - 1, 30))
         return random.uniform(ceiling / 2, ceiling)  # noqa: S311 - spreads, hides nothing
@@ -321,21 +326,41 @@ class Worker:
             raise active.why_stopped()
         progress = asyncio.create_task(self._report_progress(active, run, caps))
         try:
-            await loop.run_in_executor(self._threads, run)
+            await self._run_in_thread(active, run)
+        finally:
+            progress.cancel()
+            active.run = None
+        if caps.bounded:
+            await self._settle_caps(lease, run, caps)
+        if await self._ledger.complete_shard(lease):
+            log.info("job succeeded", rows=run.rows, bytes=run.bytes)
+
+    async def _run_in_thread(self, active: _Active, run: ShardRun) -> None:
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._threads, run)
         except Stopped:
             raise active.why_stopped() from None
         except LeaseLost:
+            raise
+        except asyncio.CancelledError:
+            # The thread does not end with the task that waits for it.
+            run.cancel()
             raise
         except BaseException:
             # What a lost lease makes fail is no failure of the job.
             if active.lost:
                 raise LeaseLost from None
             raise
-        finally:
-            progress.cancel()
-            active.run = None
-        if await self._ledger.complete_shard(lease):
-            log.info("job succeeded", rows=run.rows, bytes=run.bytes)
+
+    async def _settle_caps(self, lease: Lease, run: ShardRun, caps: _Caps) -> None:
+        """Hold the whole job against its caps before the shard counts as complete: other
+        shards may have ended since they were last heard of. Each tells before it ends,
+        so the last one sees all of them."""
+        total = await self._ledger.record_progress(
+            lease, rows=run.rows, bytes_=run.bytes, rows_per_second=0.0
+        )
+        caps.others(*total, own_rows=run.rows, own_bytes=run.bytes)
+        caps.check(run.rows, run.bytes)
 
     async def _report_progress(self, active: _Active, run: ShardRun, caps: _Caps) -> None:
         """Tell the ledger how far the shard is, and learn whether it still matters."""
@@ -420,6 +445,11 @@ class _Caps:
         self._max_bytes = max_bytes
         self._others = (0, 0)
         self.check(own_rows, own_bytes)
+
+    @property
+    def bounded(self) -> bool:
+        """Whether there is a cap at all."""
+        return self._max_rows is not None or self._max_bytes is not None
 
     def others(self, rows: int, bytes_: int, *, own_rows: int, own_bytes: int) -> None:
         """Learn the job's total at a moment when this shard had so much of it."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import grpc
 import structlog
+from google.protobuf.message import DecodeError
 from grpc_status import rpc_status
 
 from exportd_server.api.convert import error_status
@@ -36,22 +37,37 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
         """Give the method's handler with its behaviour wrapped."""
         handler = await continuation(handler_call_details)
-        _, service, method = handler_call_details.method.split("/", 2)
+        service, _, method = handler_call_details.method[1:].partition("/")
         if handler is None or service not in self._services:
             return handler
+        read = handler.request_deserializer
         if handler.unary_unary is not None:
             return grpc.unary_unary_rpc_method_handler(
-                _unary(handler.unary_unary, method),
-                handler.request_deserializer,
-                handler.response_serializer,
+                _unary(_reading(handler.unary_unary, read), method),
+                response_serializer=handler.response_serializer,
             )
         if handler.unary_stream is not None:
             return grpc.unary_stream_rpc_method_handler(
-                _stream(handler.unary_stream, method),
-                handler.request_deserializer,
-                handler.response_serializer,
+                _stream(_reading(handler.unary_stream, read), method),
+                response_serializer=handler.response_serializer,
             )
         raise RuntimeError(f"{method} streams requests, which nothing here wraps")
+
+
+def _reading(behaviour: Behaviour, read: Callable[[bytes], Any] | None) -> Behaviour:
+    """The behaviour for a request that is still bytes. The library would answer bytes
+    that are no message with UNKNOWN and the parser's own words."""
+
+    def call(wire: bytes, context: Any) -> Any:
+        try:
+            request = wire if read is None else read(wire)
+        except DecodeError:
+            raise ExportdError(
+                ErrorReason.INVALID_REQUEST, "the request is not a message of its type"
+            ) from None
+        return behaviour(request, context)
+
+    return call
 
 
 def _unary(behaviour: Behaviour, method: str) -> Behaviour:
