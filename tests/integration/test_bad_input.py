@@ -22,7 +22,7 @@ from tests.support.samples import catalogue_of
 from tests.support.server import Server, serve, settings
 
 Op = dataset_pb2.FilterOperator
-NO_HEX = "0x890a5d-ac96-774b-bcce-b302099a80575"
+NO_HEX = "+1890a5d-ac96-774b-bcce-b302099a8057"
 
 
 @pytest.fixture
