@@ -72,7 +72,7 @@ def verify(file: Path, manifest: dict[str, Any]) -> str:
         sys.exit(f"{file} does not match its manifest")
     # With several parts the client has compared the SHA-256 of each.
     if len(manifest["parts"]) > 1:
-        return f"CRC32C {crc:08x}"
+        return f"CRC32C {crc:08x} of the whole, SHA-256 of each part"
     if sha.digest() != base64.b64decode(manifest["sha256"]):
         sys.exit(f"{file} does not match its SHA-256")
     return f"CRC32C {crc:08x} and SHA-256 {sha.hexdigest()[:16]}..."

@@ -139,7 +139,12 @@ async def serving(
             await server.announce_shutdown()
             grace = settings.drain_timeout
             await asyncio.gather(worker.drain(grace), server.stop(grace))
-            await working
+            await asyncio.wait({working}, timeout=grace)
+            if not working.done():
+                # What a source blocks in cannot be given back; its lease runs out.
+                log.warning("work did not end in time")
+                working.cancel()
+            await asyncio.gather(working, return_exceptions=True)
             log.info("stopped")
 
 

@@ -93,7 +93,13 @@ def samples(directory: Path, rows: int, seed: int) -> None:
     """Generate the sample datasets, and a catalogue of them, into DIRECTORY."""
     from exportd_server.samples import generate  # noqa: PLC0415 - heavy
 
-    generate(directory, rows, seed)
+    with _configuration_errors():
+        try:
+            generate(directory, rows, seed)
+        except OSError as error:
+            raise ConfigurationError(
+                f"{directory}: cannot be written ({error.strerror}); name another directory"
+            ) from None
     click.echo(str(directory / "datasets.toml"))
 
 

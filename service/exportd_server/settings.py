@@ -250,7 +250,8 @@ def _refuse_unknown_variables(environ: Mapping[str, str]) -> None:
 
 
 def _hint(name: str, known: set[str]) -> str:
-    close = difflib.get_close_matches(name, sorted(known), n=1)
+    sections = {key.partition(".")[0] for key in known if "." in key}
+    close = difflib.get_close_matches(name, sorted(known | sections), n=1)
     return f"; did you mean {close[0]}?" if close else "; remove it"
 
 

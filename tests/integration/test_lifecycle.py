@@ -17,6 +17,7 @@ import pytest
 from exportd.v1 import dataset_pb2, export_service_pb2_grpc, job_pb2
 from exportd.v1 import export_service_pb2 as pb
 from exportd_server.errors import SourceFailed, ValueNotEncodable
+from exportd_server.jobs import worker
 from exportd_server.jobs.ledger.sql import SqlLedger
 from exportd_server.jobs.model import PartRecord
 from exportd_server.sources.base import Plan, Query, Shard, SourceChanged
@@ -275,6 +276,20 @@ async def test_a_cap_holds_for_all_shards_together_however_fast_they_end(
         assert job.state == job_pb2.JOB_STATE_FAILED
         assert "EXPORT_TOO_LARGE" in job.error.message
         await until(lambda: not server.files())
+
+
+async def test_more_parts_than_a_manifest_can_carry_fail_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "MAX_PARTS", 5)
+    async with serving(tmp_path, GateSource(wide=True)) as server:
+        fits = await rpc.export(server.stub, "gated", max_part_rows=2 * BATCH_ROWS)
+        assert len(fits.manifest.parts) == 5
+        job = await rpc.create(server.stub, "gated", max_part_rows=BATCH_ROWS)
+        job = await rpc.finish(server.stub, job.job_id)
+        assert job.state == job_pb2.JOB_STATE_FAILED
+        assert "max_parts = 5" in job.error.message
+        await until(lambda: not any(job.job_id in str(p) for p in server.files()))
 
 
 async def test_a_cap_that_is_met_exactly_is_not_passed(tmp_path: Path) -> None:

@@ -58,12 +58,21 @@ async def test_reflection_names_and_describes_the_service_in_both_versions(
             assert symbol.rpartition(".")[2].encode() in described
 
 
-async def test_health_is_serving_until_the_server_drains(tmp_path: Path) -> None:
-    async with serve(settings(tmp_path), catalogue_of(gated=GateSource())) as server:
-        health = health_pb2_grpc.HealthStub(server.channel)
-        for name in ("", SERVICE):
-            answer = await health.Check(health_pb2.HealthCheckRequest(service=name))
-            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+async def test_health_is_serving_until_the_server_drains(
+    tmp_path: Path, sample_catalogue: Path
+) -> None:
+    with server_process(tmp_path, "--catalogue", str(sample_catalogue)) as server:
+        async with grpc.aio.insecure_channel(server.address) as channel:
+            health = health_pb2_grpc.HealthStub(channel)
+            for name in ("", SERVICE):
+                answer = await health.Check(health_pb2.HealthCheckRequest(service=name))
+                assert answer.status == health_pb2.HealthCheckResponse.SERVING
+            watched = aiter(health.Watch(health_pb2.HealthCheckRequest(service=SERVICE)))
+            first = await anext(watched)
+            assert first.status == health_pb2.HealthCheckResponse.SERVING
+            server.process.terminate()
+            second = await asyncio.wait_for(anext(watched), 10)
+            assert second.status == health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 @pytest.mark.skipif(shutil.which("grpcurl") is None, reason="grpcurl is not installed")

@@ -257,11 +257,15 @@ class _Sender:
         self._options = options
         self._readers = readers
         self._job_id = job_id
-        self._buffer = memoryview(bytearray(options.chunk_bytes))
+        self._buffer = memoryview(b"")
 
     def room(self, wanted: int) -> memoryview:
-        """Where to read the next data into; the same memory each time."""
-        return self._buffer[: min(wanted, len(self._buffer))]
+        """Where to read the next data into; the same memory each time, and no more of it
+        than a small output needs."""
+        size = min(wanted, self._options.chunk_bytes)
+        if len(self._buffer) < size:
+            self._buffer = memoryview(bytearray(size))
+        return self._buffer[:size]
 
     async def metadata(self, message: export_service_pb2.DownloadMetadata) -> None:
         """Send what the bytes are."""

@@ -7,6 +7,7 @@ what happens.
 from __future__ import annotations
 
 import asyncio
+import difflib
 import re
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -111,8 +112,12 @@ class JobManager:
         """A dataset; raises DATASET_NOT_FOUND."""
         dataset = self._catalogue.get(name)
         if dataset is None:
+            close = difflib.get_close_matches(name[:100], self.dataset_names(), n=1)
+            hint = f"did you mean {close[0]}?" if close else "ListDatasets names them"
             raise ExportdError(
-                ErrorReason.DATASET_NOT_FOUND, metadata={"dataset": name[:100]}
+                ErrorReason.DATASET_NOT_FOUND,
+                f"there is no dataset {name[:100]!r}; {hint}",
+                metadata={"dataset": name[:100]},
             )
         return dataset
 
@@ -314,7 +319,8 @@ class JobManager:
             raise ExportdError(ErrorReason.JOB_NOT_FOUND, metadata={"job_id": job_id})
         if not state.terminal:
             raise JobNotFinished(
-                f"the job is {state.lower()}; cancel it first", RETRY_AFTER
+                f"the job is {state.lower()}; cancel it first, or wait for its end",
+                RETRY_AFTER,
             )
         self._readers.cut(job_id)
         log.info("job deleted", job_id=job_id, tenant=tenant)

@@ -6,6 +6,7 @@ import builtins
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from exportd_server.encoders.base import OutputFormat
 from exportd_server.jobs.model import Job, PartRecord
@@ -57,6 +58,12 @@ def joined_segment(part: PartRecord, *, first: bool, last: bool) -> Segment:
 
 def joined_layout(output: OutputFormat, parts: Sequence[PartRecord]) -> Layout | None:
     """All parts as one file; None when the format does not join."""
+    return _joined_layout(output, tuple(parts))
+
+
+@lru_cache(maxsize=64)
+def _joined_layout(output: OutputFormat, parts: tuple[PartRecord, ...]) -> Layout | None:
+    # Joining checksums costs some 50 microseconds a part, and a download asks each time.
     if len(parts) == 1:
         return part_layout(parts[0])
     if not output.joinable:

@@ -57,6 +57,8 @@ log = structlog.get_logger(__name__)
 _EXPORT_KINDS = (TaskKind.PLAN, TaskKind.SHARD)
 _HOUSEKEEPING_KINDS = (TaskKind.CLEANUP, TaskKind.REAP)
 _RATE_WINDOW = 5.0
+MAX_PARTS = 10_000
+"""Most parts of one shard: a manifest must stay a message that clients take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,6 +302,8 @@ class Worker:
         )
 
         def commit(part: FinishedPart) -> None:
+            if part.key.sequence >= MAX_PARTS:
+                raise ExportTooLarge("max_parts", MAX_PARTS, part.key.sequence + 1)
             recorded = self._ledger.add_part(lease, _part_record(part))
             asyncio.run_coroutine_threadsafe(recorded, loop).result()
 
