@@ -144,7 +144,8 @@ async def serving(
                 # What a source blocks in cannot be given back; its lease runs out.
                 log.warning("work did not end in time")
                 working.cancel()
-            await asyncio.gather(working, return_exceptions=True)
+            with contextlib.suppress(asyncio.CancelledError):
+                await working
             log.info("stopped")
 
 

@@ -8,6 +8,7 @@ import pty
 import random
 import re
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -21,6 +22,8 @@ import grpc
 import pytest
 from click.testing import CliRunner
 
+from exportd import Client, Retry
+from exportd.cli import commands
 from exportd.cli.commands import cli, exit_code, run
 from exportd.errors import ExportdError, OutputExpired
 from exportd.v1 import dataset_pb2, job_pb2
@@ -286,6 +289,9 @@ def test_a_servers_refusal_is_one_line_and_an_exit_code(
         (("create", "t", "-f", "csv", "--where", "nope=1"), 2, "no column 'nope'"),
         (("create", "t", "-f", "parquet", "--compression", "gzip"), 2, "parquet takes"),
         (("create", "t", "-f", "csv", "--label", "x"), 2, "write key=value"),
+        (("create", "t", "-f", "csv", "--limit", "9" * 20), 2, "no whole number"),
+        (("create", "t", "-f", "csv", "-w", "sender <> x"), 2, "write !="),
+        (("--server", "", "datasets"), 2, "is empty; give the server's host:port"),
         (("create", "nothing", "-f", "csv", "-w", "a=1"), 3, "DATASET_NOT_FOUND"),
         (("get", "no-such-job"), 3, "JOB_NOT_FOUND"),
         (("download", JOB, "no/such/dir/x"), 1, "check that its directory is there"),
@@ -324,6 +330,66 @@ def test_a_server_that_is_down_is_code_5(exportd: Any, server: ScriptedServer) -
     assert result.code == 5
     assert result.err.startswith(f"error: cannot reach exportd at {server.address}")
     assert len(result.err.splitlines()) == 1
+
+
+def test_a_download_that_gives_up_says_how_to_go_on(
+    exportd: Any, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def impatient(address: str, **options: Any) -> Client:
+        return Client(address, stream_retry=Retry(attempts=2, initial=0.01), **options)
+
+    monkeypatch.setattr(commands, "Client", impatient)
+    server.script.cuts = [4, 0, 0]
+    result = exportd("download", JOB, "a b.csv", "--force")
+    assert result.code == 5
+    again = f"exportd download {JOB} 'a b.csv' --force"
+    assert f"what is there is kept: '{again}' goes on where this ended" in result.err
+    assert len(result.err.splitlines()) <= 2  # progress, and the error
+    server.script.cuts = []
+    resumed = exportd(*shlex.split(again)[1:], "--json").json()["resumed_bytes"]
+    assert resumed == str(4 * server.script.chunk)
+    assert (tmp_path / "a b.csv").read_bytes() == DATA
+
+
+def test_a_target_that_cannot_be_written_is_refused_before_a_job_is_made(
+    exportd: Any, server: ScriptedServer, tmp_path: Path
+) -> None:
+    missing = exportd("create", "t", "-f", "csv", "--download", "nodir/x.csv")
+    assert (missing.code, missing.out) == (1, "")
+    assert "nodir is no directory; make it first" in missing.err
+    (tmp_path / "there.csv").write_text("mine")
+    there = exportd("create", "t", "-f", "csv", "--download", "there.csv")
+    assert there.code == 7
+    assert not server.created
+    forced = exportd("create", "t", "-f", "csv", "--download", "there.csv", "--force")
+    assert forced.code == 0
+    assert exportd("create", "t", "-f", "csv", "--download", "new/").code == 0
+
+
+def test_following_parts_that_do_not_join_says_what_to_do_instead(
+    exportd: Any, server: ScriptedServer, tmp_path: Path
+) -> None:
+    server.script.state = "RUNNING"
+    server.script.download_error = (
+        grpc.StatusCode.FAILED_PRECONDITION,
+        "PARTS_NOT_JOINABLE",
+        "the parts of this format do not join; download each by part_index",
+    )
+    result = exportd("download", JOB, "out.parquet", "--follow")
+    assert result.code == 7
+    assert "download it without --follow once it has ended" in result.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_quiet_leaves_stderr_to_errors(exportd: Any, server: ScriptedServer) -> None:
+    created = exportd("-q", "create", "t", "-f", "csv", "--download", "out.csv")
+    assert (created.out, created.err) == ("out.csv\n", "")
+    assert exportd("-q", "create", "t", "-f", "csv", "--wait").err == ""
+    server.script.state = "RUNNING"
+    assert exportd("-q", "download", JOB, "followed.csv", "--follow").err == ""
+    server.script.state = "SUCCEEDED"
+    assert exportd("-q", "delete", JOB).err == ""
+    assert exportd("-q", "get", JOB).err.startswith("error: ")
 
 
 def test_text_from_the_server_cannot_steer_the_terminal(
@@ -375,11 +441,13 @@ def test_ctrl_c_in_a_wait_says_that_the_job_goes_on(
     assert f"the job goes on: 'exportd watch {JOB}' follows it" in err
 
 
-def on_terminal(server: ScriptedServer, *arguments: str) -> tuple[int, str]:
+def on_terminal(
+    server: ScriptedServer, *arguments: str, columns: int = 120
+) -> tuple[int, str]:
     """Run with stderr on a pseudo-terminal; answers with the code and what it showed."""
     mine, theirs = pty.openpty()
     environment = {**os.environ, "EXPORTD_SERVER": server.address, "TERM": "xterm"}
-    environment["COLUMNS"] = "120"
+    environment["COLUMNS"] = str(columns)
     process = subprocess.Popen(
         [sys.executable, "-m", "exportd.cli", *arguments],
         env=environment,
@@ -412,6 +480,19 @@ def test_a_terminal_gets_a_live_bar(server: ScriptedServer, tmp_path: Path) -> N
     assert "━" in shown
     assert "683.6 KiB of 683.6 KiB" in shown
     assert (tmp_path / "out.csv").read_bytes() == DATA
+
+
+@pytest.mark.parametrize("columns", [80, 100])
+def test_the_bar_stays_on_one_line_of_a_narrow_terminal(
+    server: ScriptedServer, tmp_path: Path, columns: int
+) -> None:
+    server.script.file_name = "token_transfers-" + "long-" * 25 + ".csv"
+    code, shown = on_terminal(server, "download", JOB, str(tmp_path), columns=columns)
+    assert code == 0
+    assert "683.6 KiB of 683.6 KiB" in shown  # the name gave way
+    assert "token_trans" in shown
+    assert "…" in shown
+    assert "\x1b[1A" not in shown  # up a line, as after two
 
 
 def test_quiet_on_a_terminal_shows_nothing(server: ScriptedServer, tmp_path: Path) -> None:

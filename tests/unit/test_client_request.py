@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from exportd import Filter
-from exportd._model import Column, Dataset, JobState
+from exportd import Client, Filter
+from exportd._model import Column, Dataset, JobState, counted
 from exportd._request import create_export, filter_proto, list_jobs
+from exportd.cli.progress import fit
 from exportd.cli.where import parse_duration, parse_moment, parse_where
 from exportd.errors import InvalidRequest
 from exportd.v1 import dataset_pb2, job_pb2
@@ -198,6 +199,18 @@ def test_job_states_may_be_given_by_name() -> None:
         ("sender IS  NOT NULL", Filter("sender", "is not null")),
         ("block in (1, 2)", Filter("block", "in", [1, 2])),
         ('sender not in (a, "b,c")', Filter("sender", "not in", ["a", "b,c"])),
+        ("block == 7", Filter("block", "=", 7)),
+        ("sender = 'base'", Filter("sender", "=", "base")),
+        ('sender = "=x"', Filter("sender", "=", "=x")),
+        ('sender = "a ""b"""', Filter("sender", "=", 'a "b"')),
+        ('sender = invoice "7"', Filter("sender", "=", 'invoice "7"')),
+        ('sender in (\'a,b\', "c""", d e)', Filter("sender", "in", ["a,b", 'c"', "d e"])),
+        ("block in ()", Filter("block", "in", [])),
+        ("time>=2025-06-01", Filter("time", ">=", "2025-06-01T00:00:00Z")),
+        ("time>=2025-06-01T00:00Z", Filter("time", ">=", "2025-06-01T00:00:00Z")),
+        ("time<2025-06-01T02:00+02:00", Filter("time", "<", "2025-06-01T02:00:00+02:00")),
+        (f"block<{2**63 - 1}", Filter("block", "<", 2**63 - 1)),
+        (f"amount<{2**64}", Filter("amount", "<", Decimal(2**64))),
         ("day>2026-01-31", Filter("day", ">", date(2026, 1, 31))),
         ("at>=13:45:00.5", Filter("at", ">=", "13:45:00.5")),
         ("hash=0xC0FFEE", Filter("hash", "=", b"\xc0\xff\xee")),
@@ -226,7 +239,27 @@ def test_typed_conditions_take_their_types_from_the_columns(
         ("hash=xyz", "hexadecimal"),
         ("time>2026-01-31T00:00:00", "with an offset"),
         ("day=2026-13-01", "date such as"),
+        ("time>2026-02-30", "takes a date, or time with an offset"),
+        ("time>2026-01-31T25:00Z", "takes a date, or time with an offset"),
         ("block in 1,2", "brackets"),
+        ("sender <> base", "unknown operator '<>' in 'sender <> base'; write !=,"),
+        ("block => 5", "unknown operator '=>'.*write >=,"),
+        ("block =< 5", "unknown operator '=<'.*write <=,"),
+        ("sender =~ x", "unknown operator '=~'.*write ~,"),
+        ("sender === x", "unknown operator '==='.*use ~, "),
+        ("sender ! x", "unknown operator '!'"),
+        ("sender < > x", "two operators; .* in quotes"),
+        ('sender = "base', 'quotes of "base are not closed'),
+        ("sender = 'base", "quotes of 'base are not closed"),
+        ('sender = base"', "not closed"),
+        ('sender = "a" b', "not closed"),
+        ('sender in (a, "b)', 'quotes of "b are not closed'),
+        ("sender in ('a, b)", "quotes of 'a are not closed"),
+        ('sender in ("a" b, c)', "not closed"),
+        (f"block={2**63}", "9223372036854775808 is too large for block .int64."),
+        (f"block in (1, -{2**63 + 1})", "too large for block"),
+        ("amont > 1", "no column 'amont'; did you mean amount?"),
+        ("BLOCK > 1", "no column 'BLOCK'; did you mean block?"),
         ("sender is null x", "takes no value"),
     ],
 )
@@ -252,7 +285,66 @@ def test_moments_need_an_offset_and_dates_mean_midnight_utc() -> None:
         parse_moment("--since", "yesterday")
 
 
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        ("limit", 10**20),
+        ("limit", -(2**63) - 1),
+        ("max_part_rows", 2**63),
+        ("max_part_bytes", 2**63),
+        ("priority", 2**31),
+    ],
+)
+def test_a_number_that_its_field_cannot_hold_is_refused_by_name(
+    name: str, number: int
+) -> None:
+    with pytest.raises(InvalidRequest, match=f"{name}: {number} is no whole number") as e:
+        build(**{name: number})
+    assert e.value.violations[0].subject == name
+
+
+def test_numbers_out_of_range_are_refused_wherever_they_go() -> None:
+    with pytest.raises(InvalidRequest, match="row_group_rows"):
+        build(format="parquet", row_group_rows=2**63)
+    with pytest.raises(InvalidRequest, match="page_size"):
+        list_jobs(page_size=2**31)
+    with pytest.raises(InvalidRequest, match=r"start: .* out of range"):
+        build(start=datetime.min.replace(tzinfo=timezone(timedelta(hours=2))))
+    assert build(limit=2**63 - 1).limit == 2**63 - 1
+
+
+@pytest.mark.parametrize("address", ["", "  "])
+def test_an_empty_address_is_refused(address: str) -> None:
+    with pytest.raises(InvalidRequest, match="address: is empty"):
+        Client(address)
+
+
+@pytest.mark.parametrize(
+    ("room", "name", "words"),
+    [
+        (40, "a-long-file-name.csv", "running, 5 rows"),
+        (30, "a-long-file-na…", "running, 5 rows"),
+        (20, "a-long-file…", "running…"),
+    ],
+)
+def test_a_narrow_line_shortens_the_name_first_and_then_the_details(
+    room: int, name: str, words: str
+) -> None:
+    shown = fit("a-long-file-name.csv", "running, 5 rows", room)
+    assert shown == (name, words)
+    assert sum(map(len, shown)) <= room
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(0, "0 rows"), (1, "1 row"), (2000, "2,000 rows")]
+)
+def test_one_row_is_no_rows(number: int, text: str) -> None:
+    assert counted(number, "row") == text
+
+
 def test_durations() -> None:
+    with pytest.raises(InvalidRequest, match="too long"):
+        parse_duration("--ttl", "99999999999999w")
     assert parse_duration("--ttl", "1d12h") == timedelta(hours=36)
     for bad in ("", "24", "h", "1.5h", "-1h", "1h x"):
         with pytest.raises(InvalidRequest):

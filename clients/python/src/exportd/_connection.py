@@ -11,7 +11,7 @@ from datetime import timedelta
 import grpc
 import grpc.aio
 
-from exportd.errors import ExportdError, Unavailable
+from exportd.errors import ExportdError, InvalidRequest, Unavailable
 
 DEFAULT_ADDRESS = "localhost:50051"
 
@@ -87,6 +87,11 @@ class Connection:
     stream_retry: Retry = field(default_factory=lambda: Retry(attempts=10))
     stall_timeout: float = 60.0
     options: Sequence[tuple[str, OptionValue]] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse what would only fail later, and less clearly."""
+        if not self.address.strip():
+            raise InvalidRequest.of("address", "is empty; give the server's host:port")
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:

@@ -25,7 +25,7 @@ from exportd._files import (
     refuse_existing,
     safe_name,
 )
-from exportd._model import JobInfo, Manifest, Part
+from exportd._model import JobInfo, Manifest, Part, counted
 from exportd.errors import (
     DataLoss,
     ExportdError,
@@ -35,6 +35,7 @@ from exportd.errors import (
     LocalFileError,
     NotFound,
     PartNotFound,
+    PartsNotJoinable,
     Unavailable,
     from_rpc_error,
 )
@@ -215,9 +216,9 @@ class Downloader:
         if plan.part is not None:
             part = next((p for p in manifest.parts if p.index == plan.part), None)
             if part is None:
+                parts = counted(len(manifest.parts), "part")
                 raise PartNotFound(
-                    f"job {job.id} has {len(manifest.parts)} parts, none with index "
-                    f"{plan.part}",
+                    f"job {job.id} has {parts}, none with index {plan.part}",
                     reason="PART_NOT_FOUND",
                 )
             return self._file(_part_source(job, part), plan, report)
@@ -237,7 +238,16 @@ class Downloader:
         with PartialFile(final, source.key) as file:
             transfer = self._transfer(source, file, 1)
             resumed = transfer.done
-            self._run(transfer, file, _from_zero(report, source))
+            try:
+                self._run(transfer, file, _from_zero(report, source))
+            except PartsNotJoinable as error:
+                raise PartsNotJoinable(
+                    f"the parts of {job.format} do not join, so job {job.id} cannot be "
+                    "followed; download it without follow once it has ended",
+                    reason=error.reason,
+                    code=error.code,
+                    metadata=error.metadata,
+                ) from error
             job = self._get_job(job.id)
             manifest = job.raise_unless_succeeded()
             whole = _joined_source(job, manifest)
@@ -333,7 +343,7 @@ class Downloader:
     ) -> None:
         try:
             transfer.run(report)
-        except (NotFound, JobEnded, GenerationMismatch):
+        except (NotFound, JobEnded, GenerationMismatch, PartsNotJoinable):
             file.discard()  # nothing will ever complete these bytes
             raise
 

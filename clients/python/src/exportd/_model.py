@@ -282,6 +282,11 @@ class JobInfo:
         return self.manifest
 
 
+def counted(number: int, noun: str) -> str:
+    """So many of something: `1 part`, `2,000 rows`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def job_state(state: int) -> JobState:
     """The state by its number; `UNKNOWN` for one this client does not know."""
     name = _name(job_pb2.JobState.DESCRIPTOR, state, "JOB_STATE_")

@@ -149,6 +149,7 @@ _OPERATORS: Mapping[str, dataset_pb2.FilterOperator.ValueType] = {
 _NO_VALUE = frozenset({"is null", "is not null"})
 _MANY_VALUES = frozenset({"in", "not in"})
 _INT64 = range(-(2**63), 2**63)
+_INT32 = range(-(2**31), 2**31)
 
 
 def create_export(dataset: str, options: ExportOptions) -> job_pb2.CreateExportRequest:
@@ -164,16 +165,16 @@ def create_export(dataset: str, options: ExportOptions) -> job_pb2.CreateExportR
             filter_proto(f"filters[{i}]", f)
             for i, f in enumerate(options.get("filters", ()))
         ],
-        priority=options.get("priority", 0),
+        priority=_within(_INT32, "priority", options.get("priority", 0)),
         labels=dict(options.get("labels", {})),
         validate_only=options.get("validate_only", False),
     )
     if (limit := options.get("limit")) is not None:
-        request.limit = limit
+        request.limit = _within(_INT64, "limit", limit)
     if (rows := options.get("max_part_rows")) is not None:
-        request.max_part_rows = rows
+        request.max_part_rows = _within(_INT64, "max_part_rows", rows)
     if (size := options.get("max_part_bytes")) is not None:
-        request.max_part_bytes = size
+        request.max_part_bytes = _within(_INT64, "max_part_bytes", size)
     if (ttl := options.get("ttl")) is not None:
         request.ttl.CopyFrom(_duration(ttl))
     if (start := options.get("start")) is not None:
@@ -198,7 +199,7 @@ def list_jobs(
         states=[_state(s) for s in states],
         dataset=dataset,
         labels=dict(labels or {}),
-        page_size=page_size,
+        page_size=_within(_INT32, "page_size", page_size),
     )
     if created_from is not None:
         request.created_from.CopyFrom(timestamp("created_from", created_from))
@@ -220,7 +221,10 @@ def timestamp(name: str, moment: object) -> Timestamp:
             f"datetime({moment.year}, {moment.month}, {moment.day}, tzinfo=UTC)",
         )
     proto = Timestamp()
-    proto.FromDatetime(moment.astimezone(UTC))
+    try:
+        proto.FromDatetime(moment.astimezone(UTC))
+    except OverflowError:  # the first or last hours of all years, seen from UTC
+        raise InvalidRequest.of(name, f"{moment.isoformat()} is out of range") from None
     return proto
 
 
@@ -323,7 +327,7 @@ def _set_format(request: job_pb2.CreateExportRequest, options: ExportOptions) ->
     if (rows := options.get("row_group_rows")) is not None:
         if name != "parquet":
             raise InvalidRequest.of("row_group_rows", f"format {name} has no row groups")
-        request.parquet_options.row_group_rows = rows
+        request.parquet_options.row_group_rows = _within(_INT64, "row_group_rows", rows)
 
 
 def _set_compression(
@@ -343,6 +347,15 @@ def _pick(table: Mapping[str, _T], name: str, compression: str) -> _T:
             "compression", f"{compression!r}: format {name} takes {', '.join(table)}"
         )
     return table[compression]
+
+
+def _within(allowed: range, name: str, number: int) -> int:
+    """The number, as far as its field on the wire holds it."""
+    if number not in allowed:
+        raise InvalidRequest.of(
+            name, f"{number!r} is no whole number from {allowed[0]} to {allowed[-1]}"
+        )
+    return number
 
 
 def _duration(value: timedelta) -> Duration:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,8 +18,8 @@ from exportd import errors
 from exportd._client import Client, Job
 from exportd._connection import DEFAULT_ADDRESS
 from exportd._download import Download
-from exportd._files import safe_name
-from exportd._model import JobInfo, JobState
+from exportd._files import refuse_existing, safe_name
+from exportd._model import JobInfo, JobState, counted
 from exportd._request import CompressionName, ExportOptions, FormatName
 from exportd.cli import _malloc, show
 from exportd.cli.progress import Reporter
@@ -87,11 +88,14 @@ class Interrupted(Exception):
 
 @contextlib.contextmanager
 def resumable(hint: str) -> Iterator[None]:
-    """Turn Ctrl-C into `Interrupted` with a hint."""
+    """Turn Ctrl-C into `Interrupted` with a hint; a server that stays away gets it too."""
     try:
         yield
     except KeyboardInterrupt:
         raise Interrupted(hint) from None
+    except (errors.Unavailable, errors.TimedOut) as error:
+        error.message += f"; {hint}"
+        raise
 
 
 def json_option(command: _Command) -> _Command:
@@ -215,6 +219,8 @@ def datasets(settings: Settings, name: str | None, as_json: bool) -> None:
 @click.pass_obj
 def create(settings: Settings, /, dataset: str, **given: Any) -> None:
     """Export DATASET. Prints the job's id, with --download the file's path."""
+    if given["download"] is not None and not given["validate_only"]:
+        _refuse_target(given["download"], overwrite=given["force"])
     with settings.client() as client:
         job = client.export(dataset, **_export_options(client, dataset, given))
         if given["validate_only"]:
@@ -224,7 +230,8 @@ def create(settings: Settings, /, dataset: str, **given: Any) -> None:
         if path is None and not given["wait"]:
             _print_created(job, given["as_json"])
             return
-        show.note(f"job {job.id}")
+        if not settings.quiet:
+            show.note(f"job {job.id}")
         _wait(settings, job)
         if path is None:
             _print_created(job, given["as_json"])
@@ -323,7 +330,7 @@ def delete(settings: Settings, job_id: str, as_json: bool) -> None:
         client.job(job_id).delete()
         if as_json:
             show.print_json({"job_id": job_id, "deleted": True})
-        else:
+        elif not settings.quiet:
             show.note(f"deleted job {job_id}")
 
 
@@ -451,12 +458,12 @@ def _download(
     settings: Settings, job: Job, path: str | None, *, as_json: bool, **plan: Any
 ) -> None:
     target = _default_path(job) if path is None else path
-    again = f"exportd download {job.id}" + ("" if path is None else f" {path}")
+    again = shlex.join(_download_command(job, path, plan))
     hint = f"what is there is kept: '{again}' goes on where this ended"
-    if plan.get("follow"):
+    if plan.get("follow") and not settings.quiet:
         show.note(f"following job {job.id}")
     with resumable(hint), Reporter(quiet=settings.quiet or as_json) as reporter:
-        done = job.download(target, on_progress=reporter.download, **plan)
+        done = _with_the_commands_words(job, target, reporter, plan)
     if as_json:
         show.print_json(_download_json(job, done))
         return
@@ -464,6 +471,46 @@ def _download(
     if not settings.quiet:
         resumed = f", {show.size_text(done.resumed)} from before" if done.resumed else ""
         show.note(f"{show.size_text(done.size)}, verified by {done.verified_by}{resumed}")
+
+
+def _with_the_commands_words(
+    job: Job, target: str | Path, reporter: Reporter, plan: dict[str, Any]
+) -> Download:
+    try:
+        return job.download(target, on_progress=reporter.download, **plan)
+    except errors.PartsNotJoinable as error:
+        error.message = error.message.replace("without follow", "without --follow")
+        raise
+
+
+def _download_command(job: Job, path: str | None, plan: dict[str, Any]) -> list[str]:
+    """The command that goes on with a download."""
+    words = ["exportd", "download", job.id]
+    if path is not None:
+        words.append(path)
+    if plan.get("part") is not None:
+        words += ["--part", str(plan["part"])]
+    if plan.get("parallel", 1) > 1:
+        words += ["--parallel", str(plan["parallel"])]
+    if plan.get("follow"):
+        words.append("--follow")
+    if plan.get("overwrite"):
+        words.append("--force")
+    return words
+
+
+def _refuse_target(path: str, *, overwrite: bool) -> None:
+    """Raise for a target that a download could not be written to, before a job runs for
+    nothing. A path that ends in a slash is a directory, which will be made."""
+    target = Path(path)
+    if path.endswith(os.sep) or target.is_dir():
+        return
+    if not overwrite:
+        refuse_existing(target)
+    if not target.parent.is_dir():
+        raise errors.LocalFileError(
+            f"cannot write {path}: {target.parent} is no directory; make it first"
+        )
 
 
 def _default_path(job: Job) -> Path:
@@ -506,7 +553,7 @@ def _print_estimate(job: Job, as_json: bool) -> None:
         show.print_json(show.job_json(job.info.proto))
         return
     rows = job.progress.estimated_rows
-    about = "" if rows is None else f"; about {rows:,} rows"
+    about = "" if rows is None else f"; about {counted(rows, 'row')}"
     click.echo(f"the request is valid{about}")
 
 

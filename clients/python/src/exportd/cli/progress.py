@@ -7,6 +7,7 @@ import time
 from types import TracebackType
 from typing import Self
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -17,6 +18,7 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 from rich.text import Text
 
 from exportd._download import DownloadProgress
@@ -24,6 +26,25 @@ from exportd._model import JobInfo, JobState
 from exportd.cli.show import note, progress_text, size_text
 
 _PLAIN_EVERY = 5.0  # seconds between plain lines
+_BAR = 20  # cells
+_BESIDE = _BAR + 8 + 3  # with the time left, and a blank between each two columns
+_SHORT_NAME = 12  # cells that a long name keeps; then the details give way
+
+
+def _one_line() -> Column:
+    return Column(no_wrap=True, overflow="ellipsis")
+
+
+def fit(name: str, words: str, room: int) -> tuple[str, str]:
+    """Both within so many cells: the name gives way first, then the words."""
+    name = _shortened(name, max(room - cell_len(words), _SHORT_NAME))
+    return name, _shortened(words, max(room - cell_len(name), 1))
+
+
+def _shortened(text: str, width: int) -> str:
+    shown = Text(text)
+    shown.truncate(width, overflow="ellipsis")
+    return shown.plain
 
 
 class _Words(ProgressColumn):
@@ -47,10 +68,10 @@ class Reporter:
     def __enter__(self) -> Self:
         if not self._quiet and sys.stderr.isatty():
             self._live = Progress(
-                TextColumn("{task.description}", markup=False),
-                BarColumn(),
-                _Words(),
-                TimeRemainingColumn(),
+                TextColumn("{task.description}", markup=False, table_column=_one_line()),
+                BarColumn(bar_width=_BAR, table_column=_one_line()),
+                _Words(table_column=_one_line()),
+                TimeRemainingColumn(table_column=_one_line()),
                 console=Console(stderr=True),
             )
             self._live.start()
@@ -102,6 +123,7 @@ class Reporter:
         if self._quiet:
             return
         if self._live is not None:
+            name, words = fit(name, words, self._live.console.width - _BESIDE)
             if self._task is None:
                 self._task = self._live.add_task(name, total=total)
             self._live.update(

@@ -18,7 +18,7 @@ from google.rpc import (
     error_details_pb2,  # noqa: F401 - registers the details, so that JSON can show them
 )
 
-from exportd._model import Dataset, JobInfo, JobState
+from exportd._model import Dataset, JobInfo, JobState, counted
 from exportd.errors import ExportdError
 from exportd.v1 import job_pb2
 
@@ -189,14 +189,14 @@ def progress_text(job: JobInfo) -> str:
     if job.state is JobState.PENDING and progress.queue_position is not None:
         pieces.append(f"{progress.queue_position} before it")
     if job.state is not JobState.PENDING:
-        pieces.append(f"{progress.rows:,} rows")
+        pieces.append(counted(progress.rows, "row"))
         if progress.size:
             pieces.append(size_text(progress.size))
     if job.state is JobState.RUNNING:
         if progress.fraction is not None:
             pieces.append(f"{progress.fraction:.0%}")
         if progress.rows_per_second is not None:
-            pieces.append(f"{progress.rows_per_second:,.0f} rows/s")
+            pieces.append(f"{counted(round(progress.rows_per_second), 'row')}/s")
     return ", ".join(pieces)
 
 
