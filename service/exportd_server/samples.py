@@ -20,7 +20,7 @@ from exportd_server.sources.duckdb import engine_version, write_parquet
 
 CATALOGUE = "datasets.toml"
 _MARKER = ".samples.json"
-_VERSION = 2
+_VERSION = 3
 _FILE_ROWS = 5_000_000
 _START = 1_735_689_600  # 2025-01-01T00:00:00Z
 _SPAN = 365 * 86_400
@@ -47,7 +47,9 @@ class _Rows:
 
     def hash(self, salt: int, of: str = "i") -> str:
         """64 random bits."""
-        return f"hash({of}, {salt}, {self.seed})"
+        # The engine joins several hashes so that their low bits differ by a constant
+        # only; hashed once more, columns of different salts are independent.
+        return f"hash(hash({of}, {salt}, {self.seed}))"
 
     def below(self, salt: int, limit: int) -> str:
         """A random whole number from 0, below `limit`."""

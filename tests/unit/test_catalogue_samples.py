@@ -88,6 +88,17 @@ def test_the_values_look_like_what_they_stand_for(directory: Path) -> None:
     assert set(pc.list_value_length(fields).to_pylist()) == {0, 1, 2, 3}
 
 
+def test_columns_do_not_decide_each_other(directory: Path) -> None:
+    dataset = load_catalogue(directory / "datasets.toml").get("token_transfers")
+    assert dataset is not None
+    table = read(dataset)
+    pairs = table.group_by(["network", "token_symbol"]).aggregate([])
+    networks, tokens = (
+        pc.count_distinct(table[name]).as_py() for name in ("network", "token_symbol")
+    )
+    assert pairs.num_rows == networks * tokens
+
+
 def test_the_same_size_and_seed_give_the_same_bytes(
     directory: Path, tmp_path: Path
 ) -> None:
