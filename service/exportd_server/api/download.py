@@ -13,8 +13,8 @@ import structlog
 from crc32c import crc32c
 
 from exportd.v1 import export_service_pb2
-from exportd_server.api.convert import Reader
 from exportd_server.api.framing import data_message
+from exportd_server.api.requests import Reader
 from exportd_server.errors import ErrorReason, ExportdError
 from exportd_server.jobs.housekeeping import part_key
 from exportd_server.jobs.manager import JobManager

@@ -10,9 +10,9 @@ from typing import Any
 
 from exportd.v1 import export_service_pb2 as pb
 from exportd.v1 import job_pb2
-from exportd_server.api import convert
-from exportd_server.api.convert import Reader
+from exportd_server.api import answers, requests
 from exportd_server.api.download import Context, Downloads
+from exportd_server.api.requests import Reader
 from exportd_server.errors import ErrorReason, ExportdError
 from exportd_server.jobs.manager import JobManager
 from exportd_server.sources.catalogue import Dataset
@@ -73,7 +73,7 @@ class ExportService:
 
     def _dataset(self, dataset: Dataset, count: int | None = None) -> Any:
         policy = self._manager.policy
-        return convert.dataset_message(
+        return answers.dataset_message(
             dataset,
             max_rows=policy.row_cap(dataset),
             max_bytes=policy.byte_cap(dataset),
@@ -87,7 +87,7 @@ class ExportService:
         if self._is_draining():
             raise ExportdError(ErrorReason.DRAINING)
         tenant = self._tenant(context)
-        spec, request_id, wrong = convert.read_create(
+        spec, request_id, wrong = requests.read_create(
             request, self._manager.policy.default_ttl
         )
         spec = self._manager.accept(spec, wrong)
@@ -98,9 +98,9 @@ class ExportService:
                 tenant,
                 spec,
                 request_id=request_id,
-                fingerprint=convert.fingerprint(request),
+                fingerprint=requests.fingerprint(request),
             )
-        return pb.CreateExportResponse(job=convert.job_message(job))
+        return pb.CreateExportResponse(job=answers.job_message(job))
 
     async def GetJob(  # noqa: N802 - the contract's name
         self, request: pb.GetJobRequest, context: object
@@ -108,7 +108,7 @@ class ExportService:
         """See the contract."""
         job_id = _job_id(request)
         job = await self._manager.get(self._tenant(context), job_id)
-        return pb.GetJobResponse(job=convert.job_message(job))
+        return pb.GetJobResponse(job=answers.job_message(job))
 
     async def ListJobs(  # noqa: N802 - the contract's name
         self, request: pb.ListJobsRequest, context: object
@@ -116,9 +116,9 @@ class ExportService:
         """See the contract."""
         reader = Reader()
         size = _page_size(reader, request.page_size, JOB_PAGE)
-        query = convert.read_job_query(reader, request)
+        query = requests.read_job_query(reader, request)
         reader.check()
-        digest = convert.query_digest(
+        digest = requests.query_digest(
             sorted(query.states),
             query.dataset,
             sorted(query.labels.items()),
@@ -138,7 +138,7 @@ class ExportService:
             last = page[-1]
             token = _token(digest, _micros(last.create_time), last.job_id)
         return pb.ListJobsResponse(
-            jobs=[convert.job_message(job) for job in page], next_page_token=token
+            jobs=[answers.job_message(job) for job in page], next_page_token=token
         )
 
     async def WatchJob(  # noqa: N802 - the contract's name
@@ -147,7 +147,7 @@ class ExportService:
         """See the contract."""
         job_id = _job_id(request)
         async for job in self._manager.watch(self._tenant(context), job_id):
-            yield pb.WatchJobResponse(job=convert.job_message(job))
+            yield pb.WatchJobResponse(job=answers.job_message(job))
 
     async def CancelJob(  # noqa: N802 - the contract's name
         self, request: pb.CancelJobRequest, context: object
@@ -156,7 +156,7 @@ class ExportService:
         job_id = _job_id(request)
         job, outcome = await self._manager.cancel(self._tenant(context), job_id)
         return pb.CancelJobResponse(
-            job=convert.job_message(job), outcome=convert.CANCEL_OUTCOMES[outcome]
+            job=answers.job_message(job), outcome=answers.CANCEL_OUTCOMES[outcome]
         )
 
     async def DeleteJob(  # noqa: N802 - the contract's name

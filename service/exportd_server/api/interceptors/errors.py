@@ -14,7 +14,7 @@ import structlog
 from google.protobuf.message import DecodeError
 from grpc_status import rpc_status
 
-from exportd_server.api.convert import error_status
+from exportd_server.api.status import error_status
 from exportd_server.errors import Code, ErrorReason, ExportdError
 
 log = structlog.get_logger(__name__)

@@ -1,4 +1,4 @@
-"""Between the contract's messages and the domain's values.
+"""Reads the contract's requests into the domain's values.
 
 Reading collects every bad field instead of stopping at the first.
 """
@@ -15,8 +15,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TypeVar
 from uuid import UUID
 
-from google.protobuf import any_pb2, duration_pb2, timestamp_pb2
-from google.rpc import error_details_pb2, status_pb2
+from google.protobuf import timestamp_pb2
 
 from exportd.v1 import dataset_pb2, export_service_pb2, job_pb2
 from exportd_server.encoders.base import (
@@ -30,35 +29,23 @@ from exportd_server.encoders.base import (
     ParquetCompression,
     ParquetOptions,
 )
-from exportd_server.errors import TABLE as ERROR_TABLE
 from exportd_server.errors import (
-    ErrorRecord,
-    ExportdError,
     FieldViolation,
     InvalidRequest,
-    JobNotFinished,
-    QuotaExceeded,
 )
 from exportd_server.jobs.ledger.base import JobQuery
 from exportd_server.jobs.lower import MAX_FILTERS
 from exportd_server.jobs.manager import MAX_LABELS
 from exportd_server.jobs.model import (
-    CancelOutcome,
     ExportSpec,
     FilterLiteral,
     FilterSpec,
-    Job,
     JobState,
-    Manifest,
 )
-from exportd_server.jobs.output import file_name, joined_layout, part_file_name
-from exportd_server.sources.base import ColumnKind, FilterOperator
-from exportd_server.sources.catalogue import Dataset
+from exportd_server.sources.base import FilterOperator
 
-DOMAIN = "exportd"
 MAX_ROW_GROUP_ROWS = 10_000_000
 MAX_NULL_MARKER = 16
-_LATEST = datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)
 
 E = TypeVar("E", Format, Compression, CsvDialect, ParquetCompression, ArrowCompression)
 
@@ -137,15 +124,6 @@ def _prefix(wrapper: object) -> str:
 def _enum_name(wrapper: object, number: int) -> str | None:
     value = wrapper.DESCRIPTOR.values_by_number.get(number)  # type: ignore[attr-defined]
     return None if value is None else value.name.removeprefix(_prefix(wrapper))
-
-
-def _enum_number(wrapper: object, name: str) -> int:
-    full = _prefix(wrapper) + name
-    number: int = wrapper.DESCRIPTOR.values_by_name[full].number  # type: ignore[attr-defined]
-    return number
-
-
-# --- requests
 
 
 def read_create(
@@ -392,306 +370,3 @@ def query_digest(*parts: object) -> str:
     """A short mark of a list query, so that a page token fits no other one."""
     text = json.dumps([str(part) for part in parts])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-# --- answers
-
-
-def timestamp(moment: datetime | None) -> timestamp_pb2.Timestamp | None:
-    """A moment as the contract writes it."""
-    if moment is None:
-        return None
-    message = timestamp_pb2.Timestamp()
-    message.FromDatetime(min(moment, _LATEST))
-    return message
-
-
-def duration(length: timedelta) -> duration_pb2.Duration:
-    """A length of time as the contract writes it."""
-    message = duration_pb2.Duration()
-    message.FromTimedelta(length)
-    return message
-
-
-def dataset_message(
-    dataset: Dataset,
-    *,
-    max_rows: int | None,
-    max_bytes: int | None,
-    estimated_rows: int | None = None,
-) -> dataset_pb2.Dataset:
-    """A dataset as a caller sees it."""
-    return dataset_pb2.Dataset(
-        name=dataset.name,
-        description=dataset.description,
-        exportable=dataset.exportable,
-        columns=[
-            dataset_pb2.Column(
-                name=column.name,
-                kind=_kind(column.kind),
-                type=str(column.type),
-                nullable=column.nullable,
-                operators=[
-                    dataset_pb2.FilterOperator.Value(f"FILTER_OPERATOR_{operator}")
-                    for operator in column.operators
-                ],
-                description=column.description,
-            )
-            for column in (dataset.columns if dataset.exportable else ())
-        ],
-        formats=[
-            dataset_pb2.Format.Value(f"FORMAT_{fmt}")
-            for fmt in (Format if dataset.exportable else ())
-        ],
-        target_column=dataset.target_column or "",
-        network_column=dataset.network_column or "",
-        time_column=dataset.time_column or "",
-        max_rows=max_rows or 0,
-        max_bytes=max_bytes or 0,
-        estimated_rows=estimated_rows,
-    )
-
-
-def _kind(kind: str) -> dataset_pb2.ColumnKind.ValueType:
-    return dataset_pb2.ColumnKind.Value(f"COLUMN_KIND_{ColumnKind(kind)}")
-
-
-def request_message(job: Job) -> job_pb2.CreateExportRequest:
-    """The request as accepted."""
-    spec, output = job.spec, job.spec.output
-    message = job_pb2.CreateExportRequest(
-        request_id=job.request_id,
-        dataset=spec.dataset,
-        target_id=spec.target_id,
-        network=spec.network,
-        columns=spec.columns,
-        filters=[_filter_message(condition) for condition in spec.filters],
-        limit=spec.limit,
-        format=dataset_pb2.Format.Value(f"FORMAT_{output.format}"),
-        max_part_rows=spec.max_part_rows,
-        max_part_bytes=spec.max_part_bytes,
-        ttl=duration(spec.ttl),
-        priority=spec.priority,
-        labels=spec.labels,
-    )
-    if spec.start_time is not None or spec.end_time is not None:
-        message.time_range.CopyFrom(
-            job_pb2.TimeRange(
-                start_time=timestamp(spec.start_time), end_time=timestamp(spec.end_time)
-            )
-        )
-    match output.format:
-        case Format.CSV:
-            message.csv_options.CopyFrom(
-                job_pb2.CsvOptions(
-                    delimiter=output.csv.delimiter,
-                    header=output.csv.header,
-                    null_marker=output.csv.null_marker,
-                    dialect=job_pb2.CsvDialect.Value(f"CSV_DIALECT_{output.csv.dialect}"),
-                )
-            )
-        case Format.PARQUET:
-            message.parquet_options.CopyFrom(
-                job_pb2.ParquetOptions(
-                    row_group_rows=output.parquet.row_group_rows,
-                    compression=job_pb2.ParquetCompression.Value(
-                        f"PARQUET_COMPRESSION_{output.parquet.compression}"
-                    ),
-                )
-            )
-        case Format.ARROW:
-            message.arrow_options.CopyFrom(
-                job_pb2.ArrowOptions(
-                    compression=job_pb2.ArrowCompression.Value(
-                        f"ARROW_COMPRESSION_{output.arrow.compression}"
-                    )
-                )
-            )
-        case Format.JSONL:
-            pass
-    if output.format in (Format.CSV, Format.JSONL):
-        message.compression = job_pb2.Compression.Value(f"COMPRESSION_{output.compression}")
-    return message
-
-
-def _filter_message(condition: FilterSpec) -> job_pb2.Filter:
-    return job_pb2.Filter(
-        column=condition.column,
-        operator=dataset_pb2.FilterOperator.Value(f"FILTER_OPERATOR_{condition.operator}"),
-        values=[_literal_message(literal) for literal in condition.values],
-    )
-
-
-def _literal_message(literal: FilterLiteral) -> job_pb2.FilterValue:
-    match literal.kind:
-        case "string":
-            return job_pb2.FilterValue(string_value=literal.text)
-        case "int":
-            return job_pb2.FilterValue(int_value=int(literal.text))
-        case "double":
-            return job_pb2.FilterValue(double_value=float(literal.text))
-        case "bool":
-            return job_pb2.FilterValue(bool_value=literal.text == "true")
-        case "timestamp":
-            moment = datetime.fromisoformat(literal.text)
-            return job_pb2.FilterValue(timestamp_value=timestamp(moment))
-        case "bytes":
-            return job_pb2.FilterValue(bytes_value=base64.b64decode(literal.text))
-
-
-def job_message(job: Job) -> job_pb2.Job:
-    """A job as its caller sees it."""
-    message = job_pb2.Job(
-        job_id=job.job_id,
-        state=job_pb2.JobState.Value(f"JOB_STATE_{job.state}"),
-        request=request_message(job),
-        progress=_progress_message(job),
-        create_time=timestamp(job.create_time),
-        start_time=timestamp(job.start_time),
-        finish_time=timestamp(job.finish_time),
-        expire_time=timestamp(job.expire_time),
-        generation=job.generation,
-        attempt=job.attempt,
-        revision=job.revision,
-    )
-    if job.error is not None:
-        message.error.CopyFrom(record_status(job.error))
-    if job.manifest is not None:
-        message.manifest.CopyFrom(_manifest_message(job, job.manifest))
-    return message
-
-
-def _progress_message(job: Job) -> job_pb2.Progress:
-    progress = job.progress
-    message = job_pb2.Progress(
-        rows=progress.rows,
-        bytes=progress.bytes,
-        parts_done=progress.parts_done,
-        parts_total=progress.parts_total,
-        estimated_rows=progress.estimated_rows,
-        queue_position=progress.queue_position,
-        rows_per_second=progress.rows_per_second,
-    )
-    if job.state is JobState.SUCCEEDED:
-        message.fraction = 1.0
-    elif progress.estimated_rows:
-        message.fraction = min(1.0, progress.rows / progress.estimated_rows)
-    return message
-
-
-def _manifest_message(job: Job, manifest: Manifest) -> job_pb2.Manifest:
-    output = job.spec.output
-    layout = joined_layout(output, manifest.parts)
-    message = job_pb2.Manifest(
-        columns=[
-            dataset_pb2.Column(
-                name=column.name,
-                kind=_kind(column.kind),
-                type=column.type,
-                nullable=column.nullable,
-            )
-            for column in manifest.columns
-        ],
-        parts=[
-            job_pb2.Part(
-                index=index,
-                rows=part.rows,
-                bytes=part.bytes,
-                crc32c=part.crc32c,
-                sha256=part.sha256,
-                file_name=part_file_name(job, index),
-                prefix_bytes=part.prefix_bytes,
-                suffix_bytes=part.suffix_bytes,
-            )
-            for index, part in enumerate(manifest.parts)
-        ],
-        rows=sum(part.rows for part in manifest.parts),
-        bytes=sum(part.bytes for part in manifest.parts),
-        content_type=output.content_type,
-        content_encoding=output.content_encoding,
-        file_name=file_name(job),
-    )
-    if layout is not None:
-        message.joinable = True
-        message.bytes = layout.bytes
-        message.crc32c = layout.crc32c
-        message.sha256 = layout.sha256
-    return message
-
-
-CANCEL_OUTCOMES = {
-    outcome: export_service_pb2.CancelOutcome.Value(f"CANCEL_OUTCOME_{outcome}")
-    for outcome in CancelOutcome
-}
-
-
-# --- errors
-
-
-def record_status(record: ErrorRecord) -> status_pb2.Status:
-    """A job's error as `google.rpc.Status`."""
-    return _status(
-        ERROR_TABLE[record.reason].code,
-        record.message,
-        error_details_pb2.ErrorInfo(
-            reason=record.reason, domain=DOMAIN, metadata=record.metadata
-        ),
-    )
-
-
-def error_status(error: ExportdError) -> status_pb2.Status:
-    """An error as `google.rpc.Status`, with the details AIP-193 asks for. The reason
-    opens the message too, for tools that do not decode details."""
-    status = record_status(ErrorRecord.of(error))
-    if isinstance(error, InvalidRequest):
-        _add(
-            status,
-            error_details_pb2.BadRequest(
-                field_violations=[
-                    error_details_pb2.BadRequest.FieldViolation(
-                        field=violation.field, description=violation.description
-                    )
-                    for violation in error.told
-                ]
-            ),
-        )
-    if isinstance(error, QuotaExceeded):
-        _add(
-            status,
-            error_details_pb2.QuotaFailure(
-                violations=[
-                    error_details_pb2.QuotaFailure.Violation(
-                        subject=error.subject, description=error.message
-                    )
-                ]
-            ),
-        )
-    if isinstance(error, JobNotFinished):
-        _add(
-            status,
-            error_details_pb2.PreconditionFailure(
-                violations=[
-                    error_details_pb2.PreconditionFailure.Violation(
-                        type=error.reason, subject="job", description=error.message
-                    )
-                ]
-            ),
-        )
-    if isinstance(error, QuotaExceeded | JobNotFinished):
-        delay = duration(error.retry_after)
-        _add(status, error_details_pb2.RetryInfo(retry_delay=delay))
-    return status
-
-
-def _status(
-    code: int, message: str, info: error_details_pb2.ErrorInfo
-) -> status_pb2.Status:
-    status = status_pb2.Status(code=code, message=f"[{info.reason}] {message}")
-    _add(status, info)
-    return status
-
-
-def _add(status: status_pb2.Status, detail: object) -> None:
-    packed = any_pb2.Any()
-    packed.Pack(detail)  # type: ignore[arg-type]
-    status.details.append(packed)
