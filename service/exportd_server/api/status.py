@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 
 from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
 from exportd_server.errors import TABLE as ERROR_TABLE
@@ -89,7 +90,7 @@ def _status(
     return status
 
 
-def _add(status: status_pb2.Status, detail: object) -> None:
+def _add(status: status_pb2.Status, detail: Message) -> None:
     packed = any_pb2.Any()
-    packed.Pack(detail)  # type: ignore[arg-type]
+    packed.Pack(detail)
     status.details.append(packed)

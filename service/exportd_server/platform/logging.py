@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import Literal
+from typing import Literal, TextIO
 
 import structlog
 
 
 def configure_logging(
-    level: str, style: Literal["json", "console"], stream: object = None
+    level: str, style: Literal["json", "console"], stream: TextIO | None = None
 ) -> None:
     """Send every event of exportd, and warnings of libraries, to `stream` (standard
     error)."""
@@ -46,7 +46,7 @@ def configure_logging(
         logger_factory=structlog.stdlib.LoggerFactory(),
         cache_logger_on_first_use=False,
     )
-    handler = logging.StreamHandler(target)  # type: ignore[arg-type]
+    handler = logging.StreamHandler(target)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,
