@@ -6,6 +6,7 @@
         ├── InvalidRequest          with one violation for each bad field
         ├── QuotaExceeded           with the quota that is used up
         ├── JobNotFinished          with when to ask again
+        ├── LedgerUnavailable       with when to ask again
         └── ExportFailed            ends a job, or one attempt at it
             ├── SourceFailed
             ├── ValueNotEncodable
@@ -71,6 +72,7 @@ class ErrorReason(enum.StrEnum):
     INTERNAL = "INTERNAL"
     READER_STALLED = "READER_STALLED"
     SOURCE_CHANGED = "SOURCE_CHANGED"
+    LEDGER_UNAVAILABLE = "LEDGER_UNAVAILABLE"
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +158,11 @@ TABLE: Mapping[ErrorReason, Answer] = MappingProxyType(
         ErrorReason.SOURCE_CHANGED: Answer(
             Code.FAILED_PRECONDITION,
             "the source changed during the export; create it anew",
+        ),
+        ErrorReason.LEDGER_UNAVAILABLE: Answer(
+            Code.UNAVAILABLE,
+            "the service cannot reach its database; try again, a CreateExport with the "
+            "same request_id",
         ),
     }
 )
@@ -254,6 +261,15 @@ class JobNotFinished(ExportdError):
     def __init__(self, message: str, retry_after: timedelta) -> None:
         self.retry_after = retry_after
         super().__init__(ErrorReason.JOB_NOT_FINISHED, message)
+
+
+class LedgerUnavailable(ExportdError):
+    """The ledger did not answer. Whether the change was made is not known."""
+
+    retry_after = timedelta(seconds=1)
+
+    def __init__(self) -> None:
+        super().__init__(ErrorReason.LEDGER_UNAVAILABLE)
 
 
 class ExportFailed(ExportdError):

@@ -547,7 +547,7 @@ async def test_parts_are_added_in_order_and_under_the_leases_token(world: World)
     before = world.dump()
     good = part(lease, 1)
     for bad in (
-        part(lease, 0),
+        part(lease, 0, rows=11),
         part(lease, 2),
         replace(good, token=lease.token + 1),
         replace(good, shard=1),
@@ -557,6 +557,18 @@ async def test_parts_are_added_in_order_and_under_the_leases_token(world: World)
     assert world.dump() == before
     await world.ledger.add_part(lease, good)
     assert await world.ledger.shard_parts(lease) == [part(lease, 0), good]
+
+
+async def test_recording_the_last_part_again_changes_nothing(world: World) -> None:
+    """Somebody who does not know whether it was recorded does so again."""
+    _, lease = await world.running()
+    await world.ledger.add_part(lease, part(lease, 0))
+    await world.ledger.add_part(lease, part(lease, 1))
+    before = world.dump()
+    await world.ledger.add_part(lease, part(lease, 1))
+    assert world.dump() == before
+    with pytest.raises(ValueError, match="not the next"):
+        await world.ledger.add_part(lease, part(lease, 0))
 
 
 async def test_a_shard_taken_over_goes_on_after_its_finished_parts(world: World) -> None:

@@ -258,7 +258,7 @@ async def test_a_cap_fails_the_job_with_the_cap_and_the_count(
 class TwoShards(GateSource):
     """Gives its batches twice."""
 
-    def plan(self, query: Query) -> Plan:
+    def plan(self, query: Query, *, shard_rows: int | None = None) -> Plan:
         return Plan((Shard(0), Shard(1)))
 
 

@@ -57,7 +57,7 @@ class GateSource:
     def count(self) -> int | None:
         return self.batches * BATCH_ROWS
 
-    def plan(self, query: Query) -> Plan:
+    def plan(self, query: Query, *, shard_rows: int | None = None) -> Plan:
         return Plan((Shard(0),), self.batches * BATCH_ROWS)
 
     def open(self, query: Query, shard: Shard, *, skip_rows: int = 0) -> GateStream:

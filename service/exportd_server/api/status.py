@@ -14,6 +14,7 @@ from exportd_server.errors import (
     ExportdError,
     InvalidRequest,
     JobNotFinished,
+    LedgerUnavailable,
     QuotaExceeded,
 )
 
@@ -76,7 +77,7 @@ def error_status(error: ExportdError) -> status_pb2.Status:
                 ]
             ),
         )
-    if isinstance(error, QuotaExceeded | JobNotFinished):
+    if isinstance(error, QuotaExceeded | JobNotFinished | LedgerUnavailable):
         delay = duration(error.retry_after)
         _add(status, error_details_pb2.RetryInfo(retry_delay=delay))
     return status

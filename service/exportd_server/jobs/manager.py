@@ -345,7 +345,7 @@ class JobManager:
     def refuse_unreadable(self, job: Job) -> None:
         """Raise for a job that has ended and has no output to read."""
         metadata = {"job_id": job.job_id}
-        if job.expire_time is not None and self._clock.now() >= job.expire_time:
+        if job.expired:
             raise ExportdError(ErrorReason.OUTPUT_EXPIRED, metadata=metadata)
         if job.state is JobState.CANCELLED:
             raise ExportdError(ErrorReason.JOB_CANCELLED, metadata=metadata)

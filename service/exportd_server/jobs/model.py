@@ -160,6 +160,8 @@ class Job:
     start_time: datetime | None = None
     finish_time: datetime | None = None
     expire_time: datetime | None = None
+    expired: bool = False
+    """Whether `expire_time` had passed by the ledger's clock when this was read."""
     generation: int = 1
     attempt: int = 0
     revision: int = 1

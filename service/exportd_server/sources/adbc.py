@@ -221,8 +221,9 @@ class AdbcSource:
         """The database's own estimate."""
         return self._estimate(Query(tuple(self._fields)))
 
-    def plan(self, query: Query) -> Plan:
+    def plan(self, query: Query, *, shard_rows: int | None = None) -> Plan:
         """One shard, and the database's own estimate of its rows."""
+        del shard_rows
         state = {"fingerprint": self._vendor.fingerprint()}
         return Plan((Shard(0, json.dumps(state)),), self._estimate(query))
 

@@ -162,13 +162,27 @@ class Shard:
     state: str = "{}"
 
 
+class Anchor(Protocol):
+    """What keeps the shards of a plan readable as one state of the data, for instance a
+    transaction whose snapshot they share. The planner holds it until the output is
+    complete. It dies with its process."""
+
+    def close(self) -> None:
+        """Let go, from any thread; idempotent. Shards that are open stay readable;
+        opening another one raises `SourceChanged` from then on."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """How to read a query. `estimated_rows` counts the result, after filters and limit;
-    None when the source cannot tell cheaply."""
+    None when the source cannot tell cheaply. Read in the order of their indexes, 0 and
+    up, the shards yield each row of the result once, all of one state of the data."""
 
     shards: tuple[Shard, ...]
     estimated_rows: int | None = None
+    anchor: Anchor | None = None
+    """To be closed by whoever asked for the plan; None when the shards need none."""
 
 
 class BatchStream(Protocol):
@@ -218,8 +232,11 @@ class Source(Protocol):
         """About how many rows there are, where that is cheap to tell."""
         ...
 
-    def plan(self, query: Query) -> Plan:
-        """Cut a query into shards. A query with a limit is one shard."""
+    def plan(self, query: Query, *, shard_rows: int | None = None) -> Plan:
+        """Cut a query into shards that read about `shard_rows` rows of the source each,
+        filters left aside, where the source can cut itself cheaply: never many more
+        shards than that makes, but fewer at will. None, or a query with a limit: one
+        shard, and no anchor."""
         ...
 
     def open(self, query: Query, shard: Shard, *, skip_rows: int = 0) -> BatchStream:
@@ -227,7 +244,9 @@ class Source(Protocol):
         attempt has finished.
 
         Raises `SourceChanged` when the rows to skip may no longer be the ones that
-        were read then: the caller then begins the output anew.
+        were read then, or when the shard can no longer be read in the state of the data
+        that its plan saw: the caller then begins the output anew. Iterating may raise it
+        as well, before the first batch.
         """
         ...
 

@@ -143,8 +143,8 @@ class _Unread:
     def count(self) -> int | None:
         return None
 
-    def plan(self, query: Query) -> Plan:
-        del query
+    def plan(self, query: Query, *, shard_rows: int | None = None) -> Plan:
+        del query, shard_rows
         raise SourceFailed("the dataset is not exportable")
 
     def open(self, query: Query, shard: Shard, *, skip_rows: int = 0) -> BatchStream:

@@ -6,8 +6,10 @@ lease, and every write of a worker carries the lease's fencing token.
 
 from __future__ import annotations
 
+import asyncio
 import enum
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Protocol
@@ -107,7 +109,10 @@ class TooManyActiveJobs(Exception):
 class Ledger(Protocol):
     """Jobs, tasks, parts.
 
-    Each method is one transaction: all of it or nothing, durable when it returns.
+    Each method is one transaction: all of it or nothing, durable when it returns. Any of
+    them may raise `LedgerUnavailable`: the ledger did not answer, and what was asked for
+    may have happened or not. Repeating it is safe: nothing is counted twice, and what a
+    lease allowed once and has done is told by `LeaseLost`.
     Time is the ledger's own clock. Methods that take a lease raise `LeaseLost`, and
     change nothing, unless the lease's token is still the task's and the task is leased;
     an expired lease that nobody took over is still good. Tenants never see each other:
@@ -185,7 +190,9 @@ class Ledger(Protocol):
         ...
 
     async def renew(self, leases: Sequence[Lease], lease: timedelta) -> list[Lease]:
-        """Extend leases; returns those that are lost."""
+        """Extend leases; returns those that are lost. Unlike the other methods it may be
+        called from an event loop in another thread than the ledger's: leases must outlive
+        a busy process."""
         ...
 
     async def release(self, lease: Lease) -> None:
@@ -220,7 +227,8 @@ class Ledger(Protocol):
 
     async def add_part(self, lease: Lease, part: PartRecord) -> None:
         """Record a part that is durable in the store. Its sequence follows the last
-        one; its token is the lease's; else ValueError."""
+        one; its token is the lease's; else ValueError. Recording the last one again
+        changes nothing."""
         ...
 
     async def complete_shard(self, lease: Lease) -> bool:
@@ -279,6 +287,12 @@ class Ledger(Protocol):
     async def wait_for_change(self, job_id: str, revision: int, timeout: float) -> None:
         """Return when the job's revision passes `revision` or the job is gone, or after
         `timeout` seconds."""
+        ...
+
+    def fence(self, lease: Lease) -> AbstractContextManager[asyncio.Event]:
+        """An event that is set soon after the job's leases were lost because it ended or
+        begins anew, whichever process saw to that, for as long as the context is open.
+        Being set proves nothing: ask the ledger."""
         ...
 
     async def close(self) -> None:

@@ -53,6 +53,7 @@ class Signals:
         self._tickets: deque[Ticket] = deque()
         self._idle: set[asyncio.Event] = set()
         self._watchers: dict[str, set[Watcher]] = {}
+        self._fences: dict[str, set[asyncio.Event]] = {}
 
     # --- telling
 
@@ -68,10 +69,17 @@ class Signals:
             for watcher in self._watchers.get(job_id, ()):
                 watcher.tell(revision)
 
+    def fenced(self, job_ids: Iterable[str]) -> None:
+        """The leases of these jobs are lost."""
+        for job_id in job_ids:
+            for event in self._fences.get(job_id, ()):
+                event.set()
+
     def everyone(self) -> None:
-        """Wake all who wait: the ledger closes."""
+        """Wake all who wait: the ledger closes, or news may have been missed."""
         self.work()
         self.jobs(dict.fromkeys(self._watchers, math.inf))
+        self.fenced(list(self._fences))
 
     # --- waiting for work
 
@@ -131,6 +139,19 @@ class Signals:
             watchers.remove(watcher)
             if not watchers:
                 del self._watchers[job_id]
+
+    @contextmanager
+    def fence(self, job_id: str) -> Iterator[asyncio.Event]:
+        """An event that is set when the job's leases are lost."""
+        event = asyncio.Event()
+        events = self._fences.setdefault(job_id, set())
+        events.add(event)
+        try:
+            yield event
+        finally:
+            events.remove(event)
+            if not events:
+                del self._fences[job_id]
 
     def waiting(self) -> Iterable[str]:
         """The jobs that somebody watches."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Collection, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from datetime import datetime, timedelta
 from typing import Any, TypeVar
 
@@ -243,6 +243,10 @@ class SqlLedger:
                 )
                 if reached is not None and reached <= revision:
                     await watcher.passed(revision)
+
+    def fence(self, lease: Lease) -> AbstractContextManager[asyncio.Event]:
+        """See `Ledger`."""
+        return self._database.signals.fence(lease.job_id)
 
     async def close(self) -> None:
         """See `Ledger`."""

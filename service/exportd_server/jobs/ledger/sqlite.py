@@ -99,18 +99,21 @@ class SqliteDatabase:
     async def open(self) -> None:
         """Take the file. Raises `ConfigurationError`, and then holds nothing."""
         try:
-            await self._loop.run_in_executor(self._write_thread, self._open)
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self._write_thread, self._open)
         except BaseException:
             await self.close()
             raise
 
     async def write(self, work: Callable[[Transaction], T]) -> T:
         """See `Database`."""
-        return await self._loop.run_in_executor(self._write_thread, self._write, work)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._write_thread, self._write, work)
 
     async def read(self, work: Callable[[Transaction], T]) -> T:
         """See `Database`."""
-        return await self._loop.run_in_executor(self._read_threads, self._read, work)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._read_threads, self._read, work)
 
     async def close(self) -> None:
         """See `Database`."""
@@ -171,6 +174,7 @@ class SqliteDatabase:
 
     def _tell(self, changes: Changes) -> None:
         self.signals.jobs(changes.revisions | dict.fromkeys(changes.gone, math.inf))
+        self.signals.fenced(changes.fenced)
         if changes.work:
             self.signals.work()
 

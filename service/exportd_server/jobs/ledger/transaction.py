@@ -19,6 +19,8 @@ class Changes:
 
     revisions: dict[str, int] = field(default_factory=dict)
     gone: set[str] = field(default_factory=set)
+    fenced: set[str] = field(default_factory=set)
+    """Jobs whose leases are lost."""
     work: bool = False
 
 

@@ -100,6 +100,11 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """Of a job: FAILED_PRECONDITION. The source changed between two attempts in a way
     that leaves no consistent result; create the export anew.
     """
+    ERROR_REASON_LEDGER_UNAVAILABLE: _ErrorReason.ValueType  # 27
+    """UNAVAILABLE. The service cannot reach its database; `google.rpc.RetryInfo` says when
+    to ask again. Whether a change was made is not known: a `request_id` makes
+    CreateExport safe to repeat, and the other calls are as they are.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call or a job failed. The name without its `ERROR_REASON_` prefix is the
@@ -185,5 +190,10 @@ resume from the last offset.
 ERROR_REASON_SOURCE_CHANGED: ErrorReason.ValueType  # 26
 """Of a job: FAILED_PRECONDITION. The source changed between two attempts in a way
 that leaves no consistent result; create the export anew.
+"""
+ERROR_REASON_LEDGER_UNAVAILABLE: ErrorReason.ValueType  # 27
+"""UNAVAILABLE. The service cannot reach its database; `google.rpc.RetryInfo` says when
+to ask again. Whether a change was made is not known: a `request_id` makes
+CreateExport safe to repeat, and the other calls are as they are.
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -125,6 +125,7 @@ def end(
     else:
         moments = [tx.now, writers_until] if writers_until > tx.now else [tx.now]
     _add_tasks(tx, [_cleanup(tx, job, at=moment) for moment in moments])
+    tx.changes.fenced.add(job.job_id)
     # A slot of the tenant is free.
     tx.changes.work = True
 

@@ -129,12 +129,13 @@ def _to_jobs(
     sums = {row["job_id"]: row for row in found.mappings()}
     places = _places(tx, tenant, [row for row in rows if row.state == JobState.PENDING])
     return [
-        _to_job(row, sums[row.job_id], places.get(row.job_id), manifest) for row in rows
+        _to_job(tx.now, row, sums[row.job_id], places.get(row.job_id), manifest)
+        for row in rows
     ]
 
 
 def _to_job(
-    row: Row[Any], sums: RowMapping, place: int | None, manifest: Manifest | None
+    now: int, row: Row[Any], sums: RowMapping, place: int | None, manifest: Manifest | None
 ) -> Job:
     state = JobState(row.state)
     return Job(
@@ -147,6 +148,7 @@ def _to_job(
         start_time=codec.to_moment_or_none(row.start_time),
         finish_time=codec.to_moment_or_none(row.finish_time),
         expire_time=codec.to_moment_or_none(row.expire_time),
+        expired=row.expire_time is not None and row.expire_time <= now,
         generation=row.generation,
         attempt=sums["attempts"],
         revision=row.revision,

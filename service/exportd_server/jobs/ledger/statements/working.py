@@ -181,8 +181,12 @@ def shard_parts(tx: Transaction, lease: Lease) -> list[PartRecord]:
 
 
 def add_part(tx: Transaction, lease: Lease, part: PartRecord) -> None:
-    """Record the shard's next part."""
+    """Record the shard's next part, unless it is the one recorded last."""
     task, job = _exporting(tx, lease, TaskKind.SHARD)
+    if part.sequence == task.parts - 1:
+        last = reading.parts_of_shard(tx, job.job_id, task.generation, task.shard)[-1]
+        if last == part:
+            return
     if (part.shard, part.sequence, part.token) != (task.shard, task.parts, task.token):
         raise ValueError(
             f"part {part.shard}/{part.sequence} of token {part.token} is not the next "
@@ -269,6 +273,7 @@ def restart_output(tx: Transaction, lease: Lease) -> None:
             attempts=attempts,
         )
     )
+    tx.changes.fenced.add(job.job_id)
     lifecycle.settle(
         tx,
         job.job_id,
