@@ -9,6 +9,7 @@ from hypothesis import settings
 
 from tests.support.flights import flights, flights_postgres, flights_sqlite
 from tests.support.gate import GateSource
+from tests.support.ledger import ledger_database
 from tests.support.postgres import postgres, postgres_database, postgres_url
 from tests.support.samples import SAMPLE_ROWS, write_samples
 
@@ -20,6 +21,7 @@ __all__ = [
     "flights",
     "flights_postgres",
     "flights_sqlite",
+    "ledger_database",
     "postgres",
     "postgres_database",
     "postgres_url",

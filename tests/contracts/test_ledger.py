@@ -40,7 +40,7 @@ SOURCE_DOWN = ErrorRecord(ErrorReason.SOURCE_FAILED, "down", {"try": "later"})
 @pytest.fixture(params=list(BACKENDS.values()), ids=list(BACKENDS))
 async def world(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[World]:
     backend: Backend = request.param
-    async with backend(tmp_path) as world:
+    async with backend(tmp_path, request) as world:
         yield world
 
 
@@ -75,7 +75,7 @@ async def test_a_created_job_waits_and_is_found_again_exactly(world: World) -> N
         max_part_bytes=65_536,
         ttl=timedelta(days=400, microseconds=1),
         priority=-100,
-        labels={"z": "last first", "a": "", "quote'\"": "\x00\n"},
+        labels={"z": "last first", "a": "", "quote'\"": "\t\n"},
     )
     new = world.new(
         request_id="r-1",

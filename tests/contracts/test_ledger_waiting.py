@@ -34,7 +34,7 @@ SOURCE_DOWN = ErrorRecord(ErrorReason.SOURCE_FAILED, "down")
 @pytest.fixture(params=list(BACKENDS.values()), ids=list(BACKENDS))
 async def world(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[World]:
     backend: Backend = request.param
-    async with backend(tmp_path) as world:
+    async with backend(tmp_path, request) as world:
         yield world
 
 
@@ -287,21 +287,21 @@ async def test_a_claim_that_is_cancelled_half_way_gives_its_lease_back(
     assert (lease.kind, lease.attempt) == (TaskKind.PLAN, 1)
 
 
-async def test_closing_wakes_everybody(tmp_path: Path) -> None:
-    for name, backend in BACKENDS.items():
-        folder = tmp_path / name
-        folder.mkdir()
-        async with backend(folder) as world:
-            job = await world.create()
-            assert await world.claim(CLEANUP) is None
-            waiting = [
-                asyncio.create_task(world.ledger.wait_for_work(LONG)),
-                asyncio.create_task(
-                    world.ledger.wait_for_change(job.job_id, job.revision, LONG)
-                ),
-            ]
-            await asyncio.wait(waiting, timeout=0.1)
-        await wakes(asyncio.gather(*waiting))
+@pytest.mark.parametrize("backend", list(BACKENDS.values()), ids=list(BACKENDS))
+async def test_closing_wakes_everybody(
+    backend: Backend, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    async with backend(tmp_path, request) as world:
+        job = await world.create()
+        assert await world.claim(CLEANUP) is None
+        waiting = [
+            asyncio.create_task(world.ledger.wait_for_work(LONG)),
+            asyncio.create_task(
+                world.ledger.wait_for_change(job.job_id, job.revision, LONG)
+            ),
+        ]
+        await asyncio.wait(waiting, timeout=0.1)
+    await wakes(asyncio.gather(*waiting))
 
 
 async def test_a_lease_outlives_the_ledger_that_gave_it(world: World) -> None:

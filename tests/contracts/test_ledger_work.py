@@ -34,7 +34,7 @@ MAX_ATTEMPTS = 5
 @pytest.fixture(params=list(BACKENDS.values()), ids=list(BACKENDS))
 async def world(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[World]:
     backend: Backend = request.param
-    async with backend(tmp_path) as world:
+    async with backend(tmp_path, request) as world:
         yield world
 
 

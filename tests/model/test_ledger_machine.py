@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from uuid import UUID
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -40,12 +41,14 @@ from exportd_server.jobs.ledger.base import (
     TaskKind,
     TooManyActiveJobs,
 )
+from exportd_server.jobs.ledger.postgres import open_postgres_ledger
 from exportd_server.jobs.ledger.sql import SqlLedger
 from exportd_server.jobs.ledger.sqlite import open_sqlite_ledger
 from exportd_server.jobs.model import TRANSITIONS, CancelOutcome, Job, JobState
 from tests.support.ledger import (
     COLUMNS,
     FakeClock,
+    LedgerDatabase,
     copy_of,
     empty_sqlite_file,
     part,
@@ -305,16 +308,18 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @initialize()
     def begin(self) -> None:
-        empty = _empty / "empty.db"
-        if not empty.exists():
-            self.run(empty_sqlite_file(_empty))
-        self.path = copy_of(empty, Path(self.folder.name), "ledger.db")
-        self.open()
+        self.make()
+        self.ledger = self.run(self.open())
 
-    def open(self) -> None:
-        self.ledger = self.run(
-            open_sqlite_ledger(self.path, self.clock, max_attempts=MAX_ATTEMPTS)
-        )
+    def make(self) -> None:
+        """An empty ledger."""
+        raise NotImplementedError
+
+    async def open(self) -> SqlLedger:
+        raise NotImplementedError
+
+    def reopened(self) -> None:
+        """What the model must know of a ledger that was closed and opened."""
 
     def teardown(self) -> None:
         if hasattr(self, "ledger"):
@@ -413,8 +418,8 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule()
     def reopen(self) -> None:
         self.run(self.ledger.close())
-        self.open()
-        self.model.recover()
+        self.ledger = self.run(self.open())
+        self.reopened()
 
     # --- workers
 
@@ -706,10 +711,48 @@ class LedgerMachine(RuleBasedStateMachine):
         self.seen[job.job_id] = job
 
 
-TestLedger = LedgerMachine.TestCase
-TestLedger.settings = settings(
+class SqliteMachine(LedgerMachine):
+    def make(self) -> None:
+        empty = _empty / "empty.db"
+        if not empty.exists():
+            self.run(empty_sqlite_file(_empty))
+        self.path = copy_of(empty, Path(self.folder.name), "ledger.db")
+
+    async def open(self) -> SqlLedger:
+        return await open_sqlite_ledger(self.path, self.clock, max_attempts=MAX_ATTEMPTS)
+
+    def reopened(self) -> None:
+        """Nobody else can have held a lease."""
+        self.model.recover()
+
+
+class PostgresMachine(LedgerMachine):
+    database: LedgerDatabase
+
+    def make(self) -> None:
+        self.database.reset()
+
+    async def open(self) -> SqlLedger:
+        return await open_postgres_ledger(
+            self.database.url,
+            max_attempts=MAX_ATTEMPTS,
+            connections=2,
+            clock=self.clock,
+        )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def database(ledger_database: LedgerDatabase) -> None:
+    PostgresMachine.database = ledger_database
+
+
+_SETTINGS = settings(
     max_examples=int(os.environ.get("EXPORTD_MODEL_EXAMPLES", "40")),
     stateful_step_count=50,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
 )
+TestSqliteLedger = SqliteMachine.TestCase
+TestSqliteLedger.settings = _SETTINGS
+TestPostgresLedger = PostgresMachine.TestCase
+TestPostgresLedger.settings = _SETTINGS

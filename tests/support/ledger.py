@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sqlite3
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -13,11 +13,20 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+import psycopg
+import pytest
+
 from exportd_server.encoders.base import Format, OutputFormat
 from exportd_server.jobs.ledger.base import ClaimLimits, Lease, Ledger, NewJob, TaskKind
+from exportd_server.jobs.ledger.postgres import (
+    migrate_postgres_ledger,
+    open_postgres_ledger,
+)
 from exportd_server.jobs.ledger.sqlite import open_sqlite_ledger
+from exportd_server.jobs.ledger.tables import METADATA
 from exportd_server.jobs.model import ExportSpec, Job, ManifestColumn, PartRecord
 from exportd_server.sources.base import Shard
+from tests.support.postgres import PostgresServer
 
 EXPORT = (TaskKind.PLAN, TaskKind.SHARD)
 CLEANUP = (TaskKind.CLEANUP,)
@@ -149,11 +158,13 @@ class World:
         return done
 
 
-Backend = Callable[[Path], AbstractAsyncContextManager[World]]
+Backend = Callable[[Path, pytest.FixtureRequest], AbstractAsyncContextManager[World]]
 
 
 @asynccontextmanager
-async def sqlite_world(folder: Path) -> AsyncIterator[World]:
+async def sqlite_world(
+    folder: Path, _request: pytest.FixtureRequest | None = None
+) -> AsyncIterator[World]:
     clock = FakeClock()
     path = folder / "ledger.db"
     ledger = await open_sqlite_ledger(path, clock)
@@ -163,8 +174,61 @@ async def sqlite_world(folder: Path) -> AsyncIterator[World]:
         await ledger.close()
 
 
-BACKENDS: dict[str, Backend] = {"sqlite": sqlite_world}
+@asynccontextmanager
+async def postgres_world(
+    _folder: Path, request: pytest.FixtureRequest
+) -> AsyncIterator[World]:
+    database: LedgerDatabase = request.getfixturevalue("ledger_database")
+    database.reset()
+    clock = FakeClock()
+    ledger = await open_postgres_ledger(database.url, clock=clock)
+    try:
+        yield World(ledger, clock, database.dump)
+    finally:
+        await ledger.close()
+
+
+BACKENDS: dict[str, Backend] = {"sqlite": sqlite_world, "postgresql": postgres_world}
 """The databases that the contract is tested on."""
+
+
+class LedgerDatabase:
+    """A ledger in PostgreSQL that is emptied instead of made anew, which takes longer."""
+
+    def __init__(self, server: PostgresServer) -> None:
+        self.name = server.create_database()
+        self.url = server.url(self.name)
+        migrate_postgres_ledger(self.url)
+        self._connection = psycopg.connect(
+            self.url, autocommit=True, options="-c search_path=exportd"
+        )
+
+    def reset(self) -> None:
+        """Back to what a migration leaves."""
+        self._connection.execute("""
+            TRUNCATE jobs, labels, parts, tasks, tenants RESTART IDENTITY;
+            ALTER SEQUENCE fencing_tokens RESTART;
+            INSERT INTO tasks (kind, tenant, generation, state, priority, since, run_at)
+            VALUES ('reap', '', 1, 'ready', 1000, 0, 0);
+        """)
+
+    def dump(self) -> dict[str, list[tuple[Any, ...]]]:
+        """Everything that is in the tables."""
+        return {
+            name: sorted(self._connection.execute(f"SELECT * FROM {name}"), key=repr)
+            for name in METADATA.tables
+        }
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+@pytest.fixture(scope="session")
+def ledger_database(postgres: PostgresServer) -> Iterator[LedgerDatabase]:
+    """A ledger in PostgreSQL, with whatever the last test left in it."""
+    database = LedgerDatabase(postgres)
+    yield database
+    database.close()
 
 
 def dump_sqlite(path: Path) -> dict[str, list[tuple[Any, ...]]]:

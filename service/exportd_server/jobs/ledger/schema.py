@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from exportd_server.errors import ConfigurationError
 
+if TYPE_CHECKING:
+    from alembic.config import Config
+
 MIGRATIONS = Path(__file__).parent / "migrations"
 
-HEAD = "0001"
+HEAD = "0002"
 """The newest version. Told here so that a database that is up to date, the usual case,
 opens without reading the scripts; a test compares it with them."""
 
@@ -20,29 +24,22 @@ def upgrade(connection: Connection, where: object) -> None:
     """Bring the database to `HEAD` within the open transaction. Raises
     `ConfigurationError` when it is none of ours, or a later version made it; `where`
     names it then."""
-    version = _version(connection, where)
-    if version == HEAD:
+    before = version(connection, where)
+    if before == HEAD:
         return
+    if before is not None and before not in known():
+        raise ConfigurationError(too_new(where, before))
     # Costs as much as all the rest of opening.
     from alembic import command  # noqa: PLC0415 - see above
-    from alembic.config import Config  # noqa: PLC0415 - see above
-    from alembic.script import ScriptDirectory  # noqa: PLC0415 - see above
 
-    config = Config(attributes={"connection": connection})
-    config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
-    known = {
-        script.revision for script in ScriptDirectory.from_config(config).walk_revisions()
-    }
-    if version is not None and version not in known:
-        raise ConfigurationError(
-            f"ledger {where}: its tables have version {version}, which this release "
-            f"does not know (it knows up to {HEAD}); run the release that made it, or a "
-            "later one"
-        )
+    config = _config()
+    config.attributes["connection"] = connection
     command.upgrade(config, "head")
 
 
-def _version(connection: Connection, where: object) -> str | None:
+def version(connection: Connection, where: object) -> str | None:
+    """The version of the database's tables; None when it is empty. Raises
+    `ConfigurationError` when it holds other tables."""
     names = sa.inspect(connection).get_table_names()
     if "alembic_version" in names:
         return connection.execute(
@@ -54,3 +51,27 @@ def _version(connection: Connection, where: object) -> str | None:
             "the ledger one of its own"
         )
     return None
+
+
+def known() -> set[str]:
+    """The versions that this release knows, from its scripts."""
+    from alembic.script import ScriptDirectory  # noqa: PLC0415 - as in `upgrade`
+
+    scripts = ScriptDirectory.from_config(_config())
+    return {script.revision for script in scripts.walk_revisions()}
+
+
+def too_new(where: object, found: str) -> str:
+    """What to tell about a version that is not known."""
+    return (
+        f"ledger {where}: its tables have version {found}, which this release does not "
+        f"know (it knows up to {HEAD}); run the release that made it, or a later one"
+    )
+
+
+def _config() -> Config:
+    from alembic.config import Config  # noqa: PLC0415 - as in `upgrade`
+
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
+    return config

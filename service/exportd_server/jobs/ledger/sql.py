@@ -4,7 +4,7 @@ transaction of the database's own making."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from contextlib import AbstractContextManager, suppress
 from datetime import datetime, timedelta
 from typing import Any, TypeVar
@@ -20,7 +20,6 @@ from exportd_server.jobs.ledger.base import (
 )
 from exportd_server.jobs.ledger.codec import span_to_micros
 from exportd_server.jobs.ledger.statements import (
-    claiming,
     reading,
     submitting,
     tidying,
@@ -109,15 +108,11 @@ class SqlLedger:
         signals = self._database.signals
         news = signals.news()
         claimed, now = await self._leasing(
-            lambda tx: (
-                claiming.claim(
-                    tx,
-                    owner,
-                    kinds,
-                    lease=span_to_micros(lease),
-                    running_per_tenant=limits.running_per_tenant,
-                ),
-                tx.now,
+            self._database.claim(
+                owner,
+                kinds,
+                lease=span_to_micros(lease),
+                running_per_tenant=limits.running_per_tenant,
             )
         )
         if claimed is None:
@@ -126,9 +121,14 @@ class SqlLedger:
 
     async def renew(self, leases: Sequence[Lease], lease: timedelta) -> list[Lease]:
         """See `Ledger`."""
-        return await self._database.write(
-            lambda tx: working.renew(tx, leases, span_to_micros(lease))
-        )
+        length = span_to_micros(lease)
+
+        def renew(one: Lease) -> Callable[[Transaction], bool]:
+            return lambda tx: working.renew(tx, one, length)
+
+        # Each on its own: whoever ends a job locks several of its tasks, in another order
+        # perhaps.
+        return [one for one in leases if not await self._database.write_apart(renew(one))]
 
     async def release(self, lease: Lease) -> None:
         """See `Ledger`."""
@@ -144,9 +144,11 @@ class SqlLedger:
     ) -> Lease:
         """See `Ledger`."""
         first, _ = await self._leasing(
-            lambda tx: (
-                working.record_plan(tx, lease, shards, columns, estimated_rows),
-                tx.now,
+            self._database.write(
+                lambda tx: (
+                    working.record_plan(tx, lease, shards, columns, estimated_rows),
+                    tx.now,
+                )
             )
         )
         return first
@@ -255,10 +257,10 @@ class SqlLedger:
 
     # --- leases that nobody waits for any more
 
-    async def _leasing(self, work: Callable[[Transaction], tuple[L, int]]) -> tuple[L, int]:
+    async def _leasing(self, work: Coroutine[Any, Any, tuple[L, int]]) -> tuple[L, int]:
         """Run a transaction that ends with a lease. If the caller is cancelled while it
         runs, the lease would be nobody's until it ran out: give it back."""
-        running = asyncio.ensure_future(self._database.write(work))
+        running = asyncio.ensure_future(work)
         try:
             return await asyncio.shield(running)
         except asyncio.CancelledError:

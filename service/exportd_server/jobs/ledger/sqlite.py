@@ -11,25 +11,29 @@ import fcntl
 import math
 import os
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
+import structlog
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.pool import QueuePool
 
-from exportd_server.errors import ConfigurationError
+from exportd_server.errors import ConfigurationError, LedgerUnavailable
 from exportd_server.jobs.ledger import codec, schema
+from exportd_server.jobs.ledger.base import Lease, TaskKind
 from exportd_server.jobs.ledger.signals import Signals
 from exportd_server.jobs.ledger.sql import SqlLedger
-from exportd_server.jobs.ledger.statements import working
+from exportd_server.jobs.ledger.statements import claiming, working
 from exportd_server.jobs.ledger.tables import counters, tenants
 from exportd_server.jobs.ledger.transaction import Changes, Transaction
 from exportd_server.platform.clock import Clock
+
+log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
 
@@ -115,6 +119,28 @@ class SqliteDatabase:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._read_threads, self._read, work)
 
+    async def write_apart(self, work: Callable[[Transaction], T]) -> T:
+        """See `Database`. There is one writer, and its queue is short."""
+        return await self.write(work)
+
+    async def claim(
+        self,
+        owner: str,
+        kinds: Collection[TaskKind],
+        *,
+        lease: int,
+        running_per_tenant: int | None,
+    ) -> tuple[Lease | None, int]:
+        """See `Database`."""
+        return await self.write(
+            lambda tx: (
+                claiming.claim(
+                    tx, owner, kinds, lease=lease, running_per_tenant=running_per_tenant
+                ),
+                tx.now,
+            )
+        )
+
     async def close(self) -> None:
         """See `Database`."""
         await asyncio.to_thread(self._close)
@@ -131,7 +157,8 @@ class SqliteDatabase:
             os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
             with self._writer.begin() as connection:
                 schema.upgrade(connection, self._path)
-            self._write(working.recover)
+            with self._writer.begin() as connection:
+                working.recover(self._transaction(connection))
         except OSError as error:
             raise ConfigurationError(
                 f"ledger {self._path}: {error.strerror}; it must be a file that the "
@@ -155,7 +182,7 @@ class SqliteDatabase:
             ) from None
 
     def _write(self, work: Callable[[Transaction], T]) -> T:
-        with self._writer.begin() as connection:
+        with _available(), self._writer.begin() as connection:
             tx = self._transaction(connection)
             result = work(tx)
         # Told from here, so that the news spreads even if the caller has gone away. The
@@ -165,7 +192,7 @@ class SqliteDatabase:
         return result
 
     def _read(self, work: Callable[[Transaction], T]) -> T:
-        with self._readers.begin() as connection:
+        with _available(), self._readers.begin() as connection:
             return work(self._transaction(connection))
 
     def _transaction(self, connection: Connection) -> Transaction:
@@ -187,6 +214,16 @@ class SqliteDatabase:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+
+@contextmanager
+def _available() -> Iterator[None]:
+    """A disk that is full or fails is no fault of the caller's."""
+    try:
+        yield
+    except sa.exc.OperationalError as error:
+        log.warning("ledger failed", error=str(error.orig))
+        raise LedgerUnavailable from error
 
 
 def _engine(path: Path, connections: int, begin: str, *pragmas: str) -> Engine:

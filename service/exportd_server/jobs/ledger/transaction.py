@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 from sqlalchemy.engine import Connection
 
+from exportd_server.jobs.ledger.base import Lease, TaskKind
 from exportd_server.jobs.ledger.signals import Signals
 
 T = TypeVar("T")
@@ -37,11 +38,12 @@ class Dialect(Protocol):
         ...
 
     def next_token(self, connection: Connection) -> int:
-        """A fencing token above every earlier one."""
+        """A fencing token above every one that a transaction ended with before."""
         ...
 
     def ensure_tenant(self, connection: Connection, tenant: str) -> None:
-        """Make sure that the tenant has a row."""
+        """Make sure that the tenant has a row, and that until the transaction ends
+        nobody else creates jobs for it."""
         ...
 
 
@@ -69,6 +71,22 @@ class Database(Protocol):
 
     async def read(self, work: Callable[[Transaction], T]) -> T:
         """Run `work` in a transaction that sees one state and writes nothing."""
+        ...
+
+    async def write_apart(self, work: Callable[[Transaction], T]) -> T:
+        """As `write`, not held up by what waits there, and from any event loop."""
+        ...
+
+    async def claim(
+        self,
+        owner: str,
+        kinds: Collection[TaskKind],
+        *,
+        lease: int,
+        running_per_tenant: int | None,
+    ) -> tuple[Lease | None, int]:
+        """Lease the next task for `lease` microseconds; also returns the moment at which
+        it looked."""
         ...
 
     async def close(self) -> None:

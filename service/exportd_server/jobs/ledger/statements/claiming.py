@@ -38,7 +38,7 @@ def claim(
 ) -> Lease | None:
     """Lease the next task for `lease` microseconds."""
     _promote(tx)
-    _fail_exhausted(tx)
+    fail_exhausted(tx)
     limited = running_per_tenant is not None
     chosen = tx.connection.execute(
         choice(frozenset(kinds), limited=limited),
@@ -117,26 +117,26 @@ def _promote(tx: Transaction) -> None:
         tx.changes.work = True
 
 
-def _fail_exhausted(tx: Transaction) -> None:
+def fail_exhausted(tx: Transaction) -> None:
     """Fail the jobs whose last attempt was lost."""
-    lost = tx.connection.scalars(
-        sa.select(tasks.c.job_id).where(
-            tasks.c.state == TaskState.LEASED.sql,
-            tasks.c.lease_expires <= tx.now,
-            tasks.c.kind.in_(EXPORT_KINDS),
-            tasks.c.attempts >= tx.max_attempts,
-        )
-    ).all()
-    for job_id in set(lost):
-        fail_exhausted_job(tx, job_id)
+    exhausted = sa.select(tasks.c.job_id).where(
+        tasks.c.state == TaskState.LEASED.sql,
+        tasks.c.lease_expires <= tx.now,
+        tasks.c.kind.in_(EXPORT_KINDS),
+        tasks.c.attempts >= tx.max_attempts,
+    )
+    for job_id in sorted(set(tx.connection.scalars(exhausted))):
+        job = lifecycle.lock_job(tx, job_id)
+        # Now that nothing changes any more: the lease may have been renewed meanwhile.
+        again = exhausted.where(tasks.c.job_id == job_id).limit(1)
+        if job is not None and tx.connection.execute(again).first() is not None:
+            fail_exhausted_job(tx, job)
 
 
-def fail_exhausted_job(tx: Transaction, job_id: str) -> None:
+def fail_exhausted_job(tx: Transaction, job: Row[Any]) -> None:
     """Fail a job that has no attempt left, with the last error an attempt told."""
-    job = lifecycle.lock_job(tx, job_id)
-    if job is not None:
-        error = job.last_error or codec.dump_error(_EXHAUSTED)
-        lifecycle.end(tx, job, JobState.FAILED, error=error)
+    error = job.last_error or codec.dump_error(_EXHAUSTED)
+    lifecycle.end(tx, job, JobState.FAILED, error=error)
 
 
 @lru_cache(maxsize=64)

@@ -58,22 +58,18 @@ def _exporting(
     return task, job
 
 
-def renew(tx: Transaction, leases: Sequence[Lease], lease: int) -> list[Lease]:
-    """Extend to `lease` microseconds from now; return the lost ones."""
-    lost = []
-    for held in leases:
-        renewed = tx.connection.execute(
-            sa.update(tasks)
-            .where(
-                tasks.c.task_id == held.task_id,
-                tasks.c.token == held.token,
-                tasks.c.state == TaskState.LEASED.sql,
-            )
-            .values(lease_expires=tx.now + lease)
-        ).rowcount
-        if not renewed:
-            lost.append(held)
-    return lost
+def renew(tx: Transaction, held: Lease, lease: int) -> bool:
+    """Extend to `lease` microseconds from now; False when it is lost."""
+    renewed = tx.connection.execute(
+        sa.update(tasks)
+        .where(
+            tasks.c.task_id == held.task_id,
+            tasks.c.token == held.token,
+            tasks.c.state == TaskState.LEASED.sql,
+        )
+        .values(lease_expires=tx.now + lease)
+    ).rowcount
+    return renewed > 0
 
 
 def release(tx: Transaction, lease: Lease) -> None:
@@ -323,4 +319,6 @@ def recover(tx: Transaction) -> None:
     for job_id in {task.job_id for task in exports}:
         lifecycle.settle(tx, job_id, untidy=1)
     for job_id in exhausted:
-        fail_exhausted_job(tx, job_id)
+        job = lifecycle.lock_job(tx, job_id)
+        if job is not None:
+            fail_exhausted_job(tx, job)

@@ -1,0 +1,361 @@
+"""The ledger in PostgreSQL, for any number of processes.
+
+The server's clock is the ledger's, its locks put the operations on one job in line, and
+LISTEN/NOTIFY carries the news. A process may stop at any point: what it had open the
+server undoes, at the latest after a few seconds, and the claim, which others would wait
+for, is one statement that the server ends by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import random
+import secrets
+import time
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import psycopg
+import sqlalchemy as sa
+import structlog
+from psycopg import pq
+from psycopg.rows import namedtuple_row
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.pool import QueuePool
+
+from exportd_server.errors import LedgerUnavailable
+from exportd_server.jobs.ledger import codec, news
+from exportd_server.jobs.ledger.base import Lease, TaskKind
+from exportd_server.jobs.ledger.listener import Listener
+from exportd_server.jobs.ledger.postgres_server import Address
+from exportd_server.jobs.ledger.signals import Signals
+from exportd_server.jobs.ledger.sql import SqlLedger
+from exportd_server.jobs.ledger.statements import claiming, lifecycle
+from exportd_server.jobs.ledger.tables import tenants
+from exportd_server.jobs.ledger.transaction import Changes, Transaction
+from exportd_server.platform.clock import Clock
+from exportd_server.sources.base import Shard
+
+log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
+
+_WRITE = "BEGIN ISOLATION LEVEL READ COMMITTED, READ WRITE; "
+_READ = "BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY; "
+_CLOCK = "SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint"
+_NOTIFY = "SELECT pg_notify(%s, piece) FROM unnest(%s::text[]) AS piece"
+_CLAIM = "SELECT * FROM claim_task(%s, %s, %s, %s, %s, %s, %s, %s, %s)"
+
+_IN_THE_WAY = frozenset({"40001", "40P01"})
+"""Serialization failure, deadlock: the transaction was undone and may be tried again."""
+_AWAY = ("08", "53", "57", "25P03", "55P03", "25006", "58")
+"""Classes and codes of a server that cannot do what it otherwise can: connections lost,
+resources used up, shutting down or cancelled, idle too long, locked too long, a standby,
+its disk failing."""
+_TRIES = 8
+_DEPTH = 32
+"""Tasks of each queue that a claim looks at once the first ones were locked."""
+_LOOK_AGAIN = 0.05
+"""Seconds until somebody looks again for a task that was locked."""
+
+
+async def open_postgres_ledger(
+    url: str, *, max_attempts: int = 5, connections: int = 8, clock: Clock | None = None
+) -> SqlLedger:
+    """Open the ledger at a `postgresql://` URL, with so many connections, and two more
+    for renewing leases and for news.
+
+    `clock` replaces the server's, for tests.
+
+    Raises `ConfigurationError` when the server cannot be reached or refuses, is too old
+    or a standby, or when its tables are not of this release's version: `migrate` makes
+    them so.
+    """
+    address = Address.parse(url)
+    await asyncio.to_thread(address.check)
+    database = PostgresDatabase(address, clock, max_attempts, connections)
+    await database.open()
+    return SqlLedger(database)
+
+
+def migrate_postgres_ledger(url: str) -> tuple[str | None, str]:
+    """Make the ledger's tables, or bring them up to date; blocks. Returns their version
+    before, None when there were none, and now. Raises `ConfigurationError`."""
+    return Address.parse(url).migrate()
+
+
+class PostgresDialect:
+    """What is PostgreSQL's own."""
+
+    def __init__(self, clock: Clock | None) -> None:
+        self._clock = clock
+
+    def now(self, connection: Connection) -> int:
+        """The server's clock, one for all processes."""
+        if self._clock is not None:
+            return codec.to_micros(self._clock.now())
+        return int(connection.exec_driver_sql(_CLOCK).scalar_one())
+
+    def next_token(self, connection: Connection) -> int:
+        """The next of a sequence."""
+        token: int = connection.exec_driver_sql(
+            "SELECT nextval('fencing_tokens')"
+        ).scalar_one()
+        return token
+
+    def ensure_tenant(self, connection: Connection, tenant: str) -> None:
+        """Those who create jobs for one tenant stand in line, which also makes the quota
+        exact. Not by the tenant's row, which a claim must find unlocked."""
+        connection.execute(
+            sa.text("SELECT pg_advisory_xact_lock(hashtextextended(:tenant, 0))"),
+            {"tenant": tenant},
+        )
+        connection.execute(
+            postgresql.insert(tenants).values(tenant=tenant).on_conflict_do_nothing()
+        )
+
+
+class PostgresDatabase:
+    """Connections and threads of one process."""
+
+    def __init__(
+        self,
+        address: Address,
+        clock: Clock | None,
+        max_attempts: int,
+        connections: int,
+    ) -> None:
+        self.signals = Signals()
+        self._clock = clock
+        self._dialect = PostgresDialect(clock)
+        self._max_attempts = max_attempts
+        self._instance = secrets.token_hex(8)
+        self._loop = asyncio.get_running_loop()
+        self._pool = _Lane(address, connections, "exportd-ledger")
+        self._apart = _Lane(address, 1, "exportd-ledger-apart")
+        self._listener = Listener(address, self._told, self.signals.everyone)
+
+    async def open(self) -> None:
+        """Begin to listen."""
+        await self._listener.start()
+
+    async def write(self, work: Callable[[Transaction], T]) -> T:
+        """See `Database`."""
+        return await self._pool.run(self._write, self._pool, work)
+
+    async def write_apart(self, work: Callable[[Transaction], T]) -> T:
+        """See `Database`."""
+        return await self._apart.run(self._write, self._apart, work)
+
+    async def read(self, work: Callable[[Transaction], T]) -> T:
+        """See `Database`."""
+        return await self._pool.run(self._read, work)
+
+    async def claim(
+        self,
+        owner: str,
+        kinds: Collection[TaskKind],
+        *,
+        lease: int,
+        running_per_tenant: int | None,
+    ) -> tuple[Lease | None, int]:
+        """See `Database`."""
+        names = sorted(kind.value for kind in kinds)
+        depth = 1
+        while True:
+            row = await self._pool.run(
+                self._claim, owner, names, lease, running_per_tenant, depth
+            )
+            if row.o_exhausted:
+                await self.write(claiming.fail_exhausted)
+            if row.o_task_id is not None or not row.o_busy:
+                break
+            if depth == _DEPTH:
+                self._loop.call_later(_LOOK_AGAIN, self.signals.work)
+                break
+            depth = _DEPTH
+        if row.o_promoted:
+            self.signals.work()
+        if row.o_revision is not None:
+            self.signals.jobs({row.o_job_id: row.o_revision})
+        return _to_lease(row, owner), row.o_now
+
+    async def close(self) -> None:
+        """See `Database`."""
+        await self._listener.stop()
+        await asyncio.to_thread(self._close)
+        # Those who wait see that nothing more will come.
+        self.signals.everyone()
+
+    # --- in threads
+
+    def _write(self, lane: _Lane, work: Callable[[Transaction], T]) -> T:
+        with _available():
+            for tries in range(_TRIES):
+                if tries:
+                    time.sleep(random.uniform(0, 0.01 * 2**tries))  # noqa: S311 - spreads
+                try:
+                    return self._write_once(lane, work)
+                except sa.exc.DBAPIError as error:
+                    if _state(error) not in _IN_THE_WAY or tries == _TRIES - 1:
+                        raise
+        raise AssertionError("unreachable")
+
+    def _write_once(self, lane: _Lane, work: Callable[[Transaction], T]) -> T:
+        with self._transaction(lane, _WRITE) as tx:
+            result = work(tx)
+            if told := list(news.pieces(self._instance, tx.changes)):
+                tx.connection.exec_driver_sql(_NOTIFY, (news.CHANNEL, told))
+        # Told from here, so that the news spreads even if the caller has gone away. The
+        # loop may be closing down, with nobody left to tell.
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._tell, tx.changes)
+        return result
+
+    def _read(self, work: Callable[[Transaction], T]) -> T:
+        with _available(), self._transaction(self._pool, _READ) as tx:
+            return work(tx)
+
+    @contextlib.contextmanager
+    def _transaction(self, lane: _Lane, begin: str) -> Iterator[Transaction]:
+        connection, row = lane.ask(begin + _CLOCK)
+        with connection:
+            try:
+                now = row[0] if self._clock is None else codec.to_micros(self._clock.now())
+                tx = Transaction(connection, self._dialect, now, self._max_attempts)
+                yield tx
+                connection.commit()
+            except BaseException:
+                # What cannot be undone for want of a connection the server undoes.
+                with contextlib.suppress(sa.exc.DBAPIError, psycopg.Error):
+                    connection.rollback()
+                raise
+
+    def _claim(
+        self, owner: str, kinds: list[str], lease: int, limit: int | None, depth: int
+    ) -> Any:
+        now = None if self._clock is None else codec.to_micros(self._clock.now())
+        parameters = (
+            *(now, owner, kinds, lease, limit, self._max_attempts, depth),
+            *(lifecycle.LATE_WRITER_GRACE, self._instance),
+        )
+        with _available():
+            connection, row = self._pool.ask(_CLAIM, parameters)
+            connection.close()
+            return row
+
+    def _close(self) -> None:
+        self._pool.close()
+        self._apart.close()
+
+    # --- news
+
+    def _tell(self, changes: Changes) -> None:
+        self.signals.jobs(changes.revisions | dict.fromkeys(changes.gone, math.inf))
+        self.signals.fenced(changes.fenced)
+        if changes.work:
+            self.signals.work()
+
+    def _told(self, text: str) -> None:
+        piece = news.parse(text)
+        if piece is not None and piece.sender != self._instance:
+            self._tell(piece.changes)
+
+
+class _Lane:
+    """Threads with a connection each. Who finds all of them busy waits for one."""
+
+    def __init__(self, address: Address, connections: int, name: str) -> None:
+        self._threads = ThreadPoolExecutor(connections, name)
+        self._engine: Engine = sa.create_engine(
+            "postgresql+psycopg://",
+            creator=address.connect,
+            poolclass=QueuePool,
+            pool_size=connections,
+            max_overflow=0,
+            # A connection comes back as it was lent: outside of any transaction, or it
+            # is undone then.
+            pool_reset_on_return="rollback",
+        )
+
+    async def run(self, call: Callable[..., T], *arguments: Any) -> T:
+        """Run in one of the threads."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, call, *arguments)
+
+    def ask(self, text: str, parameters: Any = None) -> tuple[Connection, Any]:
+        """Run the first statements on a connection, and return it with the row they end
+        with. Connections that broke while nobody used them are replaced."""
+        for fresh in (False, True):
+            connection = self._engine.connect()
+            try:
+                raw: psycopg.Connection[Any] = connection.connection.driver_connection  # type: ignore[assignment] # typed as any driver's
+                with raw.cursor(row_factory=namedtuple_row) as cursor:
+                    cursor.execute(text, parameters)
+                    while cursor.nextset():
+                        pass
+                    return connection, cursor.fetchone()
+            except BaseException as error:
+                broken = raw.broken or raw.closed
+                if broken:
+                    connection.invalidate()
+                elif raw.info.transaction_status != pq.TransactionStatus.IDLE:
+                    raw.rollback()
+                connection.close()
+                if fresh or not broken or not isinstance(error, psycopg.Error):
+                    raise
+            # The others will have broken with it.
+            self._engine.dispose()
+        raise AssertionError("unreachable")
+
+    def close(self) -> None:
+        """Let what runs end; close the connections."""
+        self._threads.shutdown()
+        self._engine.dispose()
+
+
+def _state(error: BaseException) -> str:
+    """SQLSTATE of an error; empty for one that is not the server's."""
+    if isinstance(error, sa.exc.DBAPIError):
+        return _state(error.orig) if error.orig is not None else ""
+    return (error.sqlstate or "") if isinstance(error, psycopg.Error) else ""
+
+
+@contextlib.contextmanager
+def _available() -> Iterator[None]:
+    """A server that is away, or a connection that broke, is no fault of the caller's."""
+    try:
+        yield
+    except (sa.exc.DBAPIError, sa.exc.TimeoutError, psycopg.Error) as error:
+        cause = error.orig if isinstance(error, sa.exc.DBAPIError) else error
+        state = _state(error)
+        away = state.startswith(_AWAY) or state in _IN_THE_WAY
+        lost = not state and isinstance(
+            cause, psycopg.OperationalError | psycopg.InterfaceError | sa.exc.TimeoutError
+        )
+        if not (away or lost):
+            raise
+        log.warning("ledger unavailable", error=str(cause).strip(), sqlstate=state)
+        raise LedgerUnavailable from error
+
+
+def _to_lease(row: Any, owner: str) -> Lease | None:
+    if row.o_task_id is None:
+        return None
+    return Lease(
+        task_id=row.o_task_id,
+        kind=TaskKind(row.o_kind),
+        token=row.o_token,
+        owner=owner,
+        expires_at=codec.to_moment(row.o_lease_expires),
+        attempt=row.o_attempts,
+        tenant=row.o_tenant,
+        job_id=row.o_job_id or "",
+        generation=row.o_generation,
+        shard=None if row.o_shard is None else Shard(row.o_shard, row.o_shard_state),
+        forget=bool(row.o_forget),
+    )

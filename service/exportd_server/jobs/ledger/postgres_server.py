@@ -1,0 +1,225 @@
+"""A PostgreSQL server that holds a ledger: how to reach it, what it must be, and how its
+tables are brought up to date."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import psycopg
+import sqlalchemy as sa
+from psycopg import conninfo, sql
+
+from exportd_server.errors import ConfigurationError
+from exportd_server.jobs.ledger import schema
+from exportd_server.jobs.ledger.tables import METADATA
+
+SCHEMA = "exportd"
+OLDEST = 14
+"""Of the major versions, the oldest that will do."""
+
+_CONNECT_SECONDS = 5
+_IDLE_SECONDS = 5
+"""How long a transaction may do nothing before the server undoes it: its process was
+stopped, and others wait for what it has locked."""
+
+_SESSION = {
+    "search_path": SCHEMA,
+    "idle_in_transaction_session_timeout": f"{_IDLE_SECONDS}s",
+    # Longer than that, so that those who wait for such a one get their turn.
+    "lock_timeout": "15s",
+    "statement_timeout": "30s",
+    "TimeZone": "UTC",
+    "default_transaction_isolation": "read committed",
+}
+_LINK: Mapping[str, Any] = {
+    "connect_timeout": _CONNECT_SECONDS,
+    "application_name": "exportd",
+    "client_encoding": "UTF8",
+    # A server that is gone without a word is noticed within half a minute.
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 20_000,
+}
+_ANY_LEDGER = 0x6578706F
+"""The lock of those who migrate: no number of a table, as other locks are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where the ledger is. `shown` is what may be told: it has no password."""
+
+    parameters: Mapping[str, Any]
+    shown: str
+
+    @classmethod
+    def parse(cls, url: str) -> Address:
+        """Read a `postgresql://` URL; raises `ConfigurationError`."""
+        try:
+            given = conninfo.conninfo_to_dict(url)
+        except psycopg.ProgrammingError as error:
+            raise ConfigurationError(
+                f"ledger.url: {str(error).strip()}; give it as "
+                "postgresql://USER:PASSWORD@HOST:PORT/DATABASE"
+            ) from None
+        session = " ".join(f"-c {name}={_escaped(v)}" for name, v in _SESSION.items())
+        options = f"{given.pop('options', '') or ''} {session}".strip()
+        host, database = given.get("host") or "localhost", given.get("dbname") or ""
+        shown = f"postgresql://{host}:{given.get('port') or 5432}/{database}"
+        return cls({**_LINK, **given, "options": options}, shown)
+
+    def connect(self) -> psycopg.Connection[Any]:
+        """A connection without a transaction. Raises `psycopg.Error`."""
+        return psycopg.connect(**self.parameters, autocommit=True)
+
+    async def connect_async(self) -> psycopg.AsyncConnection[Any]:
+        """The same for an event loop."""
+        # The library looks names up in a thread, and waits for the loop otherwise.
+        async with asyncio.timeout(2 * _CONNECT_SECONDS):
+            return await psycopg.AsyncConnection.connect(**self.parameters, autocommit=True)
+
+    def check(self) -> None:
+        """Make sure that a ledger of this release is there and may be used; blocks.
+        Raises `ConfigurationError`."""
+        with self._reach() as connection:
+            self._require_server(connection)
+            version = _version(connection)
+            if version is None:
+                raise ConfigurationError(
+                    f"ledger {self.shown}: the database has no ledger yet; run "
+                    "`exportd-server migrate`"
+                )
+            if version != schema.HEAD:
+                if version not in schema.known():
+                    raise ConfigurationError(schema.too_new(self.shown, version))
+                raise ConfigurationError(
+                    f"ledger {self.shown}: its tables have version {version} and this "
+                    f"release needs {schema.HEAD}; run `exportd-server migrate`"
+                )
+            self._require_rights(connection)
+
+    def migrate(self) -> tuple[str | None, str]:
+        """Bring the tables to this release's version; blocks. Returns the version before,
+        None when there was no ledger, and the version now. Raises `ConfigurationError`.
+        Two at once are fine: the second finds nothing to do."""
+        with self._reach() as connection:
+            self._require_server(connection)
+        engine = sa.create_engine(
+            "postgresql+psycopg://", creator=self.connect, poolclass=sa.NullPool
+        )
+        try:
+            with engine.begin() as bind:
+                bind.exec_driver_sql("BEGIN")
+                bind.exec_driver_sql("SET LOCAL lock_timeout = '10min'")
+                bind.exec_driver_sql("SET LOCAL statement_timeout = 0")
+                bind.exec_driver_sql("SET LOCAL idle_in_transaction_session_timeout = 0")
+                bind.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_ANY_LEDGER})")
+                if not _has_schema(bind):
+                    bind.exec_driver_sql(f"CREATE SCHEMA {SCHEMA}")
+                before = schema.version(bind, self.shown)
+                schema.upgrade(bind, self.shown)
+                return before, schema.HEAD
+        except sa.exc.ProgrammingError as error:
+            if not isinstance(error.orig, psycopg.errors.InsufficientPrivilege):
+                raise
+            user, database = self.parameters.get("user"), self.parameters.get("dbname")
+            raise ConfigurationError(
+                f"ledger {self.shown}: {str(error.orig).splitlines()[0]}; have its owner "
+                f"run: GRANT CREATE ON DATABASE {database} TO {user}, or: CREATE SCHEMA "
+                f"{SCHEMA} AUTHORIZATION {user}"
+            ) from error
+        except sa.exc.OperationalError as error:
+            raise ConfigurationError(
+                f"ledger {self.shown}: {str(error.orig).splitlines()[0]}; nothing was "
+                "changed, try again"
+            ) from error
+        finally:
+            engine.dispose()
+
+    def _reach(self) -> psycopg.Connection[Any]:
+        try:
+            return self.connect()
+        except psycopg.Error as error:
+            first = str(error).strip().splitlines()[0]
+            raise ConfigurationError(
+                f"ledger {self.shown}: {first}; {_mend(error, first)}"
+            ) from error
+
+    def _require_server(self, connection: psycopg.Connection[Any]) -> None:
+        require_version(self.shown, connection.info.server_version)
+        if _one(connection, "SELECT pg_is_in_recovery()"):
+            raise ConfigurationError(
+                f"ledger {self.shown}: the server is a standby, which cannot be written "
+                "to; name the primary"
+            )
+
+    def _require_rights(self, connection: psycopg.Connection[Any]) -> None:
+        lacking = [
+            f"{right} on {SCHEMA}.{table}"
+            for table in METADATA.tables
+            for right in ("SELECT", "INSERT", "UPDATE", "DELETE")
+            if not _one(connection, "SELECT has_table_privilege(%s, %s)", (table, right))
+        ]
+        if not _one(connection, "SELECT has_sequence_privilege('fencing_tokens', 'USAGE')"):
+            lacking.append(f"USAGE on {SCHEMA}.fencing_tokens")
+        if lacking:
+            user = connection.info.user
+            raise ConfigurationError(
+                f"ledger {self.shown}: user {user} lacks {lacking[0]}"
+                + (f" and {len(lacking) - 1} more rights" if lacking[1:] else "")
+                + f"; have the owner run: GRANT ALL ON ALL TABLES IN SCHEMA {SCHEMA} TO "
+                f"{user}; GRANT ALL ON ALL SEQUENCES IN SCHEMA {SCHEMA} TO {user}"
+            )
+
+
+def require_version(shown: str, version: int) -> None:
+    """Refuse a server that is too old; `version` as the server writes it: 140003."""
+    if version < OLDEST * 10_000:
+        raise ConfigurationError(
+            f"ledger {shown}: the server is PostgreSQL {version // 10_000} and must be "
+            f"{OLDEST} or later; upgrade it"
+        )
+
+
+def _escaped(value: str) -> str:
+    return value.replace("\\", "\\\\").replace(" ", "\\ ")
+
+
+def _one(connection: psycopg.Connection[Any], text: str, parameters: Any = None) -> Any:
+    row = connection.execute(sql.SQL(text), parameters).fetchone()
+    return row[0] if row else None
+
+
+def _has_schema(bind: sa.Connection) -> bool:
+    found = bind.execute(
+        sa.text("SELECT 1 FROM pg_namespace WHERE nspname = :name"), {"name": SCHEMA}
+    )
+    return found.first() is not None
+
+
+def _version(connection: psycopg.Connection[Any]) -> str | None:
+    if not _one(connection, "SELECT to_regclass('alembic_version') IS NOT NULL"):
+        usage = "SELECT has_schema_privilege(oid, 'USAGE') FROM pg_namespace "
+        if _one(connection, usage + "WHERE nspname = %s", (SCHEMA,)) is False:
+            user = connection.info.user
+            raise ConfigurationError(
+                f"ledger: user {user} may not use schema {SCHEMA}; have the owner run: "
+                f"GRANT USAGE ON SCHEMA {SCHEMA} TO {user}"
+            )
+        return None
+    version: str | None = _one(connection, "SELECT version_num FROM alembic_version")
+    return version
+
+
+def _mend(error: psycopg.Error, text: str) -> str:
+    """What the operator may do about a connection that is refused."""
+    if "does not exist" in text and "database" in text:
+        return "create the database, or name another one in ledger.url"
+    if "authentication" in text or "password" in text or "role" in text:
+        return "mend user or password in ledger.url"
+    if error.sqlstate is not None and error.sqlstate.startswith("53"):
+        return "raise max_connections, or give ledger.connections a smaller figure"
+    return "is it up, and are host and port in ledger.url right?"
