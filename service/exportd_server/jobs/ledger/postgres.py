@@ -270,6 +270,7 @@ class _Lane:
     """Threads with a connection each. Who finds all of them busy waits for one."""
 
     def __init__(self, address: Address, connections: int, name: str) -> None:
+        self._connections = connections
         self._threads = ThreadPoolExecutor(connections, name)
         self._engine: Engine = sa.create_engine(
             "postgresql+psycopg://",
@@ -290,7 +291,8 @@ class _Lane:
     def ask(self, text: str, parameters: Any = None) -> tuple[Connection, Any]:
         """Run the first statements on a connection, and return it with the row they end
         with. Connections that broke while nobody used them are replaced."""
-        for fresh in (False, True):
+        # Each of them may have broken.
+        for left in reversed(range(self._connections + 1)):
             connection = self._engine.connect()
             try:
                 raw: psycopg.Connection[Any] = connection.connection.driver_connection  # type: ignore[assignment] # typed as any driver's
@@ -306,10 +308,8 @@ class _Lane:
                 elif raw.info.transaction_status != pq.TransactionStatus.IDLE:
                     raw.rollback()
                 connection.close()
-                if fresh or not broken or not isinstance(error, psycopg.Error):
+                if not left or not broken or not isinstance(error, psycopg.Error):
                     raise
-            # The others will have broken with it.
-            self._engine.dispose()
         raise AssertionError("unreachable")
 
     def close(self) -> None:

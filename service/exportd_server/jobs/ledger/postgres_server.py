@@ -86,12 +86,13 @@ class Address:
         Raises `ConfigurationError`."""
         with self._reach() as connection:
             self._require_server(connection)
-            version = _version(connection)
-            if version is None:
+            if not _has_ledger(connection):
                 raise ConfigurationError(
                     f"ledger {self.shown}: the database has no ledger yet; run "
                     "`exportd-server migrate`"
                 )
+            self._require_rights(connection)
+            version = _one(connection, "SELECT version_num FROM alembic_version")
             if version != schema.HEAD:
                 if version not in schema.known():
                     raise ConfigurationError(schema.too_new(self.shown, version))
@@ -99,7 +100,6 @@ class Address:
                     f"ledger {self.shown}: its tables have version {version} and this "
                     f"release needs {schema.HEAD}; run `exportd-server migrate`"
                 )
-            self._require_rights(connection)
 
     def migrate(self) -> tuple[str | None, str]:
         """Bring the tables to this release's version; blocks. Returns the version before,
@@ -157,14 +157,7 @@ class Address:
             )
 
     def _require_rights(self, connection: psycopg.Connection[Any]) -> None:
-        lacking = [
-            f"{right} on {SCHEMA}.{table}"
-            for table in METADATA.tables
-            for right in ("SELECT", "INSERT", "UPDATE", "DELETE")
-            if not _one(connection, "SELECT has_table_privilege(%s, %s)", (table, right))
-        ]
-        if not _one(connection, "SELECT has_sequence_privilege('fencing_tokens', 'USAGE')"):
-            lacking.append(f"USAGE on {SCHEMA}.fencing_tokens")
+        lacking = self._lacking(connection)
         if lacking:
             user = connection.info.user
             raise ConfigurationError(
@@ -173,6 +166,19 @@ class Address:
                 + f"; have the owner run: GRANT ALL ON ALL TABLES IN SCHEMA {SCHEMA} TO "
                 f"{user}; GRANT ALL ON ALL SEQUENCES IN SCHEMA {SCHEMA} TO {user}"
             )
+
+    def _lacking(self, connection: psycopg.Connection[Any]) -> list[str]:
+        if not _one(connection, "SELECT has_table_privilege('alembic_version', 'SELECT')"):
+            return [f"SELECT on {SCHEMA}.alembic_version"]
+        lacking = [
+            f"{right} on {SCHEMA}.{table}"
+            for table in METADATA.tables
+            for right in ("SELECT", "INSERT", "UPDATE", "DELETE")
+            if not _one(connection, "SELECT has_table_privilege(%s, %s)", (table, right))
+        ]
+        if not _one(connection, "SELECT has_sequence_privilege('fencing_tokens', 'USAGE')"):
+            lacking.append(f"USAGE on {SCHEMA}.fencing_tokens")
+        return lacking
 
 
 def require_version(shown: str, version: int) -> None:
@@ -200,18 +206,15 @@ def _has_schema(bind: sa.Connection) -> bool:
     return found.first() is not None
 
 
-def _version(connection: psycopg.Connection[Any]) -> str | None:
-    if not _one(connection, "SELECT to_regclass('alembic_version') IS NOT NULL"):
-        usage = "SELECT has_schema_privilege(oid, 'USAGE') FROM pg_namespace "
-        if _one(connection, usage + "WHERE nspname = %s", (SCHEMA,)) is False:
-            user = connection.info.user
-            raise ConfigurationError(
-                f"ledger: user {user} may not use schema {SCHEMA}; have the owner run: "
-                f"GRANT USAGE ON SCHEMA {SCHEMA} TO {user}"
-            )
-        return None
-    version: str | None = _one(connection, "SELECT version_num FROM alembic_version")
-    return version
+def _has_ledger(connection: psycopg.Connection[Any]) -> bool:
+    usage = "SELECT has_schema_privilege(oid, 'USAGE') FROM pg_namespace "
+    if _one(connection, usage + "WHERE nspname = %s", (SCHEMA,)) is False:
+        user = connection.info.user
+        raise ConfigurationError(
+            f"ledger: user {user} may not use schema {SCHEMA}; have the owner run: "
+            f"GRANT USAGE ON SCHEMA {SCHEMA} TO {user}"
+        )
+    return bool(_one(connection, "SELECT to_regclass('alembic_version') IS NOT NULL"))
 
 
 def _mend(error: psycopg.Error, text: str) -> str:

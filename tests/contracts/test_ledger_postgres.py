@@ -1,0 +1,529 @@
+"""What is PostgreSQL's own: several processes, a server that goes away, its errors."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, closing, suppress
+from datetime import timedelta
+from typing import Any
+from uuid import UUID
+
+import psycopg
+import pytest
+
+from exportd_server.errors import ConfigurationError, ErrorReason, LedgerUnavailable
+from exportd_server.jobs.ledger import news, schema
+from exportd_server.jobs.ledger.base import ClaimLimits, Lease, LeaseLost, NewJob, TaskKind
+from exportd_server.jobs.ledger.postgres import (
+    migrate_postgres_ledger,
+    open_postgres_ledger,
+)
+from exportd_server.jobs.ledger.postgres_server import OLDEST, require_version
+from exportd_server.jobs.ledger.sql import SqlLedger
+from exportd_server.jobs.ledger.transaction import Changes
+from exportd_server.jobs.model import JobState
+from tests.support.ledger import (
+    CLEANUP,
+    COLUMNS,
+    EXPORT,
+    LEASE,
+    LedgerDatabase,
+    part,
+    shards,
+    spec,
+)
+from tests.support.postgres import PostgresServer, running_postgres
+
+LONG = 30.0
+
+
+def new(number: int, tenant: str = "acme", **what: Any) -> NewJob:
+    request_id = what.pop("request_id", "")
+    return NewJob(str(UUID(int=number)), tenant, spec(**what), request_id, "same")
+
+
+async def claim(ledger: SqlLedger, limit: int | None = None) -> Lease | None:
+    return await ledger.claim("w", EXPORT, lease=LEASE, limits=ClaimLimits(limit))
+
+
+@pytest.fixture
+async def fleet(ledger_database: LedgerDatabase) -> AsyncIterator[list[SqlLedger]]:
+    """Four processes' ledgers on one database, by the server's clock."""
+    ledger_database.reset()
+    async with AsyncExitStack() as stack:
+        ledgers = []
+        for _ in range(4):
+            ledger = await open_postgres_ledger(ledger_database.url, connections=4)
+            stack.push_async_callback(ledger.close)
+            ledgers.append(ledger)
+        yield ledgers
+
+
+# --- several processes
+
+
+async def test_no_task_is_ever_given_to_two(fleet: list[SqlLedger]) -> None:
+    for number in range(1, 41):
+        await fleet[0].create_job(new(number, f"tenant-{number % 5}"))
+
+    async def work(ledger: SqlLedger) -> list[Lease]:
+        leases = []
+        while (lease := await claim(ledger)) is not None:
+            leases.append(lease)
+        return leases
+
+    taken = await asyncio.gather(*(work(ledger) for ledger in fleet for _ in range(3)))
+    leases = [lease for some in taken for lease in some]
+    assert len({lease.token for lease in leases}) == len(leases)
+    assert sorted(lease.job_id for lease in leases) == [
+        str(UUID(int=n)) for n in range(1, 41)
+    ]
+
+
+async def test_a_limit_of_running_jobs_is_exact_however_many_claim_at_once(
+    fleet: list[SqlLedger],
+) -> None:
+    for number in range(1, 41):
+        await fleet[0].create_job(new(number, f"tenant-{number % 2}"))
+    for _ in range(3):
+        claims = [claim(ledger, limit=3) for ledger in fleet for _ in range(4)]
+        taken = [lease for lease in await asyncio.gather(*claims) if lease]
+        assert Counter(lease.tenant for lease in taken) == {"tenant-0": 3, "tenant-1": 3}
+        for lease in taken:
+            await fleet[0].cancel_job(lease.tenant, lease.job_id)
+
+
+async def test_a_quota_is_exact_however_many_create_at_once(
+    fleet: list[SqlLedger],
+) -> None:
+    made = await asyncio.gather(
+        *(
+            fleet[number % 4].create_job(new(number), max_active=5)
+            for number in range(1, 21)
+        ),
+        return_exceptions=True,
+    )
+    assert sum(isinstance(one, tuple) for one in made) == 5
+
+
+async def test_one_request_id_makes_one_job_however_many_send_it(
+    fleet: list[SqlLedger],
+) -> None:
+    made = await asyncio.gather(
+        *(
+            fleet[number % 4].create_job(new(number, request_id="r"))
+            for number in range(1, 17)
+        )
+    )
+    assert len({job.job_id for job, _ in made}) == 1
+    assert [created for _, created in made].count(True) == 1
+
+
+async def test_work_created_by_one_process_wakes_another(fleet: list[SqlLedger]) -> None:
+    here, there = fleet[:2]
+    assert await claim(there) is None
+    waiting = asyncio.create_task(there.wait_for_work(LONG))
+    await asyncio.wait((waiting,), timeout=0.1)
+    assert not waiting.done()
+    await here.create_job(new(1))
+    async with asyncio.timeout(5):
+        await waiting
+    assert await claim(there) is not None
+
+
+async def test_a_watcher_hears_of_changes_made_elsewhere(fleet: list[SqlLedger]) -> None:
+    here, there = fleet[:2]
+    job, _ = await here.create_job(new(1))
+    waiting = asyncio.create_task(there.wait_for_change(job.job_id, job.revision, LONG))
+    await asyncio.wait((waiting,), timeout=0.1)
+    assert not waiting.done()
+    await claim(here)
+    async with asyncio.timeout(5):
+        await waiting
+    found = await there.get_job("acme", job.job_id)
+    assert found is not None
+    assert found.state is JobState.RUNNING
+
+
+async def test_a_cancel_elsewhere_sets_the_fence(fleet: list[SqlLedger]) -> None:
+    here, there = fleet[:2]
+    job, _ = await here.create_job(new(1))
+    lease = await claim(there)
+    assert lease is not None
+    with there.fence(lease) as lost:
+        await here.cancel_job("acme", job.job_id)
+        async with asyncio.timeout(5):
+            await lost.wait()
+    assert await there.renew([lease], LEASE) == [lease]
+
+
+async def test_one_publishes_however_many_complete_their_shards_at_once(
+    fleet: list[SqlLedger],
+) -> None:
+    job, _ = await fleet[0].create_job(new(1))
+    plan = await claim(fleet[0])
+    assert plan is not None
+    leases = [await fleet[0].record_plan(plan, shards(4), COLUMNS, estimated_rows=None)]
+    for ledger in fleet[1:]:
+        lease = await claim(ledger)
+        assert lease is not None
+        leases.append(lease)
+
+    async def finish(ledger: SqlLedger, lease: Lease) -> bool:
+        await ledger.add_part(lease, part(lease))
+        return await ledger.complete_shard(lease)
+
+    ended = await asyncio.gather(*map(finish, fleet, leases))
+    assert sorted(ended) == [False, False, False, True]
+    found = await fleet[2].get_job("acme", job.job_id)
+    assert found is not None
+    assert found.manifest is not None
+    assert [one.shard for one in found.manifest.parts] == [0, 1, 2, 3]
+
+
+async def test_operations_on_one_job_from_everywhere_never_deadlock(
+    fleet: list[SqlLedger],
+) -> None:
+    """Renewals, progress, parts, claims and a cancel of many-sharded jobs at once."""
+    for number in range(1, 5):
+        await fleet[0].create_job(new(number))
+
+    async def work(ledger: SqlLedger) -> None:
+        for _ in range(12):
+            lease = await claim(ledger)
+            if lease is None:
+                return
+            with suppress(LeaseLost):
+                if lease.kind is TaskKind.PLAN:
+                    lease = await ledger.record_plan(
+                        lease, shards(4), COLUMNS, estimated_rows=None
+                    )
+                await asyncio.gather(
+                    ledger.renew([lease], LEASE),
+                    ledger.record_progress(lease, rows=1, bytes_=1, rows_per_second=1),
+                    ledger.add_part(lease, part(lease)),
+                )
+                await ledger.complete_shard(lease)
+
+    async with asyncio.timeout(LONG):
+        await asyncio.gather(
+            *(work(ledger) for ledger in fleet for _ in range(2)),
+            fleet[0].cancel_job("acme", str(UUID(int=4))),
+        )
+
+
+async def test_a_renewal_may_come_from_another_threads_loop(
+    fleet: list[SqlLedger],
+) -> None:
+    await fleet[0].create_job(new(1))
+    lease = await claim(fleet[0])
+    assert lease is not None
+    lost = await asyncio.to_thread(
+        lambda: asyncio.run(fleet[0].renew([lease], timedelta(seconds=60)))
+    )
+    assert lost == []
+
+
+# --- peers that stop
+
+
+def hold(url: str, statement: str) -> psycopg.Connection[Any]:
+    """A transaction that a peer opened and never ends, as one that is frozen would."""
+    options = "-c search_path=exportd -c idle_in_transaction_session_timeout=60s"
+    connection = psycopg.connect(url, options=options)
+    connection.execute(statement.encode())
+    return connection
+
+
+async def test_a_claim_passes_by_what_a_frozen_peer_has_locked(
+    fleet: list[SqlLedger], ledger_database: LedgerDatabase
+) -> None:
+    for number in range(1, 4):
+        await fleet[0].create_job(new(number))
+    first = str(UUID(int=1))
+    with closing(
+        hold(ledger_database.url, f"SELECT * FROM jobs WHERE job_id = '{first}' FOR UPDATE")
+    ):
+        begun = time.monotonic()
+        taken = [await claim(fleet[1]), await claim(fleet[2])]
+        assert [lease and lease.job_id for lease in taken] == [
+            str(UUID(int=2)),
+            str(UUID(int=3)),
+        ]
+        # What is locked is not there, and is looked for again soon.
+        assert await claim(fleet[3]) is None
+        assert time.monotonic() - begun < 5
+        async with asyncio.timeout(5):
+            await fleet[3].wait_for_work(LONG)
+    lease = await claim(fleet[3])
+    assert lease is not None
+    assert lease.job_id == first
+
+
+async def test_what_a_frozen_peer_holds_is_given_free_within_seconds(
+    fleet: list[SqlLedger],
+) -> None:
+    """A transaction that does nothing is undone by the server."""
+    job, _ = await fleet[0].create_job(new(1))
+    frozen = threading.Event()
+
+    def freeze(tx: Any) -> None:
+        tx.connection.exec_driver_sql("UPDATE jobs SET priority = 99")
+        frozen.wait(LONG)
+
+    stuck = asyncio.create_task(fleet[0]._database.write(freeze))
+    async with asyncio.timeout(LONG):
+        await asyncio.sleep(0.2)
+        cancelled = await fleet[1].cancel_job("acme", job.job_id)
+    assert cancelled is not None
+    assert cancelled[0].spec.priority == 0
+    frozen.set()
+    with pytest.raises(LedgerUnavailable):
+        await stuck
+
+
+async def test_more_calls_than_connections_stand_in_line(
+    ledger_database: LedgerDatabase,
+) -> None:
+    ledger_database.reset()
+    ledger = await open_postgres_ledger(ledger_database.url, connections=1)
+    try:
+        made = await asyncio.gather(
+            *(ledger.create_job(new(number)) for number in range(1, 51))
+        )
+        assert len(made) == 50
+    finally:
+        await ledger.close()
+
+
+# --- a server that goes away
+
+
+@pytest.fixture(scope="module")
+def fragile() -> Iterator[PostgresServer]:
+    """A server that tests may stop."""
+    with running_postgres(durable=True) as server:
+        yield server
+
+
+@pytest.fixture
+def fragile_url(fragile: PostgresServer) -> str:
+    url = fragile.url(fragile.create_database())
+    migrate_postgres_ledger(url)
+    return url
+
+
+async def test_a_server_that_is_away_is_told_and_forgotten_once_it_is_back(
+    fragile: PostgresServer, fragile_url: str
+) -> None:
+    ledger = await open_postgres_ledger(fragile_url)
+    try:
+        job, _ = await ledger.create_job(new(1))
+        await asyncio.to_thread(fragile.stop, "immediate")
+        for call in (
+            ledger.get_job("acme", job.job_id),
+            ledger.create_job(new(2)),
+            claim(ledger),
+        ):
+            with pytest.raises(LedgerUnavailable) as told:
+                await call
+            assert told.value.reason is ErrorReason.LEDGER_UNAVAILABLE
+            assert "127.0.0.1" not in str(told.value)
+        await asyncio.to_thread(fragile.start)
+        lease = await claim(ledger)
+        assert lease is not None
+        assert lease.job_id == job.job_id
+        assert await ledger.get_job("acme", job.job_id) is not None
+    finally:
+        await ledger.close()
+
+
+async def test_connections_that_broke_while_idle_are_replaced_unnoticed(
+    fragile: PostgresServer, fragile_url: str
+) -> None:
+    ledger = await open_postgres_ledger(fragile_url)
+    try:
+        await asyncio.gather(*(ledger.create_job(new(number)) for number in range(1, 9)))
+        await asyncio.to_thread(fragile.stop)
+        await asyncio.to_thread(fragile.start)
+        await asyncio.gather(*(ledger.create_job(new(number)) for number in range(9, 17)))
+        assert await claim(ledger) is not None
+    finally:
+        await ledger.close()
+
+
+async def test_the_news_comes_back_and_nothing_is_missed(
+    fragile: PostgresServer, fragile_url: str
+) -> None:
+    here = await open_postgres_ledger(fragile_url)
+    there = await open_postgres_ledger(fragile_url)
+    try:
+        job, _ = await here.create_job(new(1))
+        watching = asyncio.create_task(
+            there.wait_for_change(job.job_id, job.revision, LONG)
+        )
+        await asyncio.wait((watching,), timeout=0.1)
+        await asyncio.to_thread(fragile.stop, "immediate")
+        await asyncio.to_thread(fragile.start)
+        # Changed while perhaps nobody hears: who comes back wakes everybody.
+        await here.cancel_job("acme", job.job_id)
+        async with asyncio.timeout(LONG):
+            await watching
+        found = await there.get_job("acme", job.job_id)
+        assert found is not None
+        assert found.state is JobState.CANCELLED
+        while await there.claim("w", CLEANUP, lease=LEASE) is not None:
+            pass
+        waiting = asyncio.create_task(there.wait_for_work(LONG))
+        await asyncio.wait((waiting,), timeout=0.1)
+        await here.create_job(new(2))
+        async with asyncio.timeout(LONG):
+            await waiting
+    finally:
+        await here.close()
+        await there.close()
+
+
+# --- versions
+
+
+def test_many_may_migrate_at_once(postgres: PostgresServer, postgres_url: str) -> None:
+    with ThreadPoolExecutor(6) as threads:
+        told = list(threads.map(migrate_postgres_ledger, [postgres_url] * 6))
+    assert sorted(told, key=repr) == [(schema.HEAD, schema.HEAD)] * 5 + [
+        (None, schema.HEAD)
+    ]
+
+
+async def test_a_database_without_a_ledger_says_how_to_make_one(postgres_url: str) -> None:
+    with pytest.raises(ConfigurationError, match="no ledger yet; run `exportd-server mig"):
+        await open_postgres_ledger(postgres_url)
+
+
+@pytest.mark.parametrize(
+    ("version", "mend"), [("0001", "exportd-server migrate"), ("9999", "a later one")]
+)
+async def test_another_version_is_refused_with_the_mend(
+    postgres_url: str, version: str, mend: str
+) -> None:
+    migrate_postgres_ledger(postgres_url)
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
+        connection.execute(
+            "UPDATE exportd.alembic_version SET version_num = %s", (version,)
+        )
+    with pytest.raises(ConfigurationError, match=mend):
+        await open_postgres_ledger(postgres_url)
+    if version == "9999":
+        with pytest.raises(ConfigurationError, match=mend):
+            migrate_postgres_ledger(postgres_url)
+
+
+async def test_other_tables_of_the_database_are_nobodys_business(
+    postgres_url: str,
+) -> None:
+    """The ledger has a schema of its own."""
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
+        connection.execute("CREATE TABLE public.jobs (mine text)")
+        migrate_postgres_ledger(postgres_url)
+        ledger = await open_postgres_ledger(postgres_url)
+        try:
+            await ledger.create_job(new(1))
+        finally:
+            await ledger.close()
+        assert connection.execute("SELECT * FROM public.jobs").fetchall() == []
+
+
+# --- bad input
+
+
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("postgresql://nobody@127.0.0.1:1/x", "is it up, and are host and port"),
+        ("postgresql://postgres@127.0.0.1:{port}/missing", "create the database"),
+        ("postgresql://stranger@127.0.0.1:{port}/postgres", "mend user or password"),
+        ("postgresql://127.0.0.1:{port}/x?nonsense=1", "postgresql://USER:PASSWORD@HOST"),
+    ],
+)
+async def test_a_wrong_url_is_one_line_that_says_what_to_do(
+    postgres: PostgresServer, url: str, told: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=told) as error:
+        await open_postgres_ledger(url.format(port=postgres.port))
+    assert "\n" not in str(error.value)
+
+
+async def test_a_password_is_never_told(postgres: PostgresServer) -> None:
+    url = f"postgresql://stranger:hunter2@127.0.0.1:{postgres.port}/postgres"
+    with pytest.raises(ConfigurationError) as error:
+        await open_postgres_ledger(url)
+    assert "hunter2" not in str(error.value)
+
+
+def test_an_old_server_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match=f"PostgreSQL 13 and must be {OLDEST} or"):
+        require_version("postgresql://x/y", 130_021)
+    require_version("postgresql://x/y", OLDEST * 10_000)
+
+
+async def test_missing_rights_are_named_with_the_grant_that_mends_them(
+    postgres: PostgresServer, postgres_database: str
+) -> None:
+    user = f"u_{postgres_database}"
+    url = f"postgresql://{user}@127.0.0.1:{postgres.port}/{postgres_database}"
+    postgres.sql(f"CREATE USER {user}")
+    try:
+        with pytest.raises(ConfigurationError, match="GRANT CREATE ON DATABASE"):
+            migrate_postgres_ledger(url)
+        migrate_postgres_ledger(postgres.url(postgres_database))
+        with pytest.raises(ConfigurationError, match="GRANT USAGE ON SCHEMA exportd"):
+            await open_postgres_ledger(url)
+        as_owner = {"database": postgres_database}
+        postgres.sql(f"GRANT USAGE ON SCHEMA exportd TO {user}", **as_owner)
+        with pytest.raises(ConfigurationError, match="GRANT "):
+            await open_postgres_ledger(url)
+        postgres.sql(f"GRANT ALL ON ALL TABLES IN SCHEMA exportd TO {user}", **as_owner)
+        with pytest.raises(ConfigurationError, match="fencing_tokens"):
+            await open_postgres_ledger(url)
+        postgres.sql(f"GRANT ALL ON ALL SEQUENCES IN SCHEMA exportd TO {user}", **as_owner)
+        ledger = await open_postgres_ledger(url)
+        try:
+            await ledger.create_job(new(1))
+            assert await claim(ledger) is not None
+        finally:
+            await ledger.close()
+    finally:
+        postgres.sql(f"DROP OWNED BY {user}; DROP USER {user}", database=postgres_database)
+
+
+# --- news
+
+
+def test_much_news_goes_in_pieces_that_the_server_carries() -> None:
+    ids = [str(UUID(int=n)) for n in range(1000)]
+    changes = Changes(
+        revisions=dict.fromkeys(ids, 2**53), gone=set(ids), fenced=set(ids[:5]), work=True
+    )
+    pieces = list(news.pieces("me", changes))
+    assert max(map(len, pieces)) < 8000
+    told = [news.parse(piece) for piece in pieces]
+    heard = Changes()
+    for piece in told:
+        assert piece is not None
+        assert piece.sender == "me"
+        heard.revisions |= piece.changes.revisions
+        heard.gone |= piece.changes.gone
+        heard.fenced |= piece.changes.fenced
+        heard.work |= piece.changes.work
+    assert heard == changes
+    assert list(news.pieces("me", Changes())) == []
+
+
+@pytest.mark.parametrize("text", ["", "x", "{}", "[]", '{"from":"a","jobs":[1]}', "null"])
+def test_what_others_say_on_the_channel_is_ignored(text: str) -> None:
+    assert news.parse(text) is None
