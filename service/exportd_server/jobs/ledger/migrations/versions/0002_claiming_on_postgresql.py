@@ -202,11 +202,14 @@ def upgrade() -> None:
         return
     op.execute(sa.text("CREATE SEQUENCE fencing_tokens"))
     # The settings hold for the function alone. Its plans are made while the tables are
-    # empty and used when they are not, so the indexes are not left to statistics.
+    # empty and used when they are not, so that it goes by index, row by row, is not left
+    # to statistics.
     op.get_bind().exec_driver_sql(_CLAIM)
     for setting in (
         "search_path FROM CURRENT",
         "enable_seqscan = off",
+        "enable_hashjoin = off",
+        "enable_mergejoin = off",
         "plan_cache_mode = force_generic_plan",
         "jit = off",
     ):
