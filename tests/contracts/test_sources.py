@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import operator
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, date, datetime
 from decimal import Decimal
 from typing import Any
@@ -19,8 +22,10 @@ from exportd_server.errors import SourceFailed
 from exportd_server.sources.base import (
     Filter,
     FilterOperator,
+    Plan,
     Query,
     Scalar,
+    Shard,
     Source,
     SourceChanged,
 )
@@ -310,3 +315,161 @@ def test_the_rows_are_estimated_where_the_source_can_tell(holder: Holder) -> Non
         assert estimate is not None
     else:
         assert estimate is None
+
+
+CUTS = (1, 7, 17, 50, 120, 240, 10_000)
+"""Rows of a shard. The table has 240, in files of 80."""
+
+SOME = {
+    "all": (),
+    "half": (Filter("flag", O.EQUAL, (True,)),),
+    "few": (Filter("id", O.IN, (3, 79, 80, 81, 239)),),
+    "one shard's": (Filter("id", O.GREATER, (200,)),),
+    "none": (Filter("name", O.EQUAL, ("no such name",)),),
+}
+
+
+@contextlib.contextmanager
+def cut(source: Source, query: Query, shard_rows: int) -> Iterator[Plan]:
+    """A plan of shards, readable until this is left."""
+    plan = source.plan(query, shard_rows=shard_rows)
+    try:
+        yield plan
+    finally:
+        if plan.anchor is not None:
+            plan.anchor.close()
+
+
+def read_shard(
+    source: Source, query: Query, shard: Shard, *, skip_rows: int = 0
+) -> list[dict[str, Any]]:
+    with source.open(query, shard, skip_rows=skip_rows) as stream:
+        return [row for batch in stream for row in batch.to_pylist()]
+
+
+def read_shards(source: Source, query: Query, plan: Plan) -> list[dict[str, Any]]:
+    return [row for each in plan.shards for row in read_shard(source, query, each)]
+
+
+def by_id(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(rows, key=lambda row: int(row["id"]))
+
+
+@pytest.mark.parametrize("wanted", SOME)
+@pytest.mark.parametrize("shard_rows", CUTS)
+def test_shards_together_give_each_row_of_the_uncut_table_once(
+    holder: Holder, shard_rows: int, wanted: str
+) -> None:
+    query = Query(("id", "name", "seen"), SOME[wanted])
+    uncut = read(holder.source, query)
+    assert [row["id"] for row in by_id(uncut)] == [
+        row["id"]
+        for row in holder.rows
+        if all(holds(each, row[each.column]) for each in query.filters)
+    ]
+    with cut(holder.source, query, shard_rows) as plan:
+        assert [shard.index for shard in plan.shards] == list(range(len(plan.shards)))
+        assert by_id(read_shards(holder.source, query, plan)) == by_id(uncut)
+
+
+@pytest.mark.parametrize("shard_rows", CUTS)
+def test_there_are_not_many_more_shards_than_asked_for(
+    holder: Holder, shard_rows: int
+) -> None:
+    with cut(holder.source, Query(("id",)), shard_rows) as plan:
+        assert 1 <= len(plan.shards) <= 2 * -(-240 // shard_rows)
+        if shard_rows == max(CUTS):
+            assert len(plan.shards) == 1
+
+
+def test_a_table_is_cut_only_on_request_and_never_under_a_limit(holder: Holder) -> None:
+    whole, some = Query(("id",)), Query(("id",), limit=200)
+    for plan in (
+        holder.source.plan(whole),
+        holder.source.plan(whole, shard_rows=None),
+        holder.source.plan(some, shard_rows=1),
+    ):
+        assert len(plan.shards) == 1
+        assert plan.anchor is None
+    with cut(holder.source, some, 1) as plan:
+        assert len(read_shards(holder.source, some, plan)) == 200
+
+
+def test_cutting_does_not_change_what_is_estimated(holder: Holder) -> None:
+    for wanted in SOME.values():
+        query = Query(("id",), wanted)
+        with cut(holder.source, query, 17) as plan:
+            assert plan.estimated_rows == holder.source.plan(query).estimated_rows
+
+
+def test_shards_may_be_read_in_any_order_and_all_at_once(holder: Holder) -> None:
+    query = Query(holder.columns)
+    with cut(holder.source, query, 17) as plan, ThreadPoolExecutor(4) as pool:
+        expected = [read_shard(holder.source, query, shard) for shard in plan.shards]
+        found = list(
+            pool.map(
+                lambda shard: read_shard(holder.source, query, shard),
+                reversed(plan.shards),
+            )
+        )
+        assert found[::-1] == expected
+
+
+def test_a_shard_is_all_in_its_state(holder: Holder) -> None:
+    query = Query(("id",))
+    with cut(holder.source, query, 17) as plan:
+        for shard in plan.shards:
+            again = Shard(shard.index, json.dumps(json.loads(shard.state)))
+            assert read_shard(holder.source, query, again) == read_shard(
+                holder.source, query, shard
+            )
+
+
+def test_each_shard_goes_on_where_an_earlier_attempt_ended(holder: Holder) -> None:
+    for wanted in ("all", "half", "one shard's"):
+        query = Query(("id", "name"), SOME[wanted])
+        with cut(holder.source, query, 50) as plan:
+            for shard in plan.shards:
+                whole = read_shard(holder.source, query, shard)
+                for skip in {1, len(whole) // 2, len(whole)} - {0}:
+                    try:
+                        rest = read_shard(holder.source, query, shard, skip_rows=skip)
+                    except SourceChanged:
+                        # A snapshot of its own may hold other rows.
+                        assert holder.kind == "postgres"
+                    else:
+                        assert rest == whole[skip:]
+
+
+def test_shards_give_the_state_that_their_plan_saw_or_say_that_it_is_gone(
+    own_holder: Holder,
+) -> None:
+    query = Query(("id", "name"))
+    with cut(own_holder.source, query, 17) as plan:
+        if len(plan.shards) == 1:
+            pytest.skip(f"{own_holder.kind} is one shard")
+        before = [read_shard(own_holder.source, query, shard) for shard in plan.shards]
+        own_holder.touch()
+        for shard, rows in zip(plan.shards, before, strict=True):
+            for skip in (0, 3):
+                with contextlib.suppress(SourceChanged):
+                    found = read_shard(own_holder.source, query, shard, skip_rows=skip)
+                    assert found == rows[skip:]
+
+
+def test_shards_are_not_opened_without_their_anchor(holder: Holder) -> None:
+    query = Query(("id",))
+    with cut(holder.source, query, 17) as plan:
+        if plan.anchor is None:
+            pytest.skip(f"{holder.kind} needs no anchor")
+        first = plan.shards[0]
+        with holder.source.open(query, first) as stream:
+            batches = iter(stream)
+            rows = next(batches).num_rows
+            plan.anchor.close()
+            plan.anchor.close()
+            rows += sum(batch.num_rows for batch in batches)
+        assert rows
+        for shard in plan.shards:
+            with pytest.raises(SourceChanged):
+                read_shard(holder.source, query, shard)

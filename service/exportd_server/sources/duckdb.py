@@ -8,18 +8,13 @@ reaches nobody else. The engine may open the dataset's files and nothing else.
 from __future__ import annotations
 
 import contextlib
-import glob
-import hashlib
 import json
-import os
 import re
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import duckdb
 import pyarrow as pa
@@ -27,38 +22,39 @@ import pyarrow.types as pat
 from sqlglot import exp
 
 from exportd_server.errors import SourceFailed, ValueNotEncodable
+from exportd_server.sources import file_sql
 from exportd_server.sources import query as sql
 from exportd_server.sources.base import Column, Plan, Query, Shard, SourceChanged
 from exportd_server.sources.batches import Stop, conform, gather, not_fitting
+from exportd_server.sources.file_sql import INTEGERS, MARK, FileFormat
+from exportd_server.sources.files import (
+    File,
+    Listing,
+    Piece,
+    cut_rows,
+    cut_sizes,
+    group_rows,
+    least_rows,
+    list_files,
+    unchanged,
+)
 from exportd_server.sources.query import Dialect, Field
 from exportd_server.sources.types import sql_type
 
-FileFormat = Literal["parquet", "csv", "json"]
+_MEMORY_MB = 192
+_JSON_FILE_MB = 34
+"""What the engine sets aside for each JSON file that it is told of, and hardly touches:
+reading twelve large files takes no more memory than three."""
 
-_MEMORY_LIMIT = "192MB"
 _ENGINE_ROWS = 8_192
 """Rows the engine hands over at a time; `gather` joins them up to a bound in bytes."""
 
-_SETTLED_SECONDS = 1.0
-"""A file younger than this when it was looked at may change again without its
-modification time moving, the clock of file systems being coarse."""
+_PLACES = frozenset({"file_index", "file_row_number"})
+"""What the engine calls a file's place in the list and a row's in its file, unless the
+data has columns of these names."""
 
 _TEXT_TYPES = re.compile(r"\b(BIT|INTERVAL|TIME WITH TIME ZONE|ENUM|UNION|BIGNUM)\b")
-_INTEGERS = frozenset(
-    {
-        "TINYINT",
-        "SMALLINT",
-        "INTEGER",
-        "BIGINT",
-        "HUGEINT",
-        "UTINYINT",
-        "USMALLINT",
-        "UINTEGER",
-        "UBIGINT",
-    }
-)
-_INTEGER_LEAF = re.compile(rf"\b({'|'.join(sorted(_INTEGERS))})\b")
-_MARK = re.compile(r"exportd:((?:[0-9a-f]{2})*):")
+_INTEGER_LEAF = re.compile(rf"\b({'|'.join(sorted(INTEGERS))})\b")
 _MISFITS = ("Conversion Error", "Invalid Input Error", "Out of Range Error")
 
 _DIALECT = Dialect(
@@ -87,45 +83,23 @@ def _translated() -> Iterator[None]:
         yield
     except (duckdb.Error, pa.ArrowException, OSError) as error:
         text = str(error)
-        if marked := _MARK.search(text):
+        if marked := MARK.search(text):
             raise _Misfit(bytes.fromhex(marked[1]).decode()) from error
         if text.startswith(_MISFITS):
             raise _Misfit(None) from error
         raise SourceFailed from error
 
 
-@dataclass(frozen=True, slots=True)
-class _Listing:
-    """The files of a pattern at one moment."""
-
-    paths: tuple[str, ...]
-    digest: str
-    settled: bool
-
-
-def _list_files(pattern: str) -> _Listing:
-    """The files that a pattern means now, in the order they are read in."""
-    digest = hashlib.sha256()
-    newest = 0.0
-    found = glob.glob(pattern, recursive=True)  # noqa: PTH207 - the pattern is absolute
-    paths = sorted(path for path in found if Path(path).is_file())
-    try:
-        for path in paths:
-            stat = os.stat(path)  # noqa: PTH116 - one call for each of many files
-            digest.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
-            newest = max(newest, stat.st_mtime)
-    except OSError as error:
-        raise SourceFailed from error
-    settled = time.time() - newest > _SETTLED_SECONDS
-    return _Listing(tuple(paths), digest.hexdigest(), settled)
-
-
-def _engine(paths: Sequence[str]) -> duckdb.DuckDBPyConnection:
-    """An engine that can read these files, and do nothing else outside itself."""
+def _engine(
+    paths: Sequence[str], file_format: FileFormat, *, keep_footers: bool = False
+) -> duckdb.DuckDBPyConnection:
+    """An engine that can read these files, and do nothing else outside itself. It reads
+    a Parquet footer anew at each step unless it is to keep it, which takes memory."""
+    aside = _JSON_FILE_MB * len(paths) if file_format == "json" else 0
     engine = duckdb.connect(
         config={
             "threads": 1,
-            "memory_limit": _MEMORY_LIMIT,
+            "memory_limit": f"{_MEMORY_MB + aside}MB",
             "temp_directory": "",
             "enable_external_file_cache": "false",
             "preserve_insertion_order": "true",
@@ -138,69 +112,10 @@ def _engine(paths: Sequence[str]) -> duckdb.DuckDBPyConnection:
     engine.execute(f"SET allowed_paths = {sql.render(_DIALECT, allowed)}")
     engine.execute("SET enable_external_access = false")
     engine.execute("SET TimeZone = 'UTC'")
+    if keep_footers:
+        engine.execute("SET parquet_metadata_cache = true")
     engine.execute("SET lock_configuration = true")
     return engine
-
-
-def _option(name: str, value: exp.Expr) -> exp.Expr:
-    return exp.EQ(this=exp.to_identifier(name), expression=value)
-
-
-def _reader(
-    file_format: FileFormat,
-    paths: Sequence[str],
-    types: Mapping[str, str] | None,
-    delimiter: str,
-) -> exp.Expr:
-    """The table function that reads files; `types` pins the columns' types, so that no
-    file is guessed at anew."""
-    files = exp.Array(expressions=[sql.text(path) for path in paths])
-    options: dict[str, exp.Expr] = {"hive_partitioning": exp.false()}
-    pinned = exp.Struct(
-        expressions=[
-            exp.PropertyEQ(this=sql.text(name), expression=sql.text(kind))
-            for name, kind in (types or {}).items()
-        ]
-    )
-    match file_format:
-        case "csv":
-            # RFC 4180, and nothing taken for a comment or a preamble by its looks. The
-            # last one: otherwise "" and nothing would both be missing.
-            options |= {
-                "delim": sql.text(delimiter),
-                "quote": sql.text('"'),
-                "escape": sql.text('"'),
-                "comment": sql.text(""),
-                "skip": exp.Literal.number(0),
-                "header": exp.true(),
-                "allow_quoted_nulls": exp.false(),
-            }
-            if types:
-                options["types"] = pinned
-        case "json" if types:
-            options["columns"] = pinned
-    return sql.function(
-        f"read_{file_format}",
-        files,
-        *[_option(name, value) for name, value in options.items()],
-    )
-
-
-def _guarded(name: str, kind: str) -> exp.Expr:
-    """Text as a whole number, or an error that names the column: the engine's own
-    conversion would round 2.5 in silence."""
-    column = sql.identifier(name)
-    trimmed = sql.function("trim", column)
-    whole = sql.function("regexp_full_match", trimmed, exp.Literal.string("[+-]?[0-9]+"))
-    return (
-        exp.Case()
-        .when(exp.EQ(this=trimmed.copy(), expression=exp.Literal.string("")), exp.Null())
-        .when(
-            exp.or_(whole, exp.Is(this=column.copy(), expression=exp.Null())),
-            sql.cast(trimmed.copy(), kind),
-        )
-        .else_(sql.function("error", exp.Literal.string(f"exportd:{name.encode().hex()}:")))
-    )
 
 
 class FileSource:
@@ -211,6 +126,13 @@ class FileSource:
     declares columns whose type is not to be guessed. `delimiter` separates the cells of
     CSV. A plan's state is a digest of the files' names, sizes and modification times:
     reading begins only while it holds, and goes on after a crash only while it holds.
+
+    Shards are runs of whole files and, of large Parquet files, runs of row groups, as
+    their footers tell. Text files do not tell their rows: the bytes of a row are taken
+    to be what they are in the largest file, of which a shard's worth of rows is read,
+    and no shard is planned smaller than that file.
+    Files in which that would change what is read are one shard: Parquet with a column
+    that is named like one of `_PLACES`, CSV whose way to write dates is not certain.
     """
 
     def __init__(
@@ -227,12 +149,21 @@ class FileSource:
         self._declared = dict(types or {})
         self._lock = threading.Lock()
         self._verified = ""
-        self._counted: tuple[str, int | None] = ("", None)
-        listing = _list_files(pattern)
+        self._counted: tuple[str, list[int]] = ("", [])
+        self._moments: dict[str, str] = {}
+        listing = list_files(pattern)
         if not listing.paths:
             raise FileNotFoundError(pattern)
-        with _translated_misfit(), contextlib.closing(_engine(listing.paths)) as engine:
+        with (
+            _translated_misfit(),
+            contextlib.closing(_engine(listing.paths, self._format)) as engine,
+        ):
             self._names, self._pinned = self._describe(engine, listing.paths)
+            places = _PLACES.isdisjoint(name.casefold() for name in self._names)
+            self._whole = not (
+                self._pin_moments(engine, listing.paths[0])
+                and (places or file_format != "parquet")
+            )
             self._fields = self._build(engine, listing.paths)
         self._nested = {
             name
@@ -247,52 +178,100 @@ class FileSource:
 
     def count(self) -> int | None:
         """Exact for Parquet, from the files' footers; None for text files."""
-        return self._count(_list_files(self._pattern))
+        return self._count(list_files(self._pattern))
 
     def plan(self, query: Query, *, shard_rows: int | None = None) -> Plan:
-        """One shard; exact rows where nothing is filtered and the files are Parquet."""
-        del shard_rows
-        listing = _list_files(self._pattern)
-        if not listing.paths:
+        """Exact rows where nothing is filtered and the files are Parquet. No anchor:
+        each shard makes sure of the files itself."""
+        listing = list_files(self._pattern)
+        if not listing.files:
             raise SourceFailed("the dataset has no files any more")
         self._verify(listing, query)
         estimate = None if query.filters else self._count(listing)
         if estimate is not None and query.limit is not None:
             estimate = min(estimate, query.limit)
+        pieces: Sequence[Piece] = (Piece(0, len(listing.files)),)
+        if shard_rows is not None and query.limit is None and not self._whole:
+            pieces = self._cut(listing, least_rows(shard_rows, len(listing.files)))
         state = {
-            "files": len(listing.paths),
             "digest": listing.digest,
             "settled": listing.settled,
             "engine": duckdb.__version__,
         }
-        return Plan((Shard(0, json.dumps(state)),), estimate)
+        shards = [
+            Shard(
+                index,
+                json.dumps(
+                    {**state, "files": [piece.first, piece.last], "rows": piece.rows}
+                ),
+            )
+            for index, piece in enumerate(pieces)
+        ]
+        return Plan(tuple(shards), estimate)
 
     def open(self, query: Query, shard: Shard, *, skip_rows: int = 0) -> FileStream:
         """Read it. Raises `SourceChanged` when a file changed since the plan, or, with
         rows to skip, may have."""
         state = json.loads(shard.state)
-        listing = _list_files(self._pattern)
+        listing = list_files(self._pattern)
         if listing.digest != state["digest"]:
             raise SourceChanged
         if skip_rows and not (state["settled"] and state["engine"] == duckdb.__version__):
             raise SourceChanged
+        first, last = state["files"]
+        files = listing.files[first:last]
+        conditions: list[exp.Expr] = []
+        if first and self._format == "parquet":
+            # The first file has a say in how the others are read: their values take on
+            # the types of its columns. The engine looks at its footer and no further.
+            files = (listing.files[0], *files)
+            place = sql.identifier("file_index")
+            conditions.append(exp.GT(this=place, expression=exp.Literal.number(0)))
+        if state["rows"] is not None:
+            row = sql.identifier("file_row_number")
+            start, stop = (exp.Literal.number(each) for each in state["rows"])
+            # The engine reads no row group that these rule out.
+            conditions.append(exp.GTE(this=row, expression=start))
+            conditions.append(exp.LT(this=row.copy(), expression=stop))
         tree, _ = sql.select(
             _DIALECT,
-            self._relation(listing.paths),
+            self._relation([file.path for file in files]),
             self._fields,
             query,
             skip_rows=skip_rows,
         )
         return FileStream(
-            self._pattern,
-            listing,
-            sql.render(_DIALECT, tree),
+            self._format,
+            files,
+            sql.render(_DIALECT, tree.where(*conditions) if conditions else tree),
             [self._fields[name].column for name in query.columns],
+            keep_footers=state["rows"] is not None,
         )
 
     def _relation(self, paths: Sequence[str]) -> exp.Expr:
         types = self._pinned if self._format != "parquet" else None
-        return _reader(self._format, paths, types, self._delimiter)
+        return file_sql.reader(self._format, paths, types, self._delimiter, self._moments)
+
+    def _cut(self, listing: Listing, rows: int) -> Sequence[Piece]:
+        if self._format == "parquet":
+            files = listing.files
+            with _translated():
+                return cut_rows(
+                    self._counts(listing), rows, lambda place: group_rows(files[place].path)
+                )
+        largest = max(listing.files, key=lambda file: file.size)
+        some = exp.select(exp.Literal.number(1)).from_(self._relation([largest.path]))
+        total = exp.select(sql.function("count", exp.Star())).from_(
+            some.limit(rows).subquery("some")
+        )
+        with (
+            _translated_misfit(),
+            contextlib.closing(_engine([largest.path], self._format)) as engine,
+        ):
+            row = engine.execute(sql.render(_DIALECT, total)).fetchone()
+        found = int(row[0]) if row else 0
+        sizes = [file.size for file in listing.files]
+        return cut_sizes(sizes, largest.size * rows / found if found else sum(sizes))
 
     def _describe(
         self,
@@ -302,9 +281,11 @@ class FileSource:
         whole: bool = False,
     ) -> tuple[dict[str, str], dict[str, str]]:
         """The engine's type of each column, and the type that its file is read as."""
-        reader = _reader(self._format, paths, None, self._delimiter)
+        reader = file_sql.reader(self._format, paths, None, self._delimiter)
         if whole:
-            reader.append("expressions", _option("sample_size", exp.Literal.number(-1)))
+            reader.append(
+                "expressions", file_sql.option("sample_size", exp.Literal.number(-1))
+            )
         relation = engine.sql(
             sql.render(_DIALECT, exp.select("*").from_(reader)), alias="described"
         )
@@ -314,8 +295,8 @@ class FileSource:
         }
         pinned = {}
         for name, kind in names.items():
-            # Whole numbers are read as text and checked: see `_guarded`.
-            text = kind in _INTEGERS or kind == '"NULL"' or name in self._declared
+            # Whole numbers are read as text and checked: see `file_sql.guarded`.
+            text = kind in INTEGERS or kind == '"NULL"' or name in self._declared
             pinned[name] = "VARCHAR" if text else kind
         return names, pinned
 
@@ -342,31 +323,70 @@ class FileSource:
         if declared is not None:
             to = sql_type(declared)
             if pat.is_integer(declared) and self._format != "parquet":
-                return _guarded(name, to)
+                return file_sql.guarded(name, to)
             return sql.cast(column, to)
-        if self._format != "parquet" and kind in _INTEGERS:
-            return _guarded(name, kind)
+        if self._format != "parquet" and kind in INTEGERS:
+            return file_sql.guarded(name, kind)
+        if self._pinned[name] == "VARCHAR" and kind.startswith(("DATE", "TIMESTAMP")):
+            return exp.Cast(this=column, to=exp.DataType.build(kind, udt=True))
         if _TEXT_TYPES.search(kind):
             nested = "(" in kind.partition("ENUM")[0] or kind.endswith("]")
             return sql.cast(sql.function("to_json", column) if nested else column, "TEXT")
         return column
 
-    def _count(self, listing: _Listing) -> int | None:
-        if self._format != "parquet" or not listing.paths:
-            return None
-        files = exp.Array(expressions=[sql.text(path) for path in listing.paths])
-        known, rows = self._counted
-        if known == listing.digest:
-            return rows
-        footers = sql.function("parquet_file_metadata", files)
-        total = exp.select(sql.function("sum", sql.identifier("num_rows"))).from_(footers)
-        with _translated(), contextlib.closing(_engine(listing.paths)) as engine:
-            row = engine.execute(sql.render(_DIALECT, total)).fetchone()
-        rows = int(row[0]) if row and row[0] is not None else None
-        self._counted = (listing.digest, rows)
-        return rows
+    def _pin_moments(self, engine: duckdb.DuckDBPyConnection, path: str) -> bool:
+        """Settle how CSV writes dates and timestamps: as its first file does, whichever
+        file a shard begins with. False when that cannot be told."""
+        moments = {
+            name: kind
+            for name, kind in self._names.items()
+            if kind.startswith(("DATE", "TIMESTAMP")) and name not in self._declared
+        }
+        if self._format != "csv" or not moments:
+            return True  # JSON has ISO 8601 alone
+        _, _, *options = file_sql.reader("csv", [path], None, self._delimiter).expressions
+        guess = sql.function("sniff_csv", sql.text(path), *options)
+        names = ("Columns", "DateFormat", "TimestampFormat")
+        tree = exp.select(*[sql.identifier(name) for name in names]).from_(guess)
+        try:
+            rows = engine.execute(sql.render(_DIALECT, tree)).fetchall()
+        except duckdb.Error:
+            return False
+        ((columns, dates, timestamps),) = rows
+        seen = {column["name"]: column["type"] for column in columns}
+        if any(seen.get(name) != kind for name, kind in moments.items()):
+            return False
+        for name, kind in moments.items():
+            if kind == "DATE" and dates is not None:
+                self._moments["dateformat"] = dates
+            elif kind != "DATE" and timestamps is not None:
+                self._moments["timestampformat"] = timestamps
+            else:
+                self._pinned[name] = "VARCHAR"  # plain ISO 8601: see `_value`
+        return True
 
-    def _verify(self, listing: _Listing, query: Query) -> None:
+    def _count(self, listing: Listing) -> int | None:
+        if self._format != "parquet" or not listing.files:
+            return None
+        return sum(self._counts(listing))
+
+    def _counts(self, listing: Listing) -> list[int]:
+        """The rows of each Parquet file."""
+        known, counts = self._counted
+        if known == listing.digest:
+            return counts
+        paths = listing.paths
+        files = exp.Array(expressions=[sql.text(path) for path in paths])
+        footers = sql.function("parquet_file_metadata", files)
+        names = ("file_name", "num_rows")
+        tree = exp.select(*[sql.identifier(name) for name in names]).from_(footers)
+        with _translated(), contextlib.closing(_engine(paths, self._format)) as engine:
+            found = dict(engine.execute(sql.render(_DIALECT, tree)).fetchall())
+        counts = [int(found[path]) for path in paths]
+        self._counted = (listing.digest, counts)
+        return counts
+
+    def _verify(self, listing: Listing, query: Query) -> None:
         """Make sure that the types of nested JSON columns hold for every row: the engine
         guesses them from the first ones and would cut 2.5 down to 2 later on."""
         if self._nested.isdisjoint(query.columns):
@@ -374,7 +394,10 @@ class FileSource:
         with self._lock:
             if self._verified == listing.digest:
                 return
-            with _translated_misfit(), contextlib.closing(_engine(listing.paths)) as engine:
+            with (
+                _translated_misfit(),
+                contextlib.closing(_engine(listing.paths, self._format)) as engine,
+            ):
                 found, _ = self._describe(engine, listing.paths, whole=True)
             for name in sorted(self._nested):
                 if found.get(name) != self._names[name]:
@@ -400,13 +423,16 @@ class FileStream:
 
     def __init__(
         self,
-        pattern: str,
-        listing: _Listing,
+        file_format: FileFormat,
+        files: Sequence[File],
         text: str,
         columns: Sequence[Column],
+        *,
+        keep_footers: bool,
     ) -> None:
-        self._pattern = pattern
-        self._listing = listing
+        self._format: FileFormat = file_format
+        self._files = files
+        self._keep_footers = keep_footers
         self._text = text
         self._schema = pa.schema(
             [pa.field(each.name, each.type, each.nullable) for each in columns]
@@ -442,8 +468,11 @@ class FileStream:
     def _read(self) -> Iterator[pa.RecordBatch]:
         try:
             with _translated():
+                paths = [file.path for file in self._files]
                 engine = self._open.enter_context(
-                    contextlib.closing(_engine(self._listing.paths))
+                    contextlib.closing(
+                        _engine(paths, self._format, keep_footers=self._keep_footers)
+                    )
                 )
                 reader: Any = None
             while True:
@@ -459,7 +488,7 @@ class FileStream:
                 yield batch
         except _Misfit as error:
             raise not_fitting(error.name) from error.__cause__
-        if _list_files(self._pattern).digest != self._listing.digest:
+        if not unchanged(self._files):
             raise SourceFailed("the dataset's files changed while they were read")
 
 
