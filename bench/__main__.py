@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 
-from bench import beside, memory, small
+from bench import beside, fleet, memory, small
 from bench.machine import CACHE
 from bench.report import Result
 
@@ -13,6 +13,7 @@ BENCHES: dict[str, Callable[[], Iterator[Result]]] = {
     "small": small.results,
     "beside": beside.results,
     "memory": memory.results,
+    "fleet": fleet.results,
 }
 
 

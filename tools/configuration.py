@@ -16,10 +16,10 @@ TARGET = Path(__file__).resolve().parent.parent / "docs/configuration.md"
 HEAD = """\
 # Configuration
 
-`exportd-server serve` reads its settings from a TOML file (`--config FILE`), then from
-`EXPORTD_*` environment variables, then from flags; the later wins. A key that does not
-exist is refused, with the nearest one that does. What may be exported stands in a file of
-its own: see [catalogue.md](catalogue.md).
+`exportd-server serve` and `exportd-server worker` read their settings from a TOML file
+(`--config FILE`), then from `EXPORTD_*` environment variables, then from flags; the later
+wins. A key that does not exist is refused, with the nearest one that does. What may be
+exported stands in a file of its own: see [catalogue.md](catalogue.md).
 
 ```toml
 listen = "127.0.0.1:50051"

@@ -1,4 +1,4 @@
-"""The one place where things are wired: settings in, a running server out."""
+"""The one place where things are wired: settings in, a running server or worker out."""
 
 from __future__ import annotations
 
@@ -17,15 +17,22 @@ from exportd_server.api.download import DownloadOptions, Downloads
 from exportd_server.api.server import GrpcServer
 from exportd_server.api.servicer import ExportService
 from exportd_server.errors import ConfigurationError
+from exportd_server.jobs.exporting import ExportOptions
 from exportd_server.jobs.housekeeping import Housekeeping
+from exportd_server.jobs.ledger.base import Ledger
+from exportd_server.jobs.ledger.postgres import (
+    migrate_postgres_ledger,
+    open_postgres_ledger,
+)
 from exportd_server.jobs.ledger.sqlite import open_sqlite_ledger
 from exportd_server.jobs.manager import JobManager, Policy
 from exportd_server.jobs.readers import Readers
 from exportd_server.jobs.worker import Worker, WorkerOptions
-from exportd_server.platform.clock import SystemClock
+from exportd_server.platform.clock import Clock, SystemClock
 from exportd_server.platform.malloc import release_free_memory
 from exportd_server.settings import Settings
 from exportd_server.sources.catalogue import Catalogue, load_catalogue
+from exportd_server.store.base import OutputStore
 from exportd_server.store.local import LocalStore
 
 log = structlog.get_logger(__name__)
@@ -53,12 +60,122 @@ def sample_catalogue(settings: Settings) -> Path:
 async def serving(
     settings: Settings, *, catalogue: Catalogue | None = None
 ) -> AsyncIterator[Running]:
-    """Run the server for as long as the context is open; then drain.
+    """Run the API, and workers beside it unless the settings say otherwise, for as long
+    as the context is open; then drain.
 
     A program that embeds the server may bring a catalogue of its own making.
 
     Raises `ConfigurationError` in one line for whatever the operator must mend.
     """
+    if not settings.worker.enabled:
+        _refuse_embedded(settings, "an API without workers")
+    stop = asyncio.Event()
+    async with _wired(settings, catalogue) as parts:
+        manager = JobManager(parts.ledger, parts.catalogue, parts.policy, parts.readers)
+        downloads = Downloads(
+            manager,
+            parts.store,
+            parts.readers,
+            DownloadOptions(settings.download.chunk_bytes, settings.download.stall_timeout),
+        )
+        service = ExportService(manager, downloads, tenant=lambda _context: TENANT)
+        server = GrpcServer(service)
+        try:
+            port = await server.start(settings.listen)
+        except OSError as error:
+            raise ConfigurationError(
+                f"listen: {error}; is another server on that port?"
+            ) from None
+        worker = _Background(parts, stop) if settings.worker.enabled else None
+        log.info(
+            "serving",
+            listen=f"{settings.listen.rpartition(':')[0]}:{port}",
+            datasets=len(parts.catalogue.names()),
+            workers=settings.worker.concurrency if worker else 0,
+            identity="none: every caller may do everything",
+        )
+        try:
+            yield Running(port, stop)
+        finally:
+            log.info("draining")
+            # First of all, so that load balancers send the next call elsewhere.
+            await server.announce_shutdown()
+            manager.drain()
+            stop.set()
+            grace = settings.drain_timeout
+            await asyncio.gather(
+                server.stop(grace), *([worker.drain(grace)] if worker else [])
+            )
+            if worker:
+                await worker.end()
+            log.info("stopped")
+
+
+@contextlib.asynccontextmanager
+async def working(
+    settings: Settings, *, catalogue: Catalogue | None = None
+) -> AsyncIterator[asyncio.Event]:
+    """Run workers alone, for as long as the context is open; then drain. Gives the event
+    that has it end. See `serving`."""
+    _refuse_embedded(settings, "workers alone")
+    stop = asyncio.Event()
+    async with _wired(settings, catalogue) as parts:
+        worker = _Background(parts, stop)
+        log.info("working", workers=settings.worker.concurrency)
+        try:
+            yield stop
+        finally:
+            log.info("draining")
+            await worker.drain(settings.drain_timeout)
+            await worker.end()
+            log.info("stopped")
+
+
+class _Background:
+    """A worker at work. One that ends by itself sets `stop`."""
+
+    def __init__(self, parts: _Parts, stop: asyncio.Event) -> None:
+        self._worker = Worker(
+            parts.ledger,
+            parts.store,
+            parts.catalogue,
+            Housekeeping(
+                parts.ledger,
+                parts.store,
+                parts.readers,
+                reap_interval=timedelta(seconds=parts.settings.retention.reap_interval),
+            ),
+            parts.policy,
+            _worker_options(parts.settings),
+        )
+        self._running = asyncio.create_task(self._worker.run())
+        self._running.add_done_callback(lambda _task: stop.set())
+
+    async def drain(self, grace: float) -> None:
+        """See `Worker.drain`."""
+        await self._worker.drain(grace)
+
+    async def end(self) -> None:
+        """Once drained: raises what the worker failed with, if it did."""
+        self._running.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._running
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """What the API and the workers have in common."""
+
+    settings: Settings
+    catalogue: Catalogue
+    ledger: Ledger
+    store: OutputStore
+    policy: Policy
+    readers: Readers
+
+
+@contextlib.asynccontextmanager
+async def _wired(settings: Settings, catalogue: Catalogue | None) -> AsyncIterator[_Parts]:
     async with contextlib.AsyncExitStack() as stack:
         try:
             settings.data_dir.mkdir(parents=True, exist_ok=True)
@@ -67,86 +184,69 @@ async def serving(
                 f"data_dir: {settings.data_dir} cannot be made ({error.strerror}); name a "
                 "directory that this user may write to"
             ) from None
-        if catalogue is not None:
-            datasets = catalogue
-        else:
-            datasets = await asyncio.to_thread(_open_catalogue, settings)
-        stack.callback(datasets.close)
-        clock = SystemClock()
-        ledger = await open_sqlite_ledger(
-            _path(
-                settings.ledger.url,
-                "sqlite",
-                "ledger.url",
-                settings.data_dir / "ledger.db",
-            ),
-            clock,
-            max_attempts=settings.worker.max_attempts,
-        )
+        if catalogue is None:
+            catalogue = await asyncio.to_thread(_open_catalogue, settings)
+        stack.callback(catalogue.close)
+        ledger = await _open_ledger(settings, SystemClock())
         stack.push_async_callback(ledger.close)
-        store = LocalStore(
-            _path(settings.store.url, "file", "store.url", settings.data_dir / "outputs")
-        )
+        store = _open_store(settings)
         stack.push_async_callback(store.close)
-        readers = Readers()
-        policy = _policy(settings)
-        manager = JobManager(ledger, datasets, policy, clock, readers)
-        downloads = Downloads(
-            manager,
-            store,
-            readers,
-            DownloadOptions(settings.download.chunk_bytes, settings.download.stall_timeout),
-        )
-        stop = asyncio.Event()
-        service = ExportService(
-            manager, downloads, tenant=lambda _context: TENANT, is_draining=stop.is_set
-        )
-        worker = Worker(
-            ledger,
-            store,
-            datasets,
-            Housekeeping(
-                ledger,
-                store,
-                readers,
-                reap_interval=timedelta(seconds=settings.retention.reap_interval),
-            ),
-            policy,
-            _worker_options(settings),
-        )
-        server = GrpcServer(service)
-        try:
-            port = await server.start(settings.listen)
-        except OSError as error:
-            raise ConfigurationError(
-                f"listen: {error}; is another server on that port?"
-            ) from None
-        working = asyncio.create_task(worker.run())
-        working.add_done_callback(lambda _task: stop.set())
         # Reading the catalogue took far more memory than it keeps.
         await asyncio.to_thread(release_free_memory)
-        log.info(
-            "serving",
-            listen=f"{settings.listen.rpartition(':')[0]}:{port}",
-            datasets=len(datasets.names()),
-            identity="none: every caller may do everything",
+        yield _Parts(settings, catalogue, ledger, store, _policy(settings), Readers())
+
+
+def migrate(settings: Settings) -> tuple[str | None, str]:
+    """Bring the ledger's tables up to date; blocks. Returns their version before, None
+    when there were none, and now. Raises `ConfigurationError`."""
+    if _is_embedded(settings):
+        raise ConfigurationError(
+            "ledger.url: the embedded ledger is brought up to date when it is opened; "
+            "migrate is for EXPORTD_LEDGER__URL=postgresql://..."
         )
-        try:
-            yield Running(port, stop)
-        finally:
-            stop.set()
-            log.info("draining")
-            await server.announce_shutdown()
-            grace = settings.drain_timeout
-            await asyncio.gather(worker.drain(grace), server.stop(grace))
-            await asyncio.wait({working}, timeout=grace)
-            if not working.done():
-                # What a source blocks in cannot be given back; its lease runs out.
-                log.warning("work did not end in time")
-                working.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await working
-            log.info("stopped")
+    return migrate_postgres_ledger(settings.ledger.url)
+
+
+def _is_embedded(settings: Settings) -> bool:
+    """Whether the ledger is a file of this one process, and no server for a fleet."""
+    scheme = urlsplit(settings.ledger.url).scheme
+    if scheme not in ("", "sqlite", "postgresql", "postgres"):
+        raise ConfigurationError(
+            f"ledger.url: {scheme}: is not supported; use sqlite:///PATH or postgresql://..."
+        )
+    return scheme in ("", "sqlite")
+
+
+def _refuse_embedded(settings: Settings, what: str) -> None:
+    if _is_embedded(settings):
+        raise ConfigurationError(
+            f"ledger.url: {what} cannot share the embedded ledger, whose file belongs to "
+            "one process; use a server: EXPORTD_LEDGER__URL=postgresql://..."
+        )
+
+
+async def _open_ledger(settings: Settings, clock: Clock) -> Ledger:
+    if not _is_embedded(settings):
+        return await open_postgres_ledger(
+            settings.ledger.url,
+            max_attempts=settings.worker.max_attempts,
+            connections=settings.ledger.connections,
+        )
+    path = _path(
+        settings.ledger.url, "sqlite", "ledger.url", settings.data_dir / "ledger.db"
+    )
+    return await open_sqlite_ledger(path, clock, max_attempts=settings.worker.max_attempts)
+
+
+def _open_store(settings: Settings) -> OutputStore:
+    if not settings.store.url and not _is_embedded(settings):
+        raise ConfigurationError(
+            "store.url: the processes of a fleet need one place for their outputs; give "
+            "file:///PATH of a directory that all of them share"
+        )
+    return LocalStore(
+        _path(settings.store.url, "file", "store.url", settings.data_dir / "outputs")
+    )
 
 
 def _open_catalogue(settings: Settings) -> Catalogue:
@@ -171,7 +271,10 @@ def _worker_options(settings: Settings) -> WorkerOptions:
         lease=settings.worker.lease,
         poll=settings.worker.poll,
         running_per_tenant=settings.worker.running_per_tenant,
-        max_bytes_in_flight=settings.worker.bytes_in_flight,
+        export=ExportOptions(
+            shard_rows=settings.worker.shard_rows,
+            max_bytes_in_flight=settings.worker.bytes_in_flight,
+        ),
     )
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import sys
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import pyarrow as pa
 from exportd_server.errors import ConfigurationError
 from exportd_server.platform.logging import configure_logging
 from exportd_server.platform.malloc import keep_large_buffers
+from exportd_server.platform.threads import left_over
 from exportd_server.settings import LogSettings, Settings, load_settings
 
 EXIT_CONFIGURATION = 2
@@ -25,8 +28,30 @@ def main() -> None:
     """Run dataset exports as background jobs, over gRPC."""
 
 
+_COMMON = (
+    click.option(
+        "--config", type=click.Path(path_type=Path), help="Settings, as a TOML file."
+    ),
+    click.option(
+        "--data-dir", type=click.Path(path_type=Path), help="Ledger, outputs and samples."
+    ),
+    click.option(
+        "--catalogue", type=click.Path(path_type=Path), help="The datasets (datasets.toml)."
+    ),
+    click.option("--sample-rows", type=int, help="Token transfers in the sample data."),
+    click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"])),
+    click.option("--log-style", type=click.Choice(["json", "console"])),
+)
+
+
+def _common(command: Callable[..., None]) -> Callable[..., None]:
+    """The options of every command that runs for long."""
+    for option in reversed(_COMMON):
+        command = option(command)
+    return command
+
+
 @main.command()
-@click.option("--config", type=click.Path(path_type=Path), help="Settings, as a TOML file.")
 @click.option("--listen", metavar="HOST:PORT", help="Where to serve gRPC.")
 @click.option(
     "--allow-unauthenticated/--loopback-only",
@@ -34,23 +59,40 @@ def main() -> None:
     help="Listen beyond loopback although nobody has to identify themselves.",
 )
 @click.option(
-    "--data-dir", type=click.Path(path_type=Path), help="Ledger, outputs and samples."
+    "--workers/--no-workers",
+    default=None,
+    help="Work off exports in this process too, or leave that to `worker` processes.",
 )
-@click.option(
-    "--catalogue", type=click.Path(path_type=Path), help="The datasets (datasets.toml)."
-)
-@click.option("--sample-rows", type=int, help="Token transfers in the sample data.")
-@click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]))
-@click.option("--log-style", type=click.Choice(["json", "console"]))
-def serve(
-    config: Path | None, log_level: str | None, log_style: str | None, **flags: Any
-) -> None:
+@_common
+def serve(**options: Any) -> None:
     """Serve the API and work off exports in one process.
 
     Settings come from the file, then EXPORTD_* variables, then flags.
     """
+    _run(_serve, **options)
+
+
+@main.command()
+@_common
+def worker(**options: Any) -> None:
+    """Work off exports beside `serve` processes, on a ledger that they share.
+
+    Settings come from the file, then EXPORTD_* variables, then flags.
+    """
+    _run(_work, serves=False, **options)
+
+
+def _run(
+    command: Callable[[Settings], Coroutine[Any, Any, None]],
+    *,
+    config: Path | None,
+    log_level: str | None,
+    log_style: str | None,
+    serves: bool = True,
+    **flags: Any,
+) -> None:
     with _configuration_errors():
-        settings = load_settings(config, flags)
+        settings = load_settings(config, flags, serves=serves)
     style = {"level": log_level, "style": log_style}
     chosen = {**settings.log.model_dump(), **{k: v for k, v in style.items() if v}}
     log = LogSettings(**chosen)
@@ -60,23 +102,58 @@ def serve(
     # not to.
     pa.set_memory_pool(pa.system_memory_pool())
     with _configuration_errors():
-        asyncio.run(_serve(settings))
+        asyncio.run(command(settings))
+    if left_over():
+        # A source still blocks, in a driver's own code. Taking the interpreter down
+        # beneath such a thread may crash; everything of ours is closed.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 async def _serve(settings: Settings) -> None:
     from exportd_server.app import serving  # noqa: PLC0415 - heavy, and --help is not
 
     async with serving(settings) as running:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, running.stop.set)
-        # For scripts: the one line on standard output, once calls are answered.
         host = settings.listen.rpartition(":")[0]
-        click.echo(f"{host}:{running.port}")
-        await running.stop.wait()
-        # A second signal does not wait for the drain.
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)
+        await _until_told(running.stop, f"{host}:{running.port}")
+
+
+async def _work(settings: Settings) -> None:
+    from exportd_server.app import working  # noqa: PLC0415 - heavy, and --help is not
+
+    async with working(settings) as stop:
+        await _until_told(stop, "working")
+
+
+async def _until_told(stop: asyncio.Event, ready: str) -> None:
+    """Wait for a signal to stop, or for `stop` to be set."""
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    # For scripts: the one line on standard output, once it is up.
+    click.echo(ready)
+    await stop.wait()
+    # A second signal does not wait for the drain.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.remove_signal_handler(number)
+
+
+@main.command()
+@click.option("--config", type=click.Path(path_type=Path), help="Settings, as a TOML file.")
+def migrate(config: Path | None) -> None:
+    """Make the ledger's tables in PostgreSQL, or bring them up to date.
+
+    Run it before the processes of a new release; several at once are fine.
+    """
+    from exportd_server.app import migrate as migrate_ledger  # noqa: PLC0415 - heavy
+
+    with _configuration_errors():
+        before, after = migrate_ledger(load_settings(config, {}))
+    if before == after:
+        click.echo(f"The ledger is at version {after} already.")
+    else:
+        click.echo(f"The ledger is at version {after} now.")
 
 
 @main.command()

@@ -36,7 +36,14 @@ class Section(BaseModel):
 class LedgerSettings(Section):
     """Where jobs are remembered."""
 
-    url: str = Field("", description="`sqlite:///PATH`; empty: a file in data_dir")
+    url: str = Field(
+        "",
+        description="`postgresql://USER:PASSWORD@HOST:PORT/DATABASE` for a fleet, or "
+        "`sqlite:///PATH` for one process; empty: a file in data_dir",
+    )
+    connections: PositiveInt = Field(
+        8, description="connections of this process to PostgreSQL, besides two of its own"
+    )
 
 
 class StoreSettings(Section):
@@ -48,7 +55,15 @@ class StoreSettings(Section):
 class WorkerSettings(Section):
     """How exports are worked off."""
 
+    enabled: bool = Field(
+        default=True, description="whether `serve` works off exports beside the API"
+    )
     concurrency: PositiveInt = Field(2, description="exports at a time in this process")
+    shard_rows: PositiveInt = Field(
+        2_000_000,
+        description="rows of the source that one task reads; larger exports are cut for "
+        "several workers",
+    )
     running_per_tenant: PositiveInt | None = Field(
         None, description="exports of one tenant at a time, over all processes"
     )
@@ -189,12 +204,18 @@ class _Flags(Section):
     data_dir: Path | None = None
     catalogue: Path | None = None
     sample_rows: PositiveInt | None = None
+    workers: bool | None = None
 
 
 def load_settings(
-    file: Path | None, flags: Mapping[str, Any], environ: Mapping[str, str] | None = None
+    file: Path | None,
+    flags: Mapping[str, Any],
+    environ: Mapping[str, str] | None = None,
+    *,
+    serves: bool = True,
 ) -> Settings:
-    """Read the settings; raises `ConfigurationError` naming the key and the mend."""
+    """Read the settings; raises `ConfigurationError` naming the key and the mend. One
+    that does not serve need not be able to listen."""
     _refuse_unknown_variables(os.environ if environ is None else environ)
     values = _read_file(file) if file is not None else {}
     try:
@@ -202,10 +223,13 @@ def load_settings(
         given = _Flags(**{k: v for k, v in flags.items() if v is not None})
     except ValidationError as error:
         raise ConfigurationError(_explain(error, file)) from None
-    settings = settings.model_copy(
-        update={name: getattr(given, name) for name in given.model_fields_set}
-    )
-    _check_listen(settings)
+    update = {name: getattr(given, name) for name in given.model_fields_set}
+    if "workers" in update:
+        enabled = {"enabled": update.pop("workers")}
+        update["worker"] = settings.worker.model_copy(update=enabled)
+    settings = settings.model_copy(update=update)
+    if serves:
+        _check_listen(settings)
     return settings
 
 

@@ -67,6 +67,7 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"max_part_bytes": 1}, "max_part_bytes"),
     ({"priority": 1000}, "priority"),
     ({"labels": {"Bad Key": "x"}}, "labels['Bad Key']"),
+    ({"labels": {"key": "a\0b"}}, "labels['key']"),
     ({"labels": {"key": "x" * 257}}, "labels['key']"),
     ({"request_id": "no uuid"}, "request_id"),
     ({"ttl": timedelta(0)}, "ttl"),
@@ -329,3 +330,13 @@ async def test_more_labels_than_a_job_has_are_refused(server: Server) -> None:
     labels = {f"k{number}": "v" for number in range(33)}
     refused = await rpc.refusal(server.stub.ListJobs(pb.ListJobsRequest(labels=labels)))
     assert refused.fields == ["labels"]
+
+
+async def test_text_that_not_every_database_keeps_is_refused(server: Server) -> None:
+    for field, asked in (
+        ("dataset", pb.ListJobsRequest(dataset="a\0")),
+        ("labels['k']", pb.ListJobsRequest(labels={"k": "\0"})),
+    ):
+        refused = await rpc.refusal(server.stub.ListJobs(asked))
+        assert refused.fields == [field]
+        assert "NUL" in refused.message

@@ -17,7 +17,7 @@ import pytest
 from exportd.v1 import dataset_pb2, export_service_pb2_grpc, job_pb2
 from exportd.v1 import export_service_pb2 as pb
 from exportd_server.errors import SourceFailed, ValueNotEncodable
-from exportd_server.jobs import worker
+from exportd_server.jobs import caps
 from exportd_server.jobs.ledger.sql import SqlLedger
 from exportd_server.jobs.model import PartRecord
 from exportd_server.sources.base import Plan, Query, Shard, SourceChanged
@@ -281,7 +281,7 @@ async def test_a_cap_holds_for_all_shards_together_however_fast_they_end(
 async def test_more_parts_than_a_manifest_can_carry_fail_the_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker, "MAX_PARTS", 5)
+    monkeypatch.setattr(caps, "MAX_PARTS", 5)
     async with serving(tmp_path, GateSource(wide=True)) as server:
         fits = await rpc.export(server.stub, "gated", max_part_rows=2 * BATCH_ROWS)
         assert len(fits.manifest.parts) == 5

@@ -203,9 +203,13 @@ class LedgerDatabase:
             self.url, autocommit=True, options="-c search_path=exportd"
         )
 
+    def execute(self, script: str) -> None:
+        """Change the tables."""
+        self._connection.execute(script.encode())
+
     def reset(self) -> None:
         """Back to what a migration leaves."""
-        self._connection.execute("""
+        self.execute("""
             TRUNCATE jobs, labels, parts, tasks, tenants RESTART IDENTITY;
             ALTER SEQUENCE fencing_tokens RESTART;
             INSERT INTO tasks (kind, tenant, generation, state, priority, since, run_at)

@@ -119,6 +119,11 @@ class Processes:
             )
         }
 
+    def tokens(self) -> int:
+        """The highest fencing token so far."""
+        ((last,),) = self.ledger("SELECT max(token) FROM tasks")
+        return int(last)
+
     def holder(self) -> Member | None:
         """A process that holds a lease on a plan or shard now."""
         pids = {int(owner.split(":")[-2]) for owner in self.owners()}

@@ -43,7 +43,9 @@ class Server:
 
     def files(self) -> list[Path]:
         """Every file of the output store."""
-        return sorted(p for p in (self.data_dir / "outputs").rglob("*") if p.is_file())
+        # Unlike a glob, a walk does not mind what is deleted meanwhile.
+        found = os.walk(self.data_dir / "outputs")
+        return sorted(Path(folder, name) for folder, _, names in found for name in names)
 
 
 @contextlib.asynccontextmanager

@@ -4,7 +4,7 @@ taken."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -207,6 +207,7 @@ class Downloads:
         is known whether another one follows, because only then its suffix is known to
         belong to the joined file or not."""
         generation = request.if_generation_match
+        sender.before_each = self._manager.refuse_while_draining
         sent: list[PartRecord] = []
         base, begun = 0, False
         async with aclosing(self._manager.follow(tenant, job_id)) as changes:
@@ -258,6 +259,8 @@ class _Sender:
         self._readers = readers
         self._job_id = job_id
         self._buffer = memoryview(b"")
+        self.before_each: Callable[[], None] = _nothing
+        """Raises when no more data is to be sent."""
 
     def room(self, wanted: int) -> memoryview:
         """Where to read the next data into; the same memory each time, and no more of it
@@ -274,6 +277,7 @@ class _Sender:
 
     async def data(self, offset: int, data: memoryview) -> None:
         """Send a chunk."""
+        self.before_each()
         if self._readers.is_cut(self._job_id):
             raise _Cut
         await self._write(data_message(offset, crc32c(data), data))
@@ -284,6 +288,10 @@ class _Sender:
                 await self._context.write(message)
         except TimeoutError:
             raise ExportdError(ErrorReason.READER_STALLED) from None
+
+
+def _nothing() -> None:
+    return None
 
 
 def _check_generation(job: Job, wanted: int) -> None:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import TypeVar
 from uuid import UUID
@@ -100,6 +100,19 @@ class Reader:
             self.complain(field, "must lie between the years 1 and 9999")
             return None
 
+    def text(self, field: str, text: str) -> str:
+        """Text that every database can keep: PostgreSQL refuses NUL."""
+        if "\0" in text:
+            self.complain(field, "must not contain the character NUL")
+        return text
+
+    def labels(self, labels: Mapping[str, str]) -> dict[str, str]:
+        """Labels, by key."""
+        return {
+            self.text("labels", key): self.text(f"labels[{key[:64]!r}]", value)
+            for key, value in sorted(labels.items())
+        }
+
     def choice(
         self, field: str, number: int, wrapper: object, kind: type[E], default: E | None
     ) -> E | None:
@@ -134,7 +147,7 @@ def read_create(
     request_id = reader.uuid("request_id", request.request_id, required=False)
     has_range = request.HasField("time_range")
     spec = ExportSpec(
-        dataset=request.dataset,
+        dataset=reader.text("dataset", request.dataset),
         output=_read_output(reader, request),
         target_id=request.target_id,
         network=request.network,
@@ -159,7 +172,7 @@ def read_create(
         ),
         ttl=_read_ttl(reader, request, default_ttl),
         priority=request.priority,
-        labels=dict(sorted(request.labels.items())),
+        labels=reader.labels(request.labels),
     )
     return spec, request_id, reader.violations
 
@@ -351,8 +364,8 @@ def read_job_query(reader: Reader, request: export_service_pb2.ListJobsRequest) 
             states.add(JobState(name))
     return JobQuery(
         states=frozenset(states),
-        dataset=request.dataset,
-        labels=dict(sorted(request.labels.items())),
+        dataset=reader.text("dataset", request.dataset),
+        labels=reader.labels(request.labels),
         created_from=reader.moment(
             "created_from",
             request.created_from,

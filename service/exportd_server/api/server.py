@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -15,6 +17,8 @@ from exportd_server.api.servicer import ExportService
 
 SERVICE = export_service_pb2.DESCRIPTOR.services_by_name["ExportService"]
 MAX_REQUEST_BYTES = 4 * 2**20
+_LAST_WORDS = 0.5
+"""Seconds in which answers that were given are sent, when nothing else is left."""
 
 _RAW_RESPONSES = frozenset({"StreamDownload"})
 """Methods that send finished wire bytes."""
@@ -38,10 +42,9 @@ class GrpcServer:
     """A server that can be started and stopped once."""
 
     def __init__(self, service: ExportService) -> None:
-        self._server = grpc.aio.server(
-            interceptors=(ErrorInterceptor(frozenset({SERVICE.full_name})),),
-            options=OPTIONS,
-        )
+        interceptor = ErrorInterceptor(frozenset({SERVICE.full_name}))
+        self._active = interceptor.active
+        self._server = grpc.aio.server(interceptors=(interceptor,), options=OPTIONS)
         self._server.add_generic_rpc_handlers((_handlers(service),))
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -64,7 +67,13 @@ class GrpcServer:
 
     async def stop(self, grace: float) -> None:
         """Refuse new calls; those under way have `grace` seconds to end."""
-        await self._server.stop(grace)
+        stopping = asyncio.create_task(self._server.stop(grace))
+        with suppress(TimeoutError):
+            async with asyncio.timeout(grace):
+                await self._active.none()
+                # Those who watch health would stay until the end of the grace.
+                await self._server.stop(_LAST_WORDS)
+        await stopping
 
 
 def _handlers(service: ExportService) -> grpc.GenericRpcHandler:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
 from datetime import UTC, datetime
 from typing import Any
 
@@ -31,12 +32,10 @@ class ExportService:
         manager: JobManager,
         downloads: Downloads,
         tenant: Callable[[Any], str],
-        is_draining: Callable[[], bool],
     ) -> None:
         self._manager = manager
         self._downloads = downloads
         self._tenant = tenant
-        self._is_draining = is_draining
 
     async def ListDatasets(  # noqa: N802 - the contract's name
         self, request: pb.ListDatasetsRequest, _context: object
@@ -84,8 +83,7 @@ class ExportService:
         self, request: job_pb2.CreateExportRequest, context: object
     ) -> pb.CreateExportResponse:
         """See the contract."""
-        if self._is_draining():
-            raise ExportdError(ErrorReason.DRAINING)
+        self._manager.refuse_while_draining()
         tenant = self._tenant(context)
         spec, request_id, wrong = requests.read_create(
             request, self._manager.policy.default_ttl
@@ -146,8 +144,9 @@ class ExportService:
     ) -> AsyncIterator[pb.WatchJobResponse]:
         """See the contract."""
         job_id = _job_id(request)
-        async for job in self._manager.watch(self._tenant(context), job_id):
-            yield pb.WatchJobResponse(job=answers.job_message(job))
+        async with aclosing(self._manager.watch(self._tenant(context), job_id)) as jobs:
+            async for job in jobs:
+                yield pb.WatchJobResponse(job=answers.job_message(job))
 
     async def CancelJob(  # noqa: N802 - the contract's name
         self, request: pb.CancelJobRequest, context: object
@@ -206,8 +205,9 @@ def _read_token(token: str, query: str, *types: type) -> list[Any]:
         text = base64.b64decode(padded, altchars=b"-_", validate=True)
         issued_for, *position = json.loads(text)
         for value in position:
-            # JSON can name half a character, which no database takes.
-            str(value).encode()
+            # JSON can name half a character, and NUL, which databases do not take.
+            if b"\0" in str(value).encode():
+                raise ExportdError(ErrorReason.INVALID_PAGE_TOKEN)
     except (ValueError, TypeError, RecursionError):
         raise ExportdError(ErrorReason.INVALID_PAGE_TOKEN) from None
     if issued_for != query or [type(value) for value in position] != list(types):

@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import difflib
 import re
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
+from typing import TypeVar
 
 import structlog
 import uuid_utils
@@ -43,7 +44,8 @@ from exportd_server.jobs.model import (
     Progress,
 )
 from exportd_server.jobs.readers import Readers
-from exportd_server.platform.clock import Clock
+from exportd_server.platform.threads import in_daemon_thread
+from exportd_server.platform.waits import first
 from exportd_server.sources.catalogue import Catalogue, Dataset
 
 log = structlog.get_logger(__name__)
@@ -54,6 +56,11 @@ MAX_LABEL_VALUE = 256
 MAX_PRIORITY = 100
 RETRY_AFTER = timedelta(seconds=2)
 """When to ask again for a job that is not finished, or with a quota used up."""
+
+_QUESTIONS = 8
+"""How many sources are asked at a time on behalf of callers."""
+
+T = TypeVar("T")
 
 _LABEL_KEY = re.compile(r"[a-z][a-z0-9_.-]{0,62}\Z")
 
@@ -93,14 +100,25 @@ class JobManager:
         ledger: Ledger,
         catalogue: Catalogue,
         policy: Policy,
-        clock: Clock,
         readers: Readers,
     ) -> None:
         self._ledger = ledger
         self._catalogue = catalogue
         self.policy = policy
-        self._clock = clock
         self._readers = readers
+        self._draining = asyncio.Event()
+        self._asking = asyncio.Semaphore(_QUESTIONS)
+
+    # --- the end
+
+    def drain(self) -> None:
+        """Take no new jobs, and end every watch: another process goes on with it."""
+        self._draining.set()
+
+    def refuse_while_draining(self) -> None:
+        """Raise DRAINING once `drain` was called."""
+        if self._draining.is_set():
+            raise ExportdError(ErrorReason.DRAINING)
 
     # --- datasets
 
@@ -125,7 +143,22 @@ class JobManager:
         """About how many rows a dataset has, where that is cheap to tell."""
         if not dataset.exportable:
             return None
-        return await asyncio.to_thread(dataset.source.count)
+        return await self._ask(dataset.source.count)
+
+    async def _ask(self, question: Callable[[], T]) -> T:
+        """Ask a source, which may hang: neither the others who use threads nor the end
+        of the process wait for it."""
+        await self._asking.acquire()
+        asked = in_daemon_thread(question, "question")
+
+        def answered(asked: asyncio.Future[T]) -> None:
+            self._asking.release()
+            if not asked.cancelled():
+                asked.exception()
+
+        asked.add_done_callback(answered)
+        # Whoever goes away does not make room before the thread has ended.
+        return await asyncio.shield(asked)
 
     # --- creation
 
@@ -256,14 +289,14 @@ class JobManager:
         source gives one; nothing is recorded."""
         dataset = self.dataset(spec.dataset)
         query = to_query(dataset, spec)
-        plan = await asyncio.to_thread(dataset.source.plan, query)
+        plan = await self._ask(lambda: dataset.source.plan(query))
         return Job(
             job_id="",
             tenant=tenant,
             state=JobState.PENDING,
             spec=spec,
             request_id="",
-            create_time=self._clock.now(),
+            create_time=datetime.now(UTC),
             progress=Progress(estimated_rows=plan.estimated_rows),
         )
 
@@ -288,15 +321,20 @@ class JobManager:
         return await self._ledger.list_jobs(tenant, query, limit=limit, before=before)
 
     async def watch(self, tenant: str, job_id: str) -> AsyncGenerator[Job]:
-        """The job now, at every change and every few seconds, until it has ended."""
+        """The job now, at every change and every few seconds, until it has ended. Raises
+        DRAINING when this process is about to end before the job."""
         while True:
             job = await self.get(tenant, job_id)
             yield job
             if job.state.terminal:
                 return
-            await self._ledger.wait_for_change(
-                job_id, job.revision, self.policy.watch_interval
+            await first(
+                self._ledger.wait_for_change(
+                    job_id, job.revision, self.policy.watch_interval
+                ),
+                self._draining.wait(),
             )
+            self.refuse_while_draining()
 
     # --- ending
 

@@ -20,7 +20,7 @@
         │   └── JobCancelled
         ├── QuotaExceeded
         ├── DataLoss                bytes do not match their checksums
-        ├── Unavailable             nobody answered, or the server is shutting down
+        ├── Unavailable             nobody answered, or the server cannot at the moment
         ├── TimedOut                a time limit of the caller's ran out (TimeoutError)
         ├── AccessDenied            the token is missing, wrong, or not enough
         ├── LocalFileError          this machine's disk: full, no permission (OSError)
@@ -186,7 +186,8 @@ class DataLoss(ExportdError):
 
 
 class Unavailable(ExportdError):
-    """Nobody answered at the address, or the server is shutting down."""
+    """Nobody answered at the address, or the server is shutting down or cannot reach its
+    database: try again."""
 
 
 class TimedOut(ExportdError, TimeoutError):
@@ -235,6 +236,7 @@ _BY_REASON: Mapping[str, type[ExportdError]] = {
     "QUOTA_EXCEEDED": QuotaExceeded,
     "CHECKSUM_MISMATCH": DataLoss,
     "DRAINING": Unavailable,
+    "LEDGER_UNAVAILABLE": Unavailable,
     # The reader was too slow; the server is fine, and asking again goes on.
     "READER_STALLED": Unavailable,
 }

@@ -22,11 +22,35 @@ log = structlog.get_logger(__name__)
 Behaviour = Callable[[Any, Any], Any]
 
 
+class ActiveCalls:
+    """Calls under way."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._none = asyncio.Event()
+        self._none.set()
+
+    def __enter__(self) -> None:
+        self._count += 1
+        self._none.clear()
+
+    def __exit__(self, *_: object) -> None:
+        self._count -= 1
+        if not self._count:
+            self._none.set()
+
+    async def none(self) -> None:
+        """Wait until there is none."""
+        await self._none.wait()
+
+
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Wraps every unary and server-streaming method of the services named."""
+    """Wraps every unary and server-streaming method of the services named, and knows
+    which calls of them are under way."""
 
     def __init__(self, services: frozenset[str]) -> None:
         self._services = services
+        self.active = ActiveCalls()
 
     async def intercept_service(
         self,
@@ -43,12 +67,12 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         read = handler.request_deserializer
         if handler.unary_unary is not None:
             return grpc.unary_unary_rpc_method_handler(
-                _unary(_reading(handler.unary_unary, read), method),
+                _unary(_reading(handler.unary_unary, read), method, self.active),
                 response_serializer=handler.response_serializer,
             )
         if handler.unary_stream is not None:
             return grpc.unary_stream_rpc_method_handler(
-                _stream(_reading(handler.unary_stream, read), method),
+                _stream(_reading(handler.unary_stream, read), method, self.active),
                 response_serializer=handler.response_serializer,
             )
         raise RuntimeError(f"{method} streams requests, which nothing here wraps")
@@ -70,11 +94,12 @@ def _reading(behaviour: Behaviour, read: Callable[[bytes], Any] | None) -> Behav
     return call
 
 
-def _unary(behaviour: Behaviour, method: str) -> Behaviour:
+def _unary(behaviour: Behaviour, method: str, active: ActiveCalls) -> Behaviour:
     async def call(request: Any, context: Any) -> Any:
         started = time.monotonic()
         try:
-            response = await behaviour(request, context)
+            with active:
+                response = await behaviour(request, context)
         except Exception as error:  # noqa: BLE001 - every error becomes a status
             await _abort(context, error, method, started)
         else:
@@ -84,16 +109,17 @@ def _unary(behaviour: Behaviour, method: str) -> Behaviour:
     return call
 
 
-def _stream(behaviour: Behaviour, method: str) -> Behaviour:
+def _stream(behaviour: Behaviour, method: str, active: ActiveCalls) -> Behaviour:
     async def call(request: Any, context: Any) -> None:
         started = time.monotonic()
         try:
-            answer = behaviour(request, context)
-            if isinstance(answer, AsyncIterator):
-                async for response in answer:
-                    await context.write(response)
-            else:
-                await answer
+            with active:
+                answer = behaviour(request, context)
+                if isinstance(answer, AsyncIterator):
+                    async for response in answer:
+                        await context.write(response)
+                else:
+                    await answer
         except Exception as error:  # noqa: BLE001 - every error becomes a status
             await _abort(context, error, method, started)
         else:

@@ -1,0 +1,361 @@
+"""Exports: plans a job, runs a shard, and records how it ended."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+
+import structlog
+
+from exportd_server.errors import (
+    ErrorReason,
+    ErrorRecord,
+    ExportdError,
+    ExportFailed,
+    LedgerUnavailable,
+)
+from exportd_server.jobs.anchors import Anchors
+from exportd_server.jobs.caps import Caps, check_parts
+from exportd_server.jobs.leases import GivenBack, Held, Leases
+from exportd_server.jobs.ledger.base import Lease, LeaseLost, Ledger, TaskKind
+from exportd_server.jobs.lower import schema_of, to_query
+from exportd_server.jobs.manager import Policy
+from exportd_server.jobs.model import Job, ManifestColumn, PartRecord
+from exportd_server.jobs.planning import make_plan
+from exportd_server.pipeline.run import (
+    FinishedPart,
+    PartLimits,
+    ShardRun,
+    ShardTask,
+    Stopped,
+)
+from exportd_server.platform.threads import in_daemon_thread
+from exportd_server.platform.waits import Backoff, first
+from exportd_server.sources.base import ColumnKind, Query, SourceChanged
+from exportd_server.sources.catalogue import Catalogue, Dataset
+from exportd_server.store.base import OutputStore
+from exportd_server.store.key import JobPrefix
+
+log = structlog.get_logger(__name__)
+
+_RATE_WINDOW = 5.0
+_RETRY = Backoff(1.0, 60.0)
+_STOPPING = 1.0
+"""Seconds that a run has to stop by itself when its lease is given back."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExportOptions:
+    """How exports are run. Times in seconds, sizes in bytes, `shard_rows` in rows of the
+    source."""
+
+    shard_rows: int = 2_000_000
+    max_bytes_in_flight: int = 8 * 2**20
+    progress_interval: float = 0.5
+    retry: Backoff = _RETRY
+
+
+class Exporter:
+    """Does the work of plan and shard tasks. Everything that it tells the ledger is told
+    until the ledger has heard it: an outage costs time and nothing else."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        store: OutputStore,
+        catalogue: Catalogue,
+        policy: Policy,
+        leases: Leases,
+        anchors: Anchors,
+        options: ExportOptions,
+    ) -> None:
+        self._ledger = ledger
+        self._store = store
+        self._catalogue = catalogue
+        self._policy = policy
+        self._leases = leases
+        self._anchors = anchors
+        self._options = options
+
+    async def export(self, held: Held) -> None:
+        """Work on a task until its end is recorded. Raises `LeaseLost` or `GivenBack`."""
+        try:
+            async with self._leases.fenced(held):
+                await self._plan_and_run(held)
+        except (LeaseLost, GivenBack):
+            raise
+        except Exception as error:
+            if held.lost:
+                # What a lost lease makes fail is no failure of the job.
+                raise LeaseLost from error
+            await self._record_failure(held, error)
+
+    async def _record_failure(self, held: Held, error: Exception) -> None:
+        lease = held.lease
+        if isinstance(error, SourceChanged):
+            log.info("source changed, output begins anew")
+            await held.insist(lambda: self._ledger.restart_output(lease))
+            return
+        record, retry_in = self._judge(lease, error)
+        failed = await held.insist(
+            lambda: self._ledger.fail_attempt(lease, record, retry_in=retry_in)
+        )
+        log.warning(
+            "attempt failed",
+            reason=record.reason.value,
+            message=record.message,
+            job_failed=failed,
+            exc_info=error.__cause__,
+        )
+
+    def _judge(
+        self, lease: Lease, error: Exception
+    ) -> tuple[ErrorRecord, timedelta | None]:
+        """What is told of an error, and when to try again if that may help."""
+        if not isinstance(error, ExportdError):
+            return unforeseen(error), None
+        again = isinstance(error, ExportFailed) and error.retryable
+        pause = timedelta(seconds=self._options.retry.pause(lease.attempt))
+        return ErrorRecord.of(error), pause if again else None
+
+    async def _plan_and_run(self, held: Held) -> None:
+        lease = held.lease
+        job = await held.insist(lambda: self._ledger.get_job(lease.tenant, lease.job_id))
+        if job is None or job.state.terminal or job.generation != lease.generation:
+            raise LeaseLost
+        dataset = self._catalogue.get(job.spec.dataset)
+        if dataset is None or not dataset.exportable:
+            raise ExportdError(ErrorReason.DATASET_NOT_EXPORTABLE)
+        query = to_query(dataset, job.spec)
+        done: list[PartRecord] = []
+        if lease.kind is TaskKind.PLAN:
+            # A plan that was just recorded has no parts of an earlier attempt.
+            await self._plan(held, dataset, query)
+        else:
+            done = await held.insist(lambda: self._ledger.shard_parts(lease))
+        await self._run_shard(held, job, dataset, query, done)
+
+    # --- planning
+
+    async def _plan(self, held: Held, dataset: Dataset, query: Query) -> None:
+        plan = await make_plan(
+            dataset.source, query, self._options.shard_rows, held, self._anchors
+        )
+        lease, outages = held.lease, held.outages
+        # Held before the shards can be claimed, and for longer than this task.
+        holding = self._anchors.hold(plan.anchor, lease) if plan.anchor else None
+        columns = _manifest_columns(dataset, query.columns)
+        try:
+            with held.changing() as move_to:
+                move_to(
+                    await held.insist(
+                        lambda: self._ledger.record_plan(
+                            lease,
+                            plan.shards,
+                            columns,
+                            estimated_rows=plan.estimated_rows,
+                        )
+                    )
+                )
+        except BaseException as error:
+            # After an outage a lost lease may mean that the plan was recorded, and that
+            # others read its shards.
+            recorded = isinstance(error, LeaseLost) and held.outages > outages
+            if holding is not None and not recorded:
+                holding.cancel()
+            raise
+        log.debug("planned", shards=len(plan.shards), anchored=holding is not None)
+
+    # --- running
+
+    async def _run_shard(
+        self,
+        held: Held,
+        job: Job,
+        dataset: Dataset,
+        query: Query,
+        done: list[PartRecord],
+    ) -> None:
+        lease = held.lease
+        if lease.shard is None:
+            raise RuntimeError("a shard task without a shard")
+        rows, bytes_ = sum(p.rows for p in done), sum(p.bytes for p in done)
+        if done:
+            log.info("shard resumes", parts=len(done), rows=rows)
+        caps = Caps(self._policy.row_cap(dataset), self._policy.byte_cap(dataset))
+        caps.check(rows, bytes_)
+        run = ShardRun(
+            ShardTask(
+                source=dataset.source,
+                query=query,
+                shard=lease.shard,
+                output=job.spec.output,
+                limits=PartLimits(job.spec.max_part_rows, job.spec.max_part_bytes),
+                prefix=JobPrefix(lease.tenant, lease.job_id),
+                token=lease.token,
+                done_parts=len(done),
+                done_rows=rows,
+                done_bytes=bytes_,
+            ),
+            self._store,
+            commit=self._commit(held, other_parts=job.progress.parts_done - len(done)),
+            check=caps.check,
+            max_bytes_in_flight=self._options.max_bytes_in_flight,
+        )
+        async with self._progress(held, run, caps):
+            await _run_in_thread(held, run)
+        await self._settle_caps(held, run, caps)
+        if await held.insist(lambda: self._ledger.complete_shard(lease)):
+            log.info("job succeeded", rows=run.rows, bytes=run.bytes)
+
+    def _commit(self, held: Held, *, other_parts: int) -> Callable[[FinishedPart], None]:
+        lease, loop = held.lease, asyncio.get_running_loop()
+
+        def commit(part: FinishedPart) -> None:
+            """In the pipeline's thread: record a part before the next one begins."""
+            check_parts(other_parts + part.key.sequence + 1)
+            record = _part_record(part)
+            recorded = held.insist(lambda: self._ledger.add_part(lease, record))
+            asyncio.run_coroutine_threadsafe(recorded, loop).result()
+
+        return commit
+
+    async def _settle_caps(self, held: Held, run: ShardRun, caps: Caps) -> None:
+        """Hold the whole job against its caps before the shard counts as complete: other
+        shards may have ended since they were last heard of. Each tells before it ends,
+        so the last one sees all of them."""
+        lease = held.lease
+        if caps.bounded:
+            total = await held.insist(
+                lambda: self._ledger.record_progress(
+                    lease, rows=run.rows, bytes_=run.bytes, rows_per_second=0.0
+                )
+            )
+            caps.others(*total, own_rows=run.rows, own_bytes=run.bytes)
+            caps.check(run.rows, run.bytes)
+        job = await held.insist(lambda: self._ledger.get_job(lease.tenant, lease.job_id))
+        if job is not None:
+            check_parts(job.progress.parts_done)
+
+    # --- progress
+
+    @asynccontextmanager
+    async def _progress(self, held: Held, run: ShardRun, caps: Caps) -> AsyncIterator[None]:
+        done = asyncio.Event()
+        reporting = asyncio.create_task(self._report_progress(held, run, caps, done))
+        try:
+            yield
+            # A report must not be overtaken by the one that settles the caps.
+            done.set()
+            await reporting
+        finally:
+            reporting.cancel()
+            await asyncio.wait({reporting})
+
+    async def _report_progress(
+        self, held: Held, run: ShardRun, caps: Caps, done: asyncio.Event
+    ) -> None:
+        """Tell the ledger how far the shard is, and learn whether it still matters."""
+        lease = held.lease
+        history: deque[tuple[float, int]] = deque([(time.monotonic(), run.rows)])
+        silent = False
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._options.progress_interval):
+                    await done.wait()
+                    return
+            now, rows, bytes_ = time.monotonic(), run.rows, run.bytes
+            history.append((now, rows))
+            while len(history) > 2 and now - history[0][0] > _RATE_WINDOW:
+                history.popleft()
+            begun, rows_then = history[0]
+            rate = max(0.0, (rows - rows_then) / (now - begun))
+            try:
+                total = await self._ledger.record_progress(
+                    lease, rows=rows, bytes_=bytes_, rows_per_second=rate
+                )
+            except LeaseLost:
+                held.lose(lease)
+                return
+            except Exception as error:
+                if not silent:
+                    known = isinstance(error, LedgerUnavailable)
+                    log.warning(
+                        "progress could not be recorded", exc_info=None if known else error
+                    )
+                silent = True
+            else:
+                silent = False
+                caps.others(*total, own_rows=rows, own_bytes=bytes_)
+
+
+async def _run_in_thread(held: Held, run: ShardRun) -> None:
+    """Run a shard. One that is to stop is waited for, because it takes memory until it
+    has ended; but not for long when the lease is to be given back."""
+    with held.stopping(run.cancel):
+        running = in_daemon_thread(run, "shard")
+        try:
+            await first(asyncio.wait({running}), held.given_back())
+            if not running.done():
+                await asyncio.wait({running}, timeout=_STOPPING)
+        except asyncio.CancelledError:
+            # The thread does not end with the task that waits for it.
+            run.cancel()
+            running.cancel()
+            raise
+        if not running.done():
+            log.warning("the source blocks; its thread is left behind")
+            running.cancel()
+            raise held.why_stopped()
+        try:
+            running.result()
+        except Stopped:
+            raise held.why_stopped() from None
+
+
+def unforeseen(error: Exception) -> ErrorRecord:
+    """Log an error that nobody thought of; what is told of it is a reference."""
+    reference = secrets.token_hex(6)
+    log.error("unforeseen error", reference=reference, exc_info=error)
+    return ErrorRecord(
+        ErrorReason.INTERNAL,
+        f"internal error; the operator finds it by reference {reference}",
+        {"reference": reference},
+    )
+
+
+def _manifest_columns(
+    dataset: Dataset, names: tuple[str, ...]
+) -> tuple[ManifestColumn, ...]:
+    by_name = {column.name: column for column in dataset.columns}
+    schema = schema_of(by_name[name] for name in names)
+    return tuple(
+        ManifestColumn(
+            field.name, ColumnKind.of(field.type), str(field.type), field.nullable
+        )
+        for field in schema
+    )
+
+
+def _part_record(part: FinishedPart) -> PartRecord:
+    digest = part.digest
+    return PartRecord(
+        shard=part.key.shard,
+        sequence=part.key.sequence,
+        token=part.key.token,
+        rows=part.rows,
+        bytes=digest.bytes,
+        prefix_bytes=digest.prefix_bytes,
+        suffix_bytes=digest.suffix_bytes,
+        crc32c=digest.crc32c,
+        prefix_crc32c=digest.prefix_crc32c,
+        body_crc32c=digest.body_crc32c,
+        suffix_crc32c=digest.suffix_crc32c,
+        sha256=digest.sha256,
+    )

@@ -1,0 +1,74 @@
+"""Waiting for the first of several things, in tasks and in threads."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import threading
+
+import pytest
+
+from exportd_server.platform.threads import in_daemon_thread, left_over
+from exportd_server.platform.waits import Backoff, first
+from tests.support.server import until
+
+
+async def test_the_first_that_is_done_ends_the_waiting_and_the_others() -> None:
+    ended = asyncio.Event()
+
+    async def long() -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.set()
+
+    await first(long(), asyncio.sleep(0))
+    assert ended.is_set()
+
+
+async def test_the_error_of_the_first_is_raised() -> None:
+    async def fails() -> None:
+        raise KeyError("x")
+
+    with pytest.raises(KeyError):
+        await first(asyncio.sleep(60), fails())
+
+
+async def test_whoever_is_cancelled_leaves_nothing_running() -> None:
+    before = asyncio.all_tasks()
+    waiting = asyncio.create_task(first(asyncio.sleep(60), asyncio.sleep(60)))
+    await asyncio.sleep(0.01)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert asyncio.all_tasks() == before
+
+
+def test_pauses_double_up_to_the_cap_and_half_of_each_is_by_chance() -> None:
+    backoff = Backoff(0.1, 5.0)
+    for failures, ceiling in ((1, 0.1), (2, 0.2), (4, 0.8), (7, 5.0), (10**6, 5.0)):
+        pauses = [backoff.pause(failures) for _ in range(200)]
+        assert ceiling / 2 <= min(pauses) < max(pauses) <= ceiling
+
+
+async def test_a_thread_gives_its_result_its_error_and_sees_the_callers_context() -> None:
+    variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable")
+    variable.set("mine")
+    assert await in_daemon_thread(variable.get, "test") == "mine"
+
+    def fails() -> None:
+        raise KeyError("x")
+
+    with pytest.raises(KeyError):
+        await in_daemon_thread(fails, "test")
+
+
+async def test_a_thread_that_nobody_waits_for_is_left_behind_and_ends_quietly() -> None:
+    go_on = threading.Event()
+    blocked = in_daemon_thread(lambda: go_on.wait(60), "test-left")
+    blocked.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await blocked
+    assert "exportd-test-left" in left_over()
+    go_on.set()
+    await until(lambda: "exportd-test-left" not in left_over())
