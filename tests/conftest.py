@@ -12,6 +12,7 @@ from tests.support.gate import GateSource
 from tests.support.ledger import ledger_database
 from tests.support.postgres import postgres, postgres_database, postgres_url
 from tests.support.samples import SAMPLE_ROWS, write_samples
+from tests.support.seaweed import s3_options, seaweed
 
 # A machine that is busy is no fault of what is tested.
 settings.register_profile("exportd", deadline=None)
@@ -25,6 +26,8 @@ __all__ = [
     "postgres",
     "postgres_database",
     "postgres_url",
+    "s3_options",
+    "seaweed",
 ]
 
 

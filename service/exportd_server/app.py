@@ -11,6 +11,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import structlog
+from pydantic import SecretStr
 
 from exportd_server import samples
 from exportd_server.api.download import DownloadOptions, Downloads
@@ -189,7 +190,7 @@ async def _wired(settings: Settings, catalogue: Catalogue | None) -> AsyncIterat
         stack.callback(catalogue.close)
         ledger = await _open_ledger(settings, SystemClock())
         stack.push_async_callback(ledger.close)
-        store = _open_store(settings)
+        store = await _open_store(settings)
         stack.push_async_callback(store.close)
         # Reading the catalogue took far more memory than it keeps.
         await asyncio.to_thread(release_free_memory)
@@ -238,15 +239,54 @@ async def _open_ledger(settings: Settings, clock: Clock) -> Ledger:
     return await open_sqlite_ledger(path, clock, max_attempts=settings.worker.max_attempts)
 
 
-def _open_store(settings: Settings) -> OutputStore:
+async def _open_store(settings: Settings) -> OutputStore:
     if not settings.store.url and not _is_embedded(settings):
         raise ConfigurationError(
             "store.url: the processes of a fleet need one place for their outputs; give "
-            "file:///PATH of a directory that all of them share"
+            "s3://BUCKET/PREFIX, or file:///PATH of a directory that all of them share"
         )
+    if urlsplit(settings.store.url).scheme == "s3":
+        return await _open_s3(settings)
     return LocalStore(
         _path(settings.store.url, "file", "store.url", settings.data_dir / "outputs")
     )
+
+
+async def _open_s3(settings: Settings) -> OutputStore:
+    # Its SDK takes a while to load, and most do without.
+    from exportd_server.store.s3 import S3Store  # noqa: PLC0415 - see above
+    from exportd_server.store.s3_client import S3Options  # noqa: PLC0415 - see above
+
+    url = urlsplit(settings.store.url)
+    if url.query or url.fragment or "@" in url.netloc:
+        raise ConfigurationError(
+            "store.url: s3://BUCKET/PREFIX has no more than that; keys, region and "
+            "endpoint are settings of store.s3"
+        )
+    s3 = settings.store.s3
+    return await S3Store.connect(
+        S3Options(
+            bucket=url.netloc,
+            prefix=url.path.strip("/"),
+            endpoint_url=s3.endpoint_url,
+            region=s3.region,
+            path_style=s3.path_style,
+            access_key_id=s3.access_key_id,
+            secret_access_key=_revealed(s3.secret_access_key),
+            session_token=_revealed(s3.session_token),
+            ca_file=s3.ca_file,
+            part_bytes=s3.part_bytes,
+            parts_in_flight=s3.parts_in_flight,
+            attempts=s3.attempts,
+            connect_timeout=s3.connect_timeout,
+            read_timeout=s3.read_timeout,
+            call_timeout=s3.call_timeout,
+        )
+    )
+
+
+def _revealed(secret: SecretStr | None) -> str | None:
+    return None if secret is None else secret.get_secret_value()
 
 
 def _open_catalogue(settings: Settings) -> Catalogue:

@@ -11,7 +11,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -46,10 +53,54 @@ class LedgerSettings(Section):
     )
 
 
+class S3Settings(Section):
+    """How outputs get to S3, or to whatever speaks its language."""
+
+    endpoint_url: str | None = Field(
+        None, description="`https://HOST:PORT` of the service; absent: AWS"
+    )
+    region: str | None = Field(
+        None,
+        description="region of the bucket; absent: as AWS is configured, else us-east-1",
+    )
+    path_style: bool = Field(
+        default=False,
+        description="bucket in the path and not in the host's name, as most services "
+        "other than AWS want it",
+    )
+    access_key_id: str | None = Field(
+        None, description="absent: looked for as the AWS tools do"
+    )
+    secret_access_key: SecretStr | None = Field(None, description="goes with it")
+    session_token: SecretStr | None = Field(None, description="goes with temporary keys")
+    ca_file: Path | None = Field(
+        None, description="certificates to trust; absent: the system's"
+    )
+    part_bytes: Annotated[int, Field(ge=5 * 2**20, le=2**30)] = Field(
+        8 * 2**20, description="bytes sent in one piece"
+    )
+    parts_in_flight: PositiveInt = Field(
+        4, description="pieces on their way at a time, for each part that is written"
+    )
+    attempts: PositiveInt = Field(5, description="tries of each call")
+    connect_timeout: PositiveSeconds = Field(5.0, description="seconds to connect")
+    read_timeout: PositiveSeconds = Field(
+        30.0, description="seconds that an answer, or more of it, may take"
+    )
+    call_timeout: PositiveSeconds = Field(
+        120.0, description="seconds of a call with all its tries"
+    )
+
+
 class StoreSettings(Section):
     """Where outputs lie."""
 
-    url: str = Field("", description="`file:///PATH`; empty: a directory in data_dir")
+    url: str = Field(
+        "",
+        description="`file:///PATH`, or `s3://BUCKET/PREFIX`; empty: a directory in "
+        "data_dir",
+    )
+    s3: S3Settings = S3Settings()
 
 
 class WorkerSettings(Section):

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -84,6 +84,10 @@ async def jobs(store: OutputStore) -> set[JobPrefix]:
 class StoreCase(Protocol):
     """A backend under test, and what the suite must do to it from outside."""
 
+    knows_writers: bool
+    """Whether the backend itself tells a living writer from a dead one, and what one
+    deletion took from what another one did."""
+
     @property
     def store(self) -> OutputStore:
         """The store."""
@@ -97,6 +101,10 @@ class StoreCase(Protocol):
         """Leave behind a write of `data` whose writer died before it finished."""
         ...
 
+    def fill(self, keys: Sequence[OutputKey], data: bytes) -> None:
+        """Store many small parts in the quickest way there is."""
+        ...
+
     def remains(self) -> list[str]:
         """Whatever lies in the backend, finished or not, as text."""
         ...
@@ -104,6 +112,8 @@ class StoreCase(Protocol):
 
 class LocalCase:
     """The store on a directory."""
+
+    knows_writers = True
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -117,12 +127,18 @@ class LocalCase:
             process.send_signal(signal.SIGKILL)
             process.wait()
 
+    def fill(self, keys: Sequence[OutputKey], data: bytes) -> None:
+        for key in keys:
+            put(self.store, key, data)
+
     def remains(self) -> list[str]:
         return tree(self._root)
 
 
 class MemoryCase:
     """The store in memory."""
+
+    knows_writers = True
 
     def __init__(self) -> None:
         self.store = MemoryStore()
@@ -132,6 +148,10 @@ class MemoryCase:
 
     def abandon(self, key: OutputKey, data: bytes) -> None:
         self.store.create(key).write(data)
+
+    def fill(self, keys: Sequence[OutputKey], data: bytes) -> None:
+        for key in keys:
+            put(self.store, key, data)
 
     def remains(self) -> list[str]:
         unfinished = [f"{some.key} unfinished" for some in self.store._unfinished]

@@ -75,7 +75,8 @@ class OutputStore(Protocol):
 
     async def delete_job(self, prefix: JobPrefix) -> int:
         """Delete everything of a job, unfinished writes included; returns how many
-        objects went. Idempotent; a missing job is fine; never touches another's."""
+        objects went, and more where several delete at once and the store cannot tell
+        what went by whom. Idempotent; a missing job is fine; never touches another's."""
         ...
 
     def list_job(self, prefix: JobPrefix) -> AsyncIterator[OutputKey]:
@@ -88,7 +89,8 @@ class OutputStore(Protocol):
 
     async def sweep_unfinished(self, prefix: JobPrefix) -> int:
         """Delete writes of a job that never finished and whose writer is gone; returns
-        how many."""
+        how many. Call it when no lease on the job is held: a store that cannot tell
+        whether a writer lives takes it for gone."""
         ...
 
     async def close(self) -> None:

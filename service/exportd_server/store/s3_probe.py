@@ -1,0 +1,129 @@
+"""Finds out at start, not at the end of the first export, what S3 does not allow."""
+
+from __future__ import annotations
+
+import secrets
+from contextlib import suppress
+
+import structlog
+
+from exportd_server.errors import ConfigurationError
+from exportd_server.store.s3_client import Bucket, CallFailed, S3Options
+from exportd_server.store.s3_upload import Body, Upload, Uploads
+
+log = structlog.get_logger(__name__)
+
+_TEXT = b"exportd was here"
+_MENDS = {
+    "NoSuchBucket": "there is no such bucket; create it, or name another one",
+    "InvalidAccessKeyId": "S3 does not know the access key id; correct it",
+    "SignatureDoesNotMatch": "the secret access key does not match its id; correct it",
+    "ExpiredToken": "the credentials have expired; get new ones",
+    "InvalidToken": "S3 does not know the session token; get new credentials",
+    "RequestTimeTooSkewed": "this machine's clock is wrong; set it",
+    "NoCredentials": (
+        "no credentials were found; set access_key_id and secret_access_key, or provide "
+        "them by the environment, the AWS configuration files or a role"
+    ),
+    "Tls": (
+        "its certificate is not trusted, or it does not speak TLS; set ca_file, or "
+        "correct the endpoint"
+    ),
+    "Unreachable": "the endpoint cannot be reached; correct it, or start it",
+    "Timeout": "the endpoint does not answer in time; correct it, or start it",
+    "Broken": "the endpoint does not answer as S3 does; correct it",
+}
+_RIGHTS = {
+    "list": "s3:ListBucket",
+    "write": "s3:PutObject and s3:AbortMultipartUpload",
+    "list unfinished uploads": "s3:ListBucketMultipartUploads",
+    "read": "s3:GetObject",
+    "delete": "s3:DeleteObject",
+}
+
+
+async def probe(uploads: Uploads) -> None:
+    """Do once all that the store will do. Runs on the loop of the uploads.
+
+    Raises `ConfigurationError`. Learns whether S3 itself protects parts from being
+    overwritten, and warns when it does not list unfinished uploads.
+    """
+    options, bucket = uploads.options, uploads.bucket
+    name = f"{options.root}.probe-{secrets.token_hex(8)}"
+    first, second = Upload(uploads, name), Upload(uploads, name)
+    doing = "list"
+    try:
+        await bucket.call("list_objects_v2", Prefix=options.root, MaxKeys=1)
+        doing = "write"
+        await first.begin()
+        await first.send(1, Body(memoryview(_TEXT)))
+        doing = "list unfinished uploads"
+        listed = await _is_listed(bucket, options, name)
+        doing = "write"
+        await first.complete()
+        doing = "read"
+        answer = await bucket.call("get_object", Key=name)
+        answer["Body"].close()
+        doing = "write"
+        await second.begin()
+        await second.send(1, Body(memoryview(_TEXT)))
+        uploads.conditional = uploads.conditional and await _is_refused(second)
+        doing = "delete"
+        await second.abort()
+        await bucket.call("delete_object", Key=name)
+    except CallFailed as error:
+        await _clean_up(bucket, name, first, second)
+        # A full store must not keep the server from starting: it frees room.
+        if error.as_store_failed().retryable:
+            raise ConfigurationError(
+                f"output store: cannot {doing} at {_place(options)}: {_mend(error, doing)}"
+            ) from error
+        log.warning("the output store is full", store=options.url)
+        return
+    if not listed:
+        log.warning(
+            "the endpoint does not list unfinished uploads by prefix: those of writers "
+            "that died stay there until a lifecycle rule of the bucket aborts them",
+            store=options.url,
+        )
+
+
+async def _is_listed(bucket: Bucket, options: S3Options, name: str) -> bool:
+    async for page in bucket.uploads(options.root):
+        if any(found == name for found, _ in page):
+            return True
+    return False
+
+
+async def _is_refused(upload: Upload) -> bool:
+    """Whether S3 refuses to complete an upload whose name is taken."""
+    try:
+        await upload.complete()
+    except CallFailed as error:
+        if error.status != 412:
+            raise
+        return True
+    return False
+
+
+async def _clean_up(bucket: Bucket, name: str, *uploads: Upload) -> None:
+    for upload in uploads:
+        with suppress(CallFailed):
+            await upload.abort()
+    with suppress(CallFailed):
+        await bucket.call("delete_object", Key=name)
+
+
+def _place(options: S3Options) -> str:
+    at = f" ({options.endpoint_url})" if options.endpoint_url else ""
+    return f"{options.url}{at}"
+
+
+def _mend(error: CallFailed, doing: str) -> str:
+    if error.region and error.code not in _MENDS:
+        return f"the bucket is in the region {error.region!r}; set region to that"
+    if error.code in _MENDS:
+        return _MENDS[error.code]
+    if error.status == 403:
+        return f"access is denied; allow {_RIGHTS[doing]}"
+    return f"S3 answered {error.status} {error.code}: {error.message}"
