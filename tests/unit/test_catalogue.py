@@ -13,6 +13,7 @@ import pytest
 from exportd_server.errors import ConfigurationError, SourceFailed
 from exportd_server.sources.base import FilterOperator, Query, Shard
 from exportd_server.sources.catalogue import Catalogue, load_catalogue
+from tests.support.postgres import PostgresServer
 
 SECRET = "s3cr3t!"
 DATASET = '[datasets.t]\nparquet = "t.parquet"\n'
@@ -254,6 +255,12 @@ MISTAKES = [
         DATASET + 'target_column = "who"\n[datasets.t.column.who]\nfilterable = false',
         "datasets.t.target_column: 'who' must be filterable",
     ),
+    (
+        DATASET + 'partition_key = "id"',
+        "datasets.t.partition_key: goes with a postgresql:// connection only; leave it out",
+    ),
+    (SQLITE + 'table = "t"\npartition_key = "id"', "datasets.t.partition_key: goes with"),
+    (DATASET + "partition_key = 5", "datasets.t.partition_key: must be a valid string"),
     (DATASET + 'columns = ["id", "xyz"]', "datasets.t.columns: there is no column 'xyz'"),
     (DATASET + 'columns = ["id", "id"]', "datasets.t.columns: 'id' is named twice"),
     (DATASET + 'hidden = ["idd"]', "datasets.t.hidden: there is no column 'idd'; did you"),
@@ -283,6 +290,28 @@ def test_a_mistake_is_one_line_with_the_file_the_key_and_the_mend(
     for piece in expected:
         assert piece in line
     assert SECRET not in line
+
+
+def test_a_partition_key_is_a_column_that_can_be_cut(
+    directory: Path, postgres: PostgresServer, postgres_database: str
+) -> None:
+    columns = "id bigint, day date, at timestamptz, plain timestamp, who text, w float8"
+    postgres.sql(f"CREATE TABLE t ({columns})", database=postgres_database)
+    text = f'[connections.c]\nurl = "{postgres.url(postgres_database)}"\n'
+    text += '[datasets.t]\nconnection = "c"\ntable = "t"\n'
+    for name in ("id", "day", "at", "plain"):
+        assert load(directory, f'{text}hidden = ["day"]\npartition_key = "{name}"').get("t")
+    declared = '\n[datasets.t.column.who]\ntype = "int64"'
+    assert load(directory, f'{text}partition_key = "who"{declared}').get("t")
+    for name, problem in {
+        "whom": "there is no column 'whom'; did you mean 'who'?",
+        "who": "'who' is string, and must be INTEGER or DATE or TIMESTAMP; set its type in "
+        "[datasets.t.column.who] or choose another column",
+        "w": "'w' is double, and must be INTEGER or DATE or TIMESTAMP",
+    }.items():
+        with pytest.raises(ConfigurationError) as refused:
+            load(directory, f'{text}partition_key = "{name}"')
+        assert f"datasets.t.partition_key: {problem}" in str(refused.value)
 
 
 def test_a_file_that_is_not_there_is_a_mistake_too(tmp_path: Path) -> None:

@@ -17,9 +17,10 @@ import json
 import re
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 import adbc_driver_manager
 import pyarrow as pa
@@ -27,7 +28,14 @@ from sqlglot import exp
 
 from exportd_server.errors import ExportdError, SourceFailed
 from exportd_server.sources import query as sql
-from exportd_server.sources.base import Column, Plan, Query, Shard, SourceChanged
+from exportd_server.sources.base import (
+    Anchor,
+    Column,
+    Plan,
+    Query,
+    Shard,
+    SourceChanged,
+)
 from exportd_server.sources.batches import Stop, conform, gather, not_fitting
 from exportd_server.sources.query import Dialect, Field
 
@@ -92,6 +100,51 @@ class Vendor(Protocol):
         """What tells that the data has not changed, as JSON; `settled` is False when
         that is not sure yet. None when nothing tells."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A query in pieces: what tells each one, as JSON, and what keeps them readable."""
+
+    states: Sequence[Mapping[str, Any]]
+    anchor: Anchor
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """How to read a piece. Sessions of `vendor` see the state of the data that was cut,
+    or raise `SourceChanged`; `condition` holds for the rows of the piece. `ordered` tells
+    whether a statement gives its rows in the same order each time; None: none does."""
+
+    vendor: Vendor
+    condition: exp.Expr
+    ordered: Callable[[Session, str], bool] | None
+
+
+@runtime_checkable
+class Cutter(Protocol):
+    """A vendor that can cut queries."""
+
+    def cut(
+        self, relation: exp.Expr, tree: exp.Select, key: Field | None, rows: int
+    ) -> Cut | None:
+        """Cut a query's tree over a relation into two or more pieces of about `rows`
+        rows of the relation, by a key where need be; None where that is not possible or
+        does not pay."""
+        ...
+
+    def piece(
+        self, relation: exp.Expr, fields: Mapping[str, Field], state: Mapping[str, Any]
+    ) -> Piece:
+        """How to read what `cut` made a state for; raises `SourceChanged`."""
+        ...
+
+
+def sqlstate(error: SourceFailed) -> str | None:
+    """The code that the database gave an error; None where it gave none, or was not the
+    one to fail."""
+    cause = error.__cause__
+    return cause.sqlstate if isinstance(cause, adbc_driver_manager.Error) else None
 
 
 @contextlib.contextmanager
@@ -197,8 +250,9 @@ class Session:
 class AdbcSource:
     """The rows of a table, a view or an operator's query in a database.
 
-    One shard. Every stream has a connection and a snapshot of its own, so reading goes
-    on after a crash only where the vendor can tell that nothing has changed.
+    One shard, where the vendor does not cut it. Every stream of that one has a snapshot
+    of its own, so reading goes on after a crash only where the vendor can tell that
+    nothing has changed. `partition_key` names a column to cut by.
     """
 
     def __init__(
@@ -206,12 +260,15 @@ class AdbcSource:
         vendor: Vendor,
         relation: exp.Expr,
         types: Mapping[str, pa.DataType] | None = None,
+        *,
+        partition_key: str | None = None,
     ) -> None:
         self._vendor = vendor
         self._relation = relation
         with Session(vendor) as session:
             fields = vendor.describe(session, relation, types or {})
         self._fields = {field.column.name: field for field in fields}
+        self._key = partition_key
 
     def columns(self) -> tuple[Column, ...]:
         """All columns, in the source's order."""
@@ -222,25 +279,82 @@ class AdbcSource:
         return self._estimate(Query(tuple(self._fields)))
 
     def plan(self, query: Query, *, shard_rows: int | None = None) -> Plan:
-        """One shard, and the database's own estimate of its rows."""
-        del shard_rows
+        """The shards that the vendor cuts, or one, and the database's own estimate of
+        their rows."""
+        estimate = self._estimate(query)
+        if shard_rows is not None and query.limit is None:
+            cut = self._cut(query, shard_rows)
+            if cut is not None:
+                shards = [
+                    Shard(index, json.dumps({"piece": state}))
+                    for index, state in enumerate(cut.states)
+                ]
+                return Plan(tuple(shards), estimate, cut.anchor)
         state = {"fingerprint": self._vendor.fingerprint()}
-        return Plan((Shard(0, json.dumps(state)),), self._estimate(query))
+        return Plan((Shard(0, json.dumps(state)),), estimate)
 
     def open(self, query: Query, shard: Shard, *, skip_rows: int = 0) -> DatabaseStream:
         """Read it. With rows to skip, raises `SourceChanged` unless the fingerprint of
-        the plan was sure and still holds."""
-        expected = None
+        the plan was sure and still holds, or the piece has an order; iterating does so
+        when the state of the data that was cut is gone."""
+        state = json.loads(shard.state)
+        if "piece" in state:
+            return self._open_piece(query, state["piece"], skip_rows)
+        check: _Check | None = None
         if skip_rows:
-            expected = json.loads(shard.state)["fingerprint"]
+            expected = state["fingerprint"]
             if expected is None or not expected["settled"]:
                 raise SourceChanged
             if differs(self._vendor, expected):
                 raise SourceChanged
+
+            def check(session: Session, text: str) -> None:
+                del session, text
+                # The snapshot is taken by now, so what is looked at is what is read.
+                if differs(self._vendor, expected):
+                    raise SourceFailed("the dataset changed while it was read")
+
         tree, parameters = self._tree(query, skip_rows)
+        return self._stream(self._vendor, tree, parameters, query, check)
+
+    def _cut(self, query: Query, rows: int) -> Cut | None:
+        tree, parameters = self._tree(query, 0)
+        if parameters or not isinstance(self._vendor, Cutter):
+            return None
+        key = None if self._key is None else self._fields[self._key]
+        return self._vendor.cut(self._relation, tree, key, rows)
+
+    def _open_piece(
+        self, query: Query, state: Mapping[str, Any], skip_rows: int
+    ) -> DatabaseStream:
+        if not isinstance(self._vendor, Cutter):
+            raise SourceChanged  # the catalogue names another database by now
+        piece = self._vendor.piece(self._relation, self._fields, state)
+        check: _Check | None = None
+        if skip_rows:
+            ordered = piece.ordered
+            if ordered is None:
+                raise SourceChanged
+
+            def check(session: Session, text: str) -> None:
+                if not ordered(session, text):
+                    raise SourceChanged
+
+        tree, parameters = self._tree(query, skip_rows)
+        tree = tree.where(piece.condition, copy=False)
+        return self._stream(piece.vendor, tree, parameters, query, check)
+
+    def _stream(
+        self,
+        vendor: Vendor,
+        tree: exp.Select,
+        parameters: Sequence[float],
+        query: Query,
+        check: _Check | None,
+    ) -> DatabaseStream:
         wanted = [self._fields[name] for name in query.columns]
-        text = sql.render(self._vendor.dialect, self._vendor.statement(tree, wanted))
-        return DatabaseStream(self._vendor, text, parameters, wanted, expected)
+        text = sql.render(vendor.dialect, vendor.statement(tree, wanted))
+        return DatabaseStream(vendor, text, parameters, wanted, check)
 
     def _tree(self, query: Query, skip_rows: int) -> tuple[exp.Select, tuple[float, ...]]:
         return sql.select(
@@ -264,6 +378,10 @@ def differs(vendor: Vendor, expected: Mapping[str, Any]) -> bool:
     return found is None or found["digest"] != expected["digest"]
 
 
+_Check = Callable[[Session, str], None]
+"""Looks, in the session that is about to run a statement, whether it still may."""
+
+
 class DatabaseStream:
     """Batches of a query over a database."""
 
@@ -273,13 +391,13 @@ class DatabaseStream:
         text: str,
         parameters: Sequence[float],
         fields: Sequence[Field],
-        expected: Mapping[str, Any] | None,
+        check: _Check | None,
     ) -> None:
         self._vendor = vendor
         self._text = text
         self._parameters = parameters
         self._fields = fields
-        self._expected = expected
+        self._check = check
         self._schema = pa.schema(
             [
                 pa.field(field.column.name, field.column.type, field.column.nullable)
@@ -340,9 +458,8 @@ class DatabaseStream:
     def _read(self) -> Iterator[pa.RecordBatch]:
         try:
             with Session(self._vendor, self._stop) as session:
-                # The snapshot is taken by now, so what is looked at here is what is read.
-                if self._expected is not None and differs(self._vendor, self._expected):
-                    raise SourceFailed("the dataset changed while it was read")
+                if self._check is not None:
+                    self._check(session, self._text)
                 first = True
                 for batch in session.stream(self._text, self._parameters):
                     arrays = self._vendor.unpack(batch, self._fields, first=first)
@@ -397,6 +514,6 @@ class _Hand:
                 batch = self._waiting.popleft()
                 self._changed.notify_all()
             yield batch
-        if isinstance(self._error, ExportdError):
+        if isinstance(self._error, ExportdError | SourceChanged):
             raise self._error
         raise SourceFailed from self._error

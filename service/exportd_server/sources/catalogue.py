@@ -32,8 +32,10 @@ from exportd_server.sources.base import (
     Shard,
     Source,
 )
-from exportd_server.sources.duckdb import FileFormat, FileSource
+from exportd_server.sources.duckdb import FileSource
+from exportd_server.sources.file_sql import FileFormat
 from exportd_server.sources.postgres import Postgres
+from exportd_server.sources.postgres_shards import KEY_KINDS
 from exportd_server.sources.sqlite import Sqlite
 from exportd_server.sources.types import parse_type
 
@@ -114,6 +116,7 @@ class _Dataset(_Model):
     target_column: _Text | None = None
     network_column: _Text | None = None
     time_column: _Text | None = None
+    partition_key: _Text | None = None
     max_rows: _Count | None = None
     max_bytes: _Count | None = None
 
@@ -211,6 +214,7 @@ class _Loader:
             source = self._source(key, entry, types)
         except SourceFailed as error:
             self._fail(key, self._why(entry, error), error)
+        self._check_partition_key(key, entry, source)
         columns = self._columns(key, entry, source)
         by_name = {column.name: column for column in columns}
         return Dataset(
@@ -255,6 +259,30 @@ class _Loader:
                 f"there is no [connections.{entry.connection}]"
                 + _suggest(entry.connection, self._file.connections),
             )
+        if entry.partition_key is not None and (
+            entry.connection is None
+            or self._vendor(entry.connection).driver != Postgres.driver
+        ):
+            self._fail(
+                f"{key}.partition_key",
+                "goes with a postgresql:// connection only; leave it out",
+            )
+
+    def _check_partition_key(self, key: str, entry: _Dataset, source: Source) -> None:
+        """It may be a hidden column: callers do not see it."""
+        name = entry.partition_key
+        if name is None:
+            return
+        where = f"{key}.partition_key"
+        found = {column.name: column for column in source.columns()}
+        if name not in found:
+            self._fail(where, f"there is no column {name!r}" + _suggest(name, found))
+        if found[name].kind not in KEY_KINDS:
+            self._fail(
+                where,
+                f"{name!r} is {found[name].type}, and must be {' or '.join(KEY_KINDS)}; "
+                f"set its type in [{key}.column.{name}] or choose another column",
+            )
 
     def _types(self, key: str, entry: _Dataset) -> dict[str, pa.DataType]:
         types = {}
@@ -280,13 +308,16 @@ class _Loader:
                     entry.csv_delimiter or ",",
                 )
         vendor = self._vendor(entry.connection or "")
+        relation = self._relation(key, vendor, entry)
+        return AdbcSource(vendor, relation, types, partition_key=entry.partition_key)
+
+    def _relation(self, key: str, vendor: Vendor, entry: _Dataset) -> exp.Expr:
         if entry.table is not None:
-            return AdbcSource(vendor, self._table(key, vendor, entry.table), types)
+            return self._table(key, vendor, entry.table)
         # A line of its own, so that a comment at its end does not swallow the bracket.
         text = (entry.query or "").strip().rstrip(";").rstrip()
         alias = exp.TableAlias(this=exp.to_identifier("t", quoted=True))
-        relation = exp.Subquery(this=sql.raw(f"\n{text}\n"), alias=alias)
-        return AdbcSource(vendor, relation, types)
+        return exp.Subquery(this=sql.raw(f"\n{text}\n"), alias=alias)
 
     def _files(
         self,

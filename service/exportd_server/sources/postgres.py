@@ -9,8 +9,8 @@ driver cannot carry.
 from __future__ import annotations
 
 import contextlib
-import json
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
@@ -20,8 +20,9 @@ import pyarrow.types as pat
 from sqlglot import exp
 
 from exportd_server.errors import SourceFailed
+from exportd_server.sources import postgres_shards as shards
 from exportd_server.sources import query as sql
-from exportd_server.sources.adbc import MARK, Session
+from exportd_server.sources.adbc import MARK, Cut, Piece, Session
 from exportd_server.sources.base import Column, Query
 from exportd_server.sources.query import Dialect, Field
 from exportd_server.sources.types import MAX_PRECISION, NAIVE_MICROS, UTC_MICROS, sql_type
@@ -149,17 +150,29 @@ class Postgres:
         query = urlencode({**_LINK, **given}, quote_via=quote)
         self.uri = urlunsplit(parts._replace(query=query))
         self._timeout = int((timeout_seconds or 0) * 1000)
+        self._begin: Callable[[Session], None] = self._take_snapshot
 
     def begin(self, session: Session) -> None:
-        """One read-only snapshot, whatever the role's own settings are."""
-        session.run("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
-        self._settings(session)
+        """One read-only snapshot, unless `begun_by` says otherwise."""
+        self._begin(session)
 
-    def _settings(self, session: Session) -> None:
-        settings = {**_SETTINGS, "statement_timeout": str(self._timeout)}
+    def begun_by(self, begin: Callable[[Session], None]) -> Postgres:
+        """The same database, with another beginning of its sessions."""
+        other = copy.copy(self)
+        other._begin = begin  # noqa: SLF001 - the same class
+        return other
+
+    def _take_snapshot(self, session: Session) -> None:
+        session.run("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+        self.settle(session, {})
+
+    def settle(self, session: Session, settings: Mapping[str, str]) -> None:
+        """Make every session's settings and these, whatever the role's own are, until
+        the transaction ends."""
+        wanted = {**_SETTINGS, "statement_timeout": str(self._timeout), **settings}
         calls = [
             sql.function("set_config", sql.text(name), sql.text(value), exp.true())
-            for name, value in settings.items()
+            for name, value in wanted.items()
         ]
         session.fetch(sql.render(POSTGRES, exp.select(*calls)))
 
@@ -178,11 +191,19 @@ class Postgres:
     def estimate(self, session: Session, statement: str, query: Query) -> int | None:
         """The planner's estimate."""
         del query
-        rows = session.fetch(
-            f"EXPLAIN (FORMAT JSON) {statement}", {"adbc.postgresql.use_copy": "false"}
-        )
-        (plan,) = rows[0].values()
-        return int(json.loads(plan)[0]["Plan"]["Plan Rows"])
+        return int(shards.explain(session, statement)["Plan Rows"])
+
+    def cut(
+        self, relation: exp.Expr, tree: exp.Select, key: Field | None, rows: int
+    ) -> Cut | None:
+        """By blocks, or by the key, under one snapshot."""
+        return shards.cut(self, relation, tree, key, rows)
+
+    def piece(
+        self, relation: exp.Expr, fields: Mapping[str, Field], state: Mapping[str, Any]
+    ) -> Piece:
+        """What `cut` made."""
+        return shards.piece(self, relation, fields, state)
 
     def statement(self, tree: exp.Select, fields: Sequence[Field]) -> exp.Expr:
         """The tree as it is."""
@@ -213,7 +234,8 @@ class Postgres:
     def _of_query(self, session: Session, relation: exp.Expr) -> list[_Attribute]:
         """A temporary view keeps the digits that decimals are declared with. Where none
         may be made, as on a standby, the types are asked for without them."""
-        with contextlib.suppress(SourceFailed), Session(_Writable(self)) as writable:
+        vendor = self.begun_by(lambda session: self.settle(session, {}))
+        with contextlib.suppress(SourceFailed), Session(vendor) as writable:
             body = exp.select("*").from_(relation.copy())
             text = sql.render(POSTGRES, body)
             writable.run(f'CREATE TEMPORARY VIEW "{_VIEW}" AS {text}')
@@ -244,17 +266,6 @@ def _type_of(name: str) -> exp.Expr:
     column = exp.column(exp.to_identifier(name, quoted=True), "q")
     oid = exp.DataType.build("oid", udt=True)
     return exp.Cast(this=sql.function("pg_typeof", column), to=oid)
-
-
-class _Writable(Postgres):
-    """The same database, for making a temporary view that is rolled back."""
-
-    def __init__(self, of: Postgres) -> None:
-        self.uri = of.uri
-        self._timeout = of._timeout  # noqa: SLF001 - the same class
-
-    def begin(self, session: Session) -> None:
-        self._settings(session)
 
 
 def _field(attribute: _Attribute, declared: pa.DataType | None) -> Field:
