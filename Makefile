@@ -40,6 +40,9 @@ run: $(VENV)/.runtime ## Run a server on the sample data, in the foreground
 test: $(VENV)/.dev ## Run the tests
 	$(BIN)/python -m pytest $(ARGS)
 
+torture: $(VENV)/.dev ## Hurt a fleet for minutes, prove that it loses nothing
+	$(BIN)/python -m tests.torture $(ARGS)
+
 check: $(VENV)/.dev ## Format, lint, types, imports, contract, stubs, audit
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -74,4 +77,4 @@ LOCK := --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
 clean: ## Remove what the targets made, the virtual environment included
 	rm -rf $(VENV) $(DATA) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-.PHONY: help demo run test check format gen bench lock clean
+.PHONY: help demo run test torture check format gen bench lock clean

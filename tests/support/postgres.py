@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,6 +45,28 @@ def _free_port() -> int:
 def _account() -> str | None:
     """PostgreSQL refuses to run as root: the account to run it as then."""
     return "nobody" if os.geteuid() == 0 else None
+
+
+def _lives(pid: int) -> bool:
+    """Whether a process runs: one that has ended may wait to be noticed."""
+    try:
+        return _status(pid)[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def _status(pid: int) -> list[str]:
+    """State, parent and so on, as Linux tells them."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+
+
+def _children(pid: int) -> list[int]:
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            if int(_status(int(entry.name))[1]) == pid:
+                found.append(int(entry.name))
+    return found
 
 
 class PostgresServer:
@@ -99,12 +122,16 @@ class PostgresServer:
         )
 
     @property
+    def _lock_file(self) -> Path:
+        return self._data / "postmaster.pid"
+
+    @property
     def pid(self) -> int:
         """Process id of the postmaster."""
-        return int((self._data / "postmaster.pid").read_text().splitlines()[0])
+        return int(self._lock_file.read_text().splitlines()[0])
 
     def start(self) -> None:
-        """Start it and wait until it takes connections."""
+        """Start it and wait until it takes connections; after `kill`, too."""
         options = {**self._options, "port": str(self.port)}
         flags = " ".join(f"-c {name}='{value}'" for name, value in options.items())
         self._pg_ctl("-l", str(self._log), "-w", "-o", flags, "start")
@@ -114,8 +141,18 @@ class PostgresServer:
         self._pg_ctl("-w", "-m", mode, "stop")
 
     def kill(self) -> None:
-        """Kill the postmaster; its children die with it."""
-        os.kill(self.pid, signal.SIGKILL)
+        """Kill the postmaster. Its children see that and end; returns once the last one
+        has, because no other server may start beside them."""
+        postmaster = self.pid
+        family = [postmaster, *_children(postmaster)]
+        os.kill(postmaster, signal.SIGKILL)
+        deadline = time.monotonic() + 10
+        while left := [pid for pid in family if _lives(pid)]:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"processes of a killed server live on: {left}")
+            time.sleep(0.01)
+        # Its number may be another process's by the time of the next start.
+        self._lock_file.unlink(missing_ok=True)
 
     def url(self, database: str = "postgres") -> str:
         """Connection URL of a database."""
