@@ -56,7 +56,7 @@ def rows(model: type[BaseModel] = Settings, prefix: str = "") -> Iterator[str]:
 
 def _default(field: FieldInfo) -> str:
     value = field.default
-    if value is None or value == "":
+    if value is None or value in {"", ()}:
         return "none"
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"

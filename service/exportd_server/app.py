@@ -15,9 +15,13 @@ from pydantic import SecretStr
 
 from exportd_server import samples
 from exportd_server.api.download import DownloadOptions, Downloads
+from exportd_server.api.http import HttpServer
+from exportd_server.api.http_download import HttpDownloads
+from exportd_server.api.link import LinkKeys
 from exportd_server.api.server import GrpcServer
 from exportd_server.api.servicer import ExportService
-from exportd_server.errors import ConfigurationError
+from exportd_server.api.urls import DownloadUrls, HttpLinks, UrlOptions
+from exportd_server.errors import ConfigurationError, StoreFailed
 from exportd_server.jobs.exporting import ExportOptions
 from exportd_server.jobs.housekeeping import Housekeeping
 from exportd_server.jobs.ledger.base import Ledger
@@ -31,9 +35,10 @@ from exportd_server.jobs.readers import Readers
 from exportd_server.jobs.worker import Worker, WorkerOptions
 from exportd_server.platform.clock import Clock, SystemClock
 from exportd_server.platform.malloc import release_free_memory
-from exportd_server.settings import Settings
+from exportd_server.platform.secrets import kept_key
+from exportd_server.settings import Settings, host_and_port
 from exportd_server.sources.catalogue import Catalogue, load_catalogue
-from exportd_server.store.base import OutputStore
+from exportd_server.store.base import OutputStore, UrlSigner
 from exportd_server.store.local import LocalStore
 
 log = structlog.get_logger(__name__)
@@ -44,10 +49,12 @@ TENANT = "default"
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """A server that is up. Set `stop` to have it drain and end."""
+    """A server that is up. Set `stop` to have it drain and end. `http_port` is None
+    without an HTTP port."""
 
     port: int
     stop: asyncio.Event
+    http_port: int | None = None
 
 
 def sample_catalogue(settings: Settings) -> Path:
@@ -74,16 +81,21 @@ async def serving(
     async with _wired(settings, catalogue) as parts:
         manager = JobManager(parts.ledger, parts.catalogue, parts.policy, parts.readers)
         downloads = Downloads(
-            manager,
-            parts.store,
-            parts.readers,
-            DownloadOptions(settings.download.chunk_bytes, settings.download.stall_timeout),
+            manager, parts.store, parts.readers, _download_options(settings)
         )
-        service = ExportService(manager, downloads, tenant=lambda _context: TENANT)
+        http = await _open_http(parts, manager)
+        service = ExportService(
+            manager,
+            downloads,
+            _download_urls(parts, manager, http),
+            tenant=lambda _context: TENANT,
+        )
         server = GrpcServer(service)
         try:
             port = await server.start(settings.listen)
         except OSError as error:
+            if http:
+                await http.server.stop(0)
             raise ConfigurationError(
                 f"listen: {error}; is another server on that port?"
             ) from None
@@ -91,12 +103,13 @@ async def serving(
         log.info(
             "serving",
             listen=f"{settings.listen.rpartition(':')[0]}:{port}",
+            http=http.address if http else "none",
             datasets=len(parts.catalogue.names()),
             workers=settings.worker.concurrency if worker else 0,
             identity="none: every caller may do everything",
         )
         try:
-            yield Running(port, stop)
+            yield Running(port, stop, http.port if http else None)
         finally:
             log.info("draining")
             # First of all, so that load balancers send the next call elsewhere.
@@ -105,7 +118,9 @@ async def serving(
             stop.set()
             grace = settings.drain_timeout
             await asyncio.gather(
-                server.stop(grace), *([worker.drain(grace)] if worker else [])
+                server.stop(grace),
+                *([http.server.stop(grace)] if http else []),
+                *([worker.drain(grace)] if worker else []),
             )
             if worker:
                 await worker.end()
@@ -143,8 +158,8 @@ class _Background:
             Housekeeping(
                 parts.ledger,
                 parts.store,
-                parts.readers,
                 reap_interval=timedelta(seconds=parts.settings.retention.reap_interval),
+                orphan_interval=timedelta(seconds=parts.settings.retention.orphan_interval),
             ),
             parts.policy,
             _worker_options(parts.settings),
@@ -192,9 +207,106 @@ async def _wired(settings: Settings, catalogue: Catalogue | None) -> AsyncIterat
         stack.push_async_callback(ledger.close)
         store = await _open_store(settings)
         stack.push_async_callback(store.close)
+        await _claim(ledger, store)
+        readers = Readers(ledger)
+        stack.push_async_callback(readers.close)
         # Reading the catalogue took far more memory than it keeps.
         await asyncio.to_thread(release_free_memory)
-        yield _Parts(settings, catalogue, ledger, store, _policy(settings), Readers())
+        yield _Parts(settings, catalogue, ledger, store, _policy(settings), readers)
+
+
+async def _claim(ledger: Ledger, store: OutputStore) -> None:
+    """Make sure that no other ledger keeps its outputs here: each would sweep those of
+    the other away."""
+    mine = await ledger.identity()
+    try:
+        holder = await store.claim(mine)
+    except StoreFailed as error:
+        if error.retryable:
+            raise ConfigurationError(
+                "store.url: the output store does not answer; correct it, or start it"
+            ) from error
+        # It is full, which must not keep the server from starting: it frees room.
+        log.warning("the output store is full and does not say whose it is")
+        return
+    if holder != mine:
+        raise ConfigurationError(
+            f"store.url: the outputs there belong to another ledger ({holder}; this one is "
+            f"{mine}); name another directory or prefix for this ledger's, or, if that "
+            "ledger is gone for good, delete the file or object `.owner` there: what it "
+            "left is deleted then"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Http:
+    """The HTTP port, listening."""
+
+    server: HttpServer
+    port: int
+    address: str
+    keys: LinkKeys
+
+
+async def _open_http(parts: _Parts, manager: JobManager) -> _Http | None:
+    settings = parts.settings
+    if not settings.http.listen:
+        return None
+    host, port = host_and_port("http.listen", settings.http.listen)
+    keys = await asyncio.to_thread(_link_keys, settings)
+    downloads = HttpDownloads(
+        manager,
+        parts.store,
+        parts.readers,
+        keys,
+        _download_options(settings),
+        SystemClock(),
+    )
+    server = HttpServer(downloads.add_routes)
+    try:
+        port = await server.start(host, port)
+    except OSError as error:
+        raise ConfigurationError(
+            f"http.listen: {error}; is another server on that port?"
+        ) from None
+    host_text = settings.http.listen.rpartition(":")[0]
+    return _Http(server, port, f"{host_text}:{port}", keys)
+
+
+def _link_keys(settings: Settings) -> LinkKeys:
+    given = settings.http.signing_keys
+    if given:
+        return LinkKeys([key.get_secret_value().encode() for key in given])
+    if not _is_embedded(settings):
+        raise ConfigurationError(
+            "http.signing_keys: the processes of a fleet must accept each other's URLs; "
+            "give all of them the same key, such as `openssl rand -base64 32` makes"
+        )
+    try:
+        return LinkKeys([kept_key(settings.data_dir, "download-url.key")])
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"data_dir: {error}") from None
+
+
+def _download_urls(parts: _Parts, manager: JobManager, http: _Http | None) -> DownloadUrls:
+    settings, links = parts.settings, None
+    if http is not None:
+        base = settings.http.public_url or f"http://{http.address}"
+        links = HttpLinks(base, http.keys)
+    return DownloadUrls(
+        manager,
+        SystemClock(),
+        UrlOptions(
+            timedelta(seconds=settings.download.url_lifetime),
+            timedelta(seconds=settings.download.max_url_lifetime),
+        ),
+        signer=parts.store if isinstance(parts.store, UrlSigner) else None,
+        links=links,
+    )
+
+
+def _download_options(settings: Settings) -> DownloadOptions:
+    return DownloadOptions(settings.download.chunk_bytes, settings.download.stall_timeout)
 
 
 def migrate(settings: Settings) -> tuple[str | None, str]:
@@ -210,7 +322,7 @@ def migrate(settings: Settings) -> tuple[str | None, str]:
 
 def _is_embedded(settings: Settings) -> bool:
     """Whether the ledger is a file of this one process, and no server for a fleet."""
-    scheme = urlsplit(settings.ledger.url).scheme
+    scheme = settings.ledger.url.partition(":")[0]
     if scheme not in ("", "sqlite", "postgresql", "postgres"):
         raise ConfigurationError(
             f"ledger.url: {scheme}: is not supported; use sqlite:///PATH or postgresql://..."
@@ -269,6 +381,7 @@ async def _open_s3(settings: Settings) -> OutputStore:
             bucket=url.netloc,
             prefix=url.path.strip("/"),
             endpoint_url=s3.endpoint_url,
+            public_endpoint_url=s3.public_endpoint_url,
             region=s3.region,
             path_style=s3.path_style,
             access_key_id=s3.access_key_id,

@@ -11,6 +11,7 @@
             ├── SourceFailed
             ├── ValueNotEncodable
             ├── ExportTooLarge
+            ├── TooManyRowErrors
             └── StoreFailed
 
 Internal causes travel as `__cause__`, go to the log and never to the caller. Messages
@@ -73,6 +74,8 @@ class ErrorReason(enum.StrEnum):
     READER_STALLED = "READER_STALLED"
     SOURCE_CHANGED = "SOURCE_CHANGED"
     LEDGER_UNAVAILABLE = "LEDGER_UNAVAILABLE"
+    DOWNLOAD_URLS_UNAVAILABLE = "DOWNLOAD_URLS_UNAVAILABLE"
+    TOO_MANY_ROW_ERRORS = "TOO_MANY_ROW_ERRORS"
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +166,14 @@ TABLE: Mapping[ErrorReason, Answer] = MappingProxyType(
             Code.UNAVAILABLE,
             "the service cannot reach its database; try again, a CreateExport with the "
             "same request_id",
+        ),
+        ErrorReason.DOWNLOAD_URLS_UNAVAILABLE: Answer(
+            Code.FAILED_PRECONDITION,
+            "this server gives no download URLs, for its outputs are not on S3 and it has "
+            "no HTTP port; use StreamDownload, or have the operator set http.listen",
+        ),
+        ErrorReason.TOO_MANY_ROW_ERRORS: Answer(
+            Code.DATA_LOSS, "too many rows cannot be exported"
         ),
     }
 )
@@ -307,6 +318,22 @@ class ExportTooLarge(ExportFailed):
             f"the export passed {cap} = {limit}: it had reached {count}; "
             "narrow it by filters, a time range or a limit",
             metadata={"cap": cap, "limit": str(limit), "count": str(count)},
+        )
+
+
+class TooManyRowErrors(ExportFailed):
+    """More rows than may be left out cannot be exported."""
+
+    def __init__(self, limit: int, count: int) -> None:
+        super().__init__(
+            ErrorReason.TOO_MANY_ROW_ERRORS,
+            f"the export passed max_row_errors = {limit}: {count} rows could not be "
+            "written already; allow more, leave a column out, or choose another format",
+            metadata={
+                "cap": "max_row_errors",
+                "limit": str(limit),
+                "count": str(count),
+            },
         )
 
 

@@ -5,22 +5,27 @@ from __future__ import annotations
 
 import difflib
 import ipaddress
+import json
 import os
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     SecretStr,
     ValidationError,
+    field_validator,
     model_validator,
 )
 from pydantic_settings import (
     BaseSettings,
+    NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
 )
@@ -58,6 +63,11 @@ class S3Settings(Section):
 
     endpoint_url: str | None = Field(
         None, description="`https://HOST:PORT` of the service; absent: AWS"
+    )
+    public_endpoint_url: str | None = Field(
+        None,
+        description="`https://HOST:PORT` of the same service as callers reach it, for "
+        "download URLs; absent: `store.s3.endpoint_url`",
     )
     region: str | None = Field(
         None,
@@ -156,6 +166,11 @@ class RetentionSettings(Section):
     reap_interval: Annotated[float, Field(ge=1)] = Field(
         300.0, description="between two looks for expired jobs; at least 1"
     )
+    orphan_interval: Annotated[float, Field(ge=60)] = Field(
+        86_400.0,
+        description="between two looks for output that belongs to no job, which goes at "
+        "the second look that finds it; at least 60",
+    )
 
     @model_validator(mode="after")
     def _default_within_bounds(self) -> Self:
@@ -184,6 +199,76 @@ class DownloadSettings(Section):
     stall_timeout: PositiveSeconds = Field(
         60.0, description="seconds after which a reader that takes nothing is dropped"
     )
+    url_lifetime: PositiveInt = Field(
+        3600, description="seconds that download URLs work when the request does not say"
+    )
+    max_url_lifetime: Annotated[int, Field(ge=1, le=7 * 86_400)] = Field(
+        86_400,
+        description="most that a request may ask for, and not below `url_lifetime`; at "
+        "most a week, as S3 has it",
+    )
+
+    @model_validator(mode="after")
+    def _default_within_bounds(self) -> Self:
+        if self.url_lifetime > self.max_url_lifetime:
+            raise ValueError(
+                f"url_lifetime ({self.url_lifetime}) must not pass max_url_lifetime "
+                f"({self.max_url_lifetime})"
+            )
+        return self
+
+
+def _split_keys(value: object) -> object:
+    """A variable has the keys in one text, or as JSON; a file may have a list."""
+    if not isinstance(value, str):
+        return value
+    return json.loads(value) if value.lstrip().startswith("[") else value.split()
+
+
+class HttpSettings(Section):
+    """The HTTP port of `serve`, for download URLs of outputs that are not on S3."""
+
+    listen: str = Field(
+        "", description="`host:port` of the HTTP port; empty: there is none"
+    )
+    public_url: str = Field(
+        "",
+        description="what callers reach the HTTP port by, such as "
+        "`https://exports.example.com`; empty: `http://` and `http.listen`",
+    )
+    signing_keys: Annotated[
+        tuple[SecretStr, ...], NoDecode, BeforeValidator(_split_keys)
+    ] = Field(
+        (),
+        description="keys of at least 32 characters that sign download URLs, in a list or "
+        "one text with spaces between: the first signs, all are accepted; none: one that "
+        "is made and kept in data_dir, for the embedded ledger only",
+    )
+
+    @field_validator("signing_keys")
+    @classmethod
+    def _long_enough(cls, keys: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+        if any(len(key.get_secret_value().encode()) < 32 for key in keys):
+            raise ValueError("each key needs at least 32 bytes: openssl rand -base64 32")
+        return keys
+
+    @field_validator("public_url")
+    @classmethod
+    def _is_a_base(cls, text: str) -> str:
+        parts = urlsplit(text)
+        if text and not (
+            parts.scheme in {"http", "https"}
+            and parts.hostname
+            and parts.port != 0
+            and not parts.query
+            and not parts.fragment
+            and "@" not in parts.netloc
+            and text.isascii()
+            and text.isprintable()
+            and " " not in text
+        ):
+            raise ValueError("must be https://HOST or http://HOST:PORT, maybe with a path")
+        return text
 
 
 class LogSettings(Section):
@@ -232,6 +317,7 @@ class Settings(BaseSettings):
     retention: RetentionSettings = RetentionSettings()
     parts: PartSettings = PartSettings()
     download: DownloadSettings = DownloadSettings()
+    http: HttpSettings = HttpSettings()
     log: LogSettings = LogSettings()
 
     @classmethod
@@ -338,17 +424,31 @@ def _explain(error: ValidationError, file: Path | None) -> str:
     return f"{file or 'settings'} (or {variable(key)}): {key}: {first['msg']}"
 
 
-def _check_listen(settings: Settings) -> None:
-    host, colon, port = settings.listen.rpartition(":")
-    if not colon or not port.isdigit() or int(port) > 65_535:
+def host_and_port(key: str, address: str) -> tuple[str, int]:
+    """The two halves of a `host:port`; raises `ConfigurationError` naming the key."""
+    host, colon, port = address.rpartition(":")
+    if not (colon and host and port.isascii() and port.isdigit()) or int(port) > 65_535:
         raise ConfigurationError(
-            f"listen: {settings.listen!r} is not host:port, such as 127.0.0.1:50051"
+            f"{key}: {address!r} is not host:port, such as 127.0.0.1:50051"
         )
-    if not settings.allow_unauthenticated and not _is_loopback(host.strip("[]")):
+    return host.strip("[]"), int(port)
+
+
+def _check_listen(settings: Settings) -> None:
+    host, _ = host_and_port("listen", settings.listen)
+    if not settings.allow_unauthenticated and not _is_loopback(host):
         raise ConfigurationError(
             f"listen: {host} is reachable from elsewhere and nobody has to identify "
             "themselves; listen on 127.0.0.1, or set allow_unauthenticated"
         )
+    if settings.http.listen:
+        # Whoever may download shows a signed URL, so it may listen anywhere.
+        host, _ = host_and_port("http.listen", settings.http.listen)
+        if host in {"0.0.0.0", "::", "*"} and not settings.http.public_url:  # noqa: S104 - refused
+            raise ConfigurationError(
+                f"http.public_url: is needed with http.listen = {settings.http.listen!r}, "
+                "an address that nobody can be sent to; give https://HOST of this server"
+            )
 
 
 def _is_loopback(host: str) -> bool:

@@ -400,8 +400,9 @@ async def test_a_deleted_job_is_gone_at_once_and_forgotten_after_its_cleanup(
 
     assert await world.ledger.known_jobs([job.job_id]) == set()
     rows = world.dump()
-    assert rows.pop("tasks"), "the reap task stays"
+    assert rows.pop("tasks"), "the reap and sweep tasks stay"
     assert rows.pop("counters"), "tokens rise for ever"
+    assert rows.pop("identity"), "it is the same ledger for ever"
     assert not any(rows.values()), rows
 
 

@@ -64,6 +64,7 @@ specs = st.builds(
     limit=st.none() | counts,
     max_part_rows=st.none() | counts,
     max_part_bytes=st.none() | counts,
+    max_row_errors=st.none() | counts,
     ttl=st.timedeltas(timedelta(0), timedelta(days=36_500)),
     priority=st.integers(-100, 100),
     labels=labels,
@@ -81,8 +82,8 @@ def test_a_request_is_tried_with_each_of_its_fields() -> None:
     """A new field must be added to the requests above."""
     assert {field.name for field in fields(ExportSpec)} == {
         *("dataset", "output", "target_id", "network", "start_time", "end_time"),
-        *("columns", "filters", "limit", "max_part_rows", "max_part_bytes", "ttl"),
-        *("priority", "labels"),
+        *("columns", "filters", "limit", "max_part_rows", "max_part_bytes"),
+        *("max_row_errors", "ttl", "priority", "labels"),
     }
 
 

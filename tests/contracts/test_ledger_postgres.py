@@ -8,22 +8,23 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, closing, suppress
+from contextlib import AsyncExitStack, closing, contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
+import psutil
 import psycopg
 import pytest
 
 from exportd_server.errors import ConfigurationError, ErrorReason, LedgerUnavailable
-from exportd_server.jobs.ledger import news, schema
+from exportd_server.jobs.ledger import lanes, news, schema
 from exportd_server.jobs.ledger.base import ClaimLimits, Lease, LeaseLost, NewJob, TaskKind
 from exportd_server.jobs.ledger.postgres import (
     migrate_postgres_ledger,
     open_postgres_ledger,
 )
-from exportd_server.jobs.ledger.postgres_server import OLDEST, require_version
+from exportd_server.jobs.ledger.postgres_server import OLDEST, Address, require_version
 from exportd_server.jobs.ledger.sql import SqlLedger
 from exportd_server.jobs.ledger.transaction import Changes
 from exportd_server.jobs.model import JobState
@@ -301,6 +302,96 @@ async def test_more_calls_than_connections_stand_in_line(
         await ledger.close()
 
 
+async def test_a_job_without_attempts_that_is_locked_holds_up_no_claim(
+    fleet: list[SqlLedger], ledger_database: LedgerDatabase
+) -> None:
+    ledger_database.execute("UPDATE tasks SET state = 'done'")
+    for number in range(1, 4):
+        await fleet[0].create_job(new(number))
+    dead = str(UUID(int=1))
+    for _ in range(5):
+        lease = await claim(fleet[0])
+        assert lease is not None
+        assert lease.job_id == dead
+        ledger_database.execute("UPDATE tasks SET lease_expires = 0 WHERE state = 'leased'")
+    with closing(
+        hold(ledger_database.url, f"SELECT * FROM jobs WHERE job_id = '{dead}' FOR UPDATE")
+    ):
+        async with asyncio.timeout(3):
+            lease = await claim(fleet[1])
+        assert lease is not None
+        assert lease.job_id != dead
+    assert await claim(fleet[2]) is not None
+    job = await fleet[0].get_job("acme", dead)
+    assert job is not None
+    assert job.state is JobState.FAILED
+
+
+async def test_calls_that_wait_for_one_job_hold_up_no_other(
+    fleet: list[SqlLedger], ledger_database: LedgerDatabase
+) -> None:
+    for number in (1, 2):
+        await fleet[0].create_job(new(number))
+    locked, other = str(UUID(int=1)), str(UUID(int=2))
+    with closing(
+        hold(
+            ledger_database.url, f"SELECT * FROM jobs WHERE job_id = '{locked}' FOR UPDATE"
+        )
+    ):
+        cancels = [
+            asyncio.create_task(fleet[0].cancel_job("acme", locked)) for _ in range(8)
+        ]
+        await asyncio.sleep(0.1)
+        async with asyncio.timeout(2):
+            assert await fleet[0].get_job("acme", other) is not None
+            assert await fleet[0].cancel_job("acme", other) is not None
+    assert all(await asyncio.gather(*cancels))
+
+
+async def test_a_locked_task_costs_no_other_lease(
+    fleet: list[SqlLedger], ledger_database: LedgerDatabase
+) -> None:
+    leases = []
+    for number in range(1, 4):
+        await fleet[0].create_job(new(number))
+        lease = await claim(fleet[0])
+        assert lease is not None
+        leases.append(lease)
+    first = leases[0].task_id
+    with closing(
+        hold(ledger_database.url, f"SELECT * FROM tasks WHERE task_id = {first} FOR UPDATE")
+    ):
+        async with asyncio.timeout(3):
+            assert await fleet[0].renew(leases, timedelta(hours=1)) == []
+    ((count,),) = ledger_database.ask(
+        "SELECT count(*) FROM tasks WHERE lease_expires > "
+        "(extract(epoch FROM now()) + 1800) * 1000000"
+    )
+    assert count == 2
+
+
+async def test_what_waited_for_a_lock_goes_by_the_time_it_got_it(
+    fleet: list[SqlLedger], ledger_database: LedgerDatabase
+) -> None:
+    job, _ = await fleet[0].create_job(new(1))
+    assert await claim(fleet[0]) is not None
+    with closing(
+        hold(
+            ledger_database.url,
+            f"SELECT * FROM jobs WHERE job_id = '{job.job_id}' FOR UPDATE",
+        )
+    ) as peer:
+        cancelling = asyncio.create_task(fleet[0].cancel_job("acme", job.job_id))
+        await asyncio.wait((cancelling,), timeout=0.5)
+        assert not cancelling.done()
+        ((released,),) = ledger_database.ask("SELECT clock_timestamp()")
+        peer.rollback()
+    cancelled = await cancelling
+    assert cancelled is not None
+    assert cancelled[0].finish_time is not None
+    assert cancelled[0].finish_time >= released
+
+
 # --- a server that goes away
 
 
@@ -389,6 +480,72 @@ async def test_the_news_comes_back_and_nothing_is_missed(
         await there.close()
 
 
+async def test_a_server_that_hangs_is_given_up_and_holds_up_no_end(
+    fragile: PostgresServer, fragile_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It answers nothing and closes nothing."""
+    monkeypatch.setattr(lanes, "CALL_SECONDS", 1.0)
+    ledger = await open_postgres_ledger(fragile_url, connections=2)
+    job, _ = await ledger.create_job(new(1))
+    await asyncio.gather(*(ledger.get_job("acme", job.job_id) for _ in range(4)))
+    monkeypatch.setattr(lanes, "_CLOSE_SECONDS", 0.5)
+    with frozen(fragile):
+        async with asyncio.timeout(LONG):
+            with pytest.raises(LedgerUnavailable):
+                await ledger.get_job("acme", job.job_id)
+            stuck = asyncio.create_task(ledger.get_job("acme", job.job_id))
+            await asyncio.sleep(0)
+            await ledger.close()
+            with pytest.raises((LedgerUnavailable, asyncio.CancelledError)):
+                await stuck
+
+
+@contextmanager
+def frozen(server: PostgresServer) -> Iterator[None]:
+    """Stop every process of the server for as long as the context is open."""
+    main = psutil.Process(server.pid)
+    stopped = [main, *main.children(recursive=True)]
+    for process in stopped:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in stopped:
+            process.resume()
+
+
+async def test_a_claim_whose_answer_is_lost_is_not_made_again(
+    fleet: list[SqlLedger], ledger_database: LedgerDatabase
+) -> None:
+    """A task that nobody knows to have is one too many, and not eight."""
+    for number in range(1, 9):
+        await fleet[0].create_job(new(number))
+    assert await claim(fleet[0]) is not None
+    ask = lanes.Lane._execute
+
+    def losing(lane: Any, connection: Any, text: str, parameters: Any) -> Any:
+        row = ask(lane, connection, text, parameters)
+        if "claim_task" in text:
+            lanes._raw(connection).close()
+            raise psycopg.OperationalError("the answer is lost")
+        return row
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lanes.Lane, "_execute", losing)
+        with pytest.raises(LedgerUnavailable):
+            await claim(fleet[0])
+    ((leased,),) = ledger_database.ask("SELECT count(*) FROM tasks WHERE state = 'leased'")
+    assert leased == 2
+
+
+async def test_odd_news_does_not_end_the_listening(
+    fleet: list[SqlLedger], ledger_database: LedgerDatabase
+) -> None:
+    for text in ('{"from":"x","jobs":{"a":Infinity}}', "[" * 7000, '{"from":1}', "x"):
+        ledger_database.execute(f"SELECT pg_notify('exportd', '{text}')")
+    await test_work_created_by_one_process_wakes_another(fleet)
+
+
 # --- versions
 
 
@@ -448,6 +605,8 @@ async def test_other_tables_of_the_database_are_nobodys_business(
         ("postgresql://postgres@127.0.0.1:{port}/missing", "create the database"),
         ("postgresql://stranger@127.0.0.1:{port}/postgres", "mend user or password"),
         ("postgresql://127.0.0.1:{port}/x?nonsense=1", "postgresql://USER:PASSWORD@HOST"),
+        ("postgresql://app:x@[::1x:{port}/x", "postgresql://USER:PASSWORD@HOST"),
+        ("", "postgresql://USER:PASSWORD@HOST"),
     ],
 )
 async def test_a_wrong_url_is_one_line_that_says_what_to_do(
@@ -458,11 +617,54 @@ async def test_a_wrong_url_is_one_line_that_says_what_to_do(
     assert "\n" not in str(error.value)
 
 
-async def test_a_password_is_never_told(postgres: PostgresServer) -> None:
-    url = f"postgresql://stranger:hunter2@127.0.0.1:{postgres.port}/postgres"
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://stranger:hunter2@127.0.0.1:{port}/postgres",
+        "postgresql://app:hunter2%et@127.0.0.1:{port}/x",
+        "postgresql://app:hunter2@[::1]x:{port}/x",
+        "postgresql://app:hun/hunter2@127.0.0.1:{port}/x",
+        "postgresql://app:hun@hunter2@127.0.0.1:{port}/x",
+        "postgresql://app:hun#hunter2@127.0.0.1:{port}/x",
+        "postgresql://app:hun?hunter2@127.0.0.1:{port}/x",
+        "host=127.0.0.1 port={port} password=hunter2",
+    ],
+)
+async def test_a_password_is_never_told(postgres: PostgresServer, url: str) -> None:
     with pytest.raises(ConfigurationError) as error:
-        await open_postgres_ledger(url)
+        await open_postgres_ledger(url.format(port=postgres.port))
     assert "hunter2" not in str(error.value)
+
+
+async def test_a_connection_that_drops_its_settings_is_refused(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As poolers do that ignore what they do not know."""
+    migrate_postgres_ledger(postgres_url)
+    connect = Address.connect
+
+    def pooled(address: Address) -> psycopg.Connection[Any]:
+        kept = {k: v for k, v in address.parameters.items() if k != "options"}
+        return connect(Address(kept, address.shown))
+
+    monkeypatch.setattr(Address, "connect", pooled)
+    for act in (migrate_postgres_ledger, lambda url: Address.parse(url).check()):
+        with pytest.raises(ConfigurationError, match="without a pooler in between"):
+            act(postgres_url)
+
+
+async def test_a_server_without_connections_left_says_so(
+    postgres: PostgresServer, postgres_database: str
+) -> None:
+    user = f"u_{postgres_database}"
+    postgres.sql(f"CREATE USER {user} CONNECTION LIMIT 0")
+    try:
+        with pytest.raises(ConfigurationError, match="raise max_connections"):
+            await open_postgres_ledger(
+                f"postgresql://{user}@127.0.0.1:{postgres.port}/{postgres_database}"
+            )
+    finally:
+        postgres.sql(f"DROP USER {user}")
 
 
 def test_an_old_server_is_refused() -> None:

@@ -5,16 +5,28 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from datetime import timedelta
 from pathlib import Path
+from uuid import UUID
 
 import pytest
 
 from exportd_server.errors import ErrorReason, ErrorRecord
-from exportd_server.jobs.ledger.base import JobQuery, Lease
+from exportd_server.jobs.ledger.base import JobQuery, Kept, Lease, LeaseLost
 from exportd_server.jobs.model import Job, JobState
-from tests.support.ledger import BACKENDS, CLEANUP, REAP, Backend, World, part
+from exportd_server.store.key import JobPrefix
+from tests.support.ledger import (
+    BACKENDS,
+    CLEANUP,
+    REAP,
+    SWEEP,
+    Backend,
+    World,
+    part,
+)
 
 DISK_BUSY = ErrorRecord(ErrorReason.STORE_FAILED, "busy")
 INTERVAL = timedelta(seconds=300)
+PIN = timedelta(seconds=60)
+HOUR = timedelta(hours=1)
 
 
 @pytest.fixture(params=list(BACKENDS.values()), ids=list(BACKENDS))
@@ -57,7 +69,7 @@ async def cleanup_of_a_disturbed_success(world: World) -> tuple[Job, Lease]:
 async def test_the_parts_of_a_good_output_stay(world: World) -> None:
     job, cleanup = await cleanup_of_a_disturbed_success(world)
     assert job.manifest is not None
-    assert await world.ledger.kept_parts(cleanup) == list(job.manifest.parts)
+    assert await world.ledger.kept_parts(cleanup) == Kept(job.manifest.parts)
 
 
 async def test_nothing_of_an_expired_output_stays(world: World) -> None:
@@ -199,3 +211,236 @@ async def test_known_jobs_are_those_with_a_record_of_any_tenant(world: World) ->
     assert await world.ledger.known_jobs(asked) == {mine.job_id, theirs.job_id}
     assert await world.ledger.known_jobs([]) == set()
     assert mine.state is JobState.PENDING
+
+
+# --- the manifest in the store
+
+
+async def test_of_the_last_shard_it_is_told_what_will_be_published_and_nothing_changes(
+    world: World,
+) -> None:
+    job, first = await world.running(2)
+    second = await world.lease()
+    for lease in (first, second):
+        await world.ledger.add_part(lease, part(lease))
+    assert await world.ledger.complete_unless_last(first) is None
+    before = world.dump()
+    told = await world.ledger.complete_unless_last(second)
+    assert world.dump() == before
+    assert await world.ledger.complete_shard(second, manifest=True)
+    assert (await world.job(job)).manifest == told
+    for late in (first, second):
+        with pytest.raises(LeaseLost):
+            await world.ledger.complete_unless_last(late)
+
+
+async def test_the_manifest_that_was_named_stays_and_no_other_one(world: World) -> None:
+    job, lease = await world.running()
+    await world.ledger.release(lease)
+    lease = await world.lease()
+    await world.ledger.add_part(lease, part(lease))
+    await world.ledger.complete_shard(lease, manifest=True)
+    manifest = (await world.job(job)).manifest
+    assert manifest is not None
+    kept = await world.ledger.kept_parts(await world.lease(CLEANUP))
+    assert kept == Kept(manifest.parts, lease.token)
+
+
+# --- outputs that are being read
+
+
+async def pinned(world: World, job: Job, reader: str = "r") -> bool:
+    return await world.ledger.pin_output(job.tenant, job.job_id, reader, length=PIN)
+
+
+async def expired_and_pinned(world: World) -> Job:
+    """A job that has been hidden since its pin was made a second before it expired."""
+    job = await world.succeeded()
+    world.clock.advance(job.spec.ttl.total_seconds() - 1)
+    assert await pinned(world, job)
+    world.clock.advance(1)
+    assert await expire(world) == 1
+    return job
+
+
+async def test_a_pinned_output_stays_although_it_has_expired_and_is_refused(
+    world: World,
+) -> None:
+    job = await expired_and_pinned(world)
+    assert await world.ledger.get_job(job.tenant, job.job_id) is None
+    cleanup = await world.lease(CLEANUP)
+    assert await world.ledger.kept_parts(cleanup) == Kept(read=True)
+    assert not await world.ledger.is_cut(job.job_id, "r")
+    await world.ledger.unpin_output(job.job_id, "r")
+    assert await world.ledger.kept_parts(cleanup) is None
+    assert await world.ledger.is_cut(job.job_id, "r")
+
+
+async def test_a_pin_is_prolonged_for_as_long_as_it_takes_and_else_runs_out(
+    world: World,
+) -> None:
+    job = await expired_and_pinned(world)
+    for _ in range(5):
+        world.clock.advance(20)
+        assert await pinned(world, job)
+    world.clock.advance(PIN.total_seconds() - 0.000_001)
+    cleanup = await world.lease(CLEANUP)
+    assert await world.ledger.kept_parts(cleanup) == Kept(read=True)
+    world.clock.advance(0.000_001)
+    assert await world.ledger.kept_parts(cleanup) is None
+    # Once a cleanup was told to delete, nobody can get in its way.
+    assert not await pinned(world, job)
+    assert await world.ledger.kept_parts(cleanup) is None
+
+
+async def test_who_comes_after_the_expiry_cannot_pin_beside_one_who_came_before(
+    world: World,
+) -> None:
+    job = await expired_and_pinned(world)
+    assert not await pinned(world, job, "late")
+    assert await world.ledger.is_cut(job.job_id, "late")
+    fresh = await world.succeeded()
+    world.clock.advance(fresh.spec.ttl.total_seconds())
+    assert not await pinned(world, fresh), "expired, and not hidden yet"
+
+
+async def test_each_reader_has_a_pin_of_its_own(world: World) -> None:
+    job = await world.succeeded()
+    assert await pinned(world, job, "r")
+    assert await pinned(world, job, "s")
+    world.clock.advance(job.spec.ttl.total_seconds())
+    assert not await pinned(world, job, "r"), "it has run out"
+    job = await world.succeeded()
+    world.clock.advance(job.spec.ttl.total_seconds() - 1)
+    assert await pinned(world, job, "r")
+    assert await pinned(world, job, "s")
+    world.clock.advance(1)
+    await expire(world)
+    await world.ledger.unpin_output(job.job_id, "r")
+    assert await pinned(world, job, "s")
+    assert not await pinned(world, job, "r")
+
+
+async def test_only_a_readable_output_of_the_own_tenant_is_pinned(world: World) -> None:
+    running, _ = await world.running()
+    others = [await cancelled(world), await failed(world), running]
+    for job in others:
+        assert not await pinned(world, job)
+    good = await world.succeeded()
+    assert not await world.ledger.pin_output("rival", good.job_id, "r", length=PIN)
+    assert not await world.ledger.pin_output("acme", "no-such", "r", length=PIN)
+    await world.ledger.unpin_output("no-such", "r")
+    assert world.dump()["pins"] == []
+
+
+async def test_a_pin_holds_up_neither_a_delete_nor_the_cut_of_its_reader(
+    world: World,
+) -> None:
+    job = await world.succeeded()
+    assert await pinned(world, job)
+    await world.ledger.delete_job("acme", job.job_id)
+    assert await world.ledger.is_cut(job.job_id, "r")
+    assert not await pinned(world, job)
+    assert await world.ledger.kept_parts(await world.lease(CLEANUP)) is None
+
+
+async def test_what_is_cut_is_told_and_what_expires_is_not(world: World) -> None:
+    doomed, _ = await world.running()
+    deleted, expiring = await world.succeeded(), await world.succeeded()
+    told: list[str] = []
+    with (
+        world.ledger.on_cut(doomed.job_id, lambda: told.append("doomed")),
+        world.ledger.on_cut(deleted.job_id, lambda: told.append("deleted")),
+        world.ledger.on_cut(expiring.job_id, lambda: told.append("expiring")),
+    ):
+        await world.ledger.cancel_job("acme", doomed.job_id)
+        await world.ledger.cancel_job("acme", doomed.job_id)
+        await world.ledger.delete_job("acme", deleted.job_id)
+        await world.ledger.get_job("acme", expiring.job_id)
+        assert told == ["doomed", "deleted"]
+        assert await world.ledger.is_cut(doomed.job_id, "r")
+        assert await world.ledger.is_cut(deleted.job_id, "r")
+        world.clock.advance(expiring.spec.ttl.total_seconds())
+        assert await expire(world) == 2
+        assert told == ["doomed", "deleted"]
+
+
+async def test_nothing_is_left_of_the_pins_of_dead_readers(world: World) -> None:
+    await expired_and_pinned(world)
+    world.clock.advance(PIN.total_seconds())
+    await world.work_off()
+    assert world.dump()["pins"] == []
+
+
+# --- output without a job
+
+
+def stray(number: int, tenant: str = "acme") -> JobPrefix:
+    return JobPrefix(tenant, str(UUID(int=2**100 + number)))
+
+
+async def look(world: World, *found: JobPrefix) -> set[JobPrefix]:
+    lease = await world.lease(SWEEP)
+    old = await world.ledger.note_orphans(lease, found, after=HOUR)
+    await world.ledger.complete_sweep(lease, again_in=timedelta(0))
+    return set(old)
+
+
+async def test_an_orphan_is_one_at_two_looks_an_hour_apart(world: World) -> None:
+    job = JobPrefix("acme", (await world.create()).job_id)
+    one, other = stray(1), stray(2, "rival")
+    assert await look(world, one, job) == set()
+    world.clock.advance(HOUR.total_seconds() - 1)
+    assert await look(world, one, other, job) == set()
+    world.clock.advance(1)
+    assert await look(world, job, one, other) == {one}
+    world.clock.advance(HOUR.total_seconds())
+    assert await look(world, job, other) == {other}
+
+
+async def test_what_was_gone_in_between_is_looked_at_anew(world: World) -> None:
+    assert await look(world, stray(1)) == set()
+    world.clock.advance(HOUR.total_seconds())
+    assert await look(world) == set()
+    assert world.dump()["orphans"] == []
+    assert await look(world, stray(1)) == set()
+
+
+async def test_a_hidden_job_is_no_orphan_until_it_is_forgotten(world: World) -> None:
+    job = await world.succeeded()
+    prefix = JobPrefix(job.tenant, job.job_id)
+    await world.ledger.delete_job(job.tenant, job.job_id)
+    await look(world, prefix)
+    world.clock.advance(HOUR.total_seconds())
+    assert await look(world, prefix) == set()
+    await world.work_off()
+    assert await look(world, prefix) == set()
+    world.clock.advance(HOUR.total_seconds())
+    assert await look(world, prefix) == {prefix}
+
+
+async def test_there_is_one_sweep_task_and_who_lost_it_changes_nothing(
+    world: World,
+) -> None:
+    stale = await world.lease(SWEEP)
+    assert await world.claim(SWEEP) is None
+    world.clock.advance(15)
+    lease = await world.lease(SWEEP)
+    before = world.dump()
+    with pytest.raises(LeaseLost):
+        await world.ledger.note_orphans(stale, [stray(1)], after=HOUR)
+    with pytest.raises(LeaseLost):
+        await world.ledger.complete_sweep(stale, again_in=HOUR)
+    assert world.dump() == before
+    await world.ledger.complete_sweep(lease, again_in=HOUR)
+    world.clock.advance(HOUR.total_seconds() - 1)
+    assert await world.claim(SWEEP) is None
+    world.clock.advance(1)
+    assert await world.claim(SWEEP) is not None
+
+
+async def test_a_ledger_says_for_ever_which_one_it_is(world: World) -> None:
+    identity = await world.ledger.identity()
+    assert str(UUID(identity)) == identity
+    await world.succeeded()
+    assert await world.ledger.identity() == identity

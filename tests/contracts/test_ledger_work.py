@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from exportd_server.errors import ErrorReason, ErrorRecord
-from exportd_server.jobs.ledger.base import Lease, LeaseLost, TaskKind
+from exportd_server.jobs.ledger.base import Kept, Lease, LeaseLost, TaskKind
+from exportd_server.jobs.ledger.statements.working import MOST_GENERATIONS
 from exportd_server.jobs.model import JobState, ManifestColumn
 from exportd_server.sources.base import Shard
 from tests.support.ledger import (
@@ -83,11 +84,20 @@ async def test_tokens_rise_over_all_tasks(world: World) -> None:
     assert tokens == sorted(set(tokens))
 
 
-async def test_the_tenant_with_the_fewest_running_jobs_goes_first(world: World) -> None:
+async def test_the_tenant_with_the_fewest_tasks_at_work_goes_first(world: World) -> None:
     for tenant in ("greedy", "greedy", "greedy", "modest", "modest"):
         await world.create(tenant, priority=100 if tenant == "greedy" else 0)
     order = [(await world.lease()).tenant for _ in range(5)]
     assert order == ["greedy", "modest", "greedy", "modest", "greedy"]
+
+
+async def test_many_workers_on_one_job_count_as_many(world: World) -> None:
+    """A tenant whose one job is cut does not get every slot."""
+    await world.running(9, tenant="wide")
+    for _ in range(9):
+        await world.create("narrow")
+    order = [(await world.lease()).tenant for _ in range(9)]
+    assert order == ["narrow", *["wide", "narrow"] * 4]
 
 
 async def test_of_equal_tenants_the_one_served_longest_ago_goes_first(
@@ -480,9 +490,9 @@ async def test_progress_is_the_sum_over_shards_and_what_was_told_last(
     two = await world.lease()
     assert (await world.job(job)).progress.rows_per_second is None
     total = await world.ledger.record_progress(one, rows=5, bytes_=50, rows_per_second=2.5)
-    assert total == (5, 50)
+    assert total == (5, 50, 0)
     total = await world.ledger.record_progress(two, rows=7, bytes_=70, rows_per_second=1)
-    assert total == (12, 120)
+    assert total == (12, 120, 0)
     progress = (await world.job(job)).progress
     assert (progress.rows, progress.bytes, progress.rows_per_second) == (12, 120, 3.5)
     assert (progress.parts_done, progress.parts_total) == (0, None)
@@ -639,7 +649,7 @@ async def test_a_job_that_needed_another_attempt_is_cleaned_up_after_success(
     assert not cleanup.forget
     done = await world.job(job)
     assert done.manifest is not None
-    assert await world.ledger.kept_parts(cleanup) == list(done.manifest.parts)
+    assert await world.ledger.kept_parts(cleanup) == Kept(done.manifest.parts)
     await world.ledger.complete_cleanup(cleanup)
     assert await world.claim(CLEANUP) is None
     assert await world.job(job) == done
@@ -660,7 +670,7 @@ async def test_restarting_throws_away_the_output_and_plans_anew(world: World) ->
     assert restarted.progress.rows == 0
     assert await world.ledger.finished_parts("acme", job.job_id) == []
     plan = await world.lease()
-    assert (plan.kind, plan.generation, plan.attempt) == (TaskKind.PLAN, 2, 2)
+    assert (plan.kind, plan.generation, plan.attempt) == (TaskKind.PLAN, 2, 1)
     with pytest.raises(LeaseLost):
         await world.ledger.complete_shard(two)
     columns = (ManifestColumn("other", "STRING", "string", nullable=True),)
@@ -686,11 +696,27 @@ async def test_a_source_that_always_changes_fails_the_job_in_the_end(
     world: World,
 ) -> None:
     job = await world.create()
-    for _ in range(MAX_ATTEMPTS):
+    for _ in range(MOST_GENERATIONS):
         await world.ledger.restart_output(await world.plan(await world.lease()))
     ended = await world.job(job)
     assert ended.state is JobState.FAILED
     assert ended.error is not None
     assert ended.error.reason is ErrorReason.SOURCE_CHANGED
-    assert (ended.attempt, ended.generation) == (MAX_ATTEMPTS, MAX_ATTEMPTS)
+    assert (ended.attempt, ended.generation) == (1, MOST_GENERATIONS)
     assert await world.claim() is None
+
+
+async def test_beginning_anew_costs_no_attempt_and_gives_none_back(world: World) -> None:
+    """However often workers are told to stop, only those that die are counted."""
+    await world.create()
+    for _ in range(3):
+        lease = await world.plan(await world.lease())
+        await world.ledger.release(lease)
+        await world.ledger.restart_output(await world.lease())
+    plan = await world.lease()
+    assert plan.attempt == 1
+    world.clock.advance(15)
+    second = await world.lease()
+    assert second.attempt == 2
+    await world.ledger.restart_output(await world.plan(second))
+    assert (await world.lease()).attempt == 2

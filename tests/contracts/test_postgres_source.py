@@ -12,11 +12,12 @@ from datetime import time as clock
 from decimal import Decimal
 from typing import Any
 
+import psycopg
 import pyarrow as pa
 import pytest
 
 from exportd_server.errors import SourceFailed, ValueNotEncodable
-from exportd_server.sources.adbc import AdbcSource, DatabaseStream
+from exportd_server.sources.adbc import AdbcSource, DatabaseStream, Session
 from exportd_server.sources.base import Filter, FilterOperator, Query
 from exportd_server.sources.postgres import Postgres
 from tests.support.holders import operator_query, table
@@ -243,6 +244,68 @@ def test_a_stream_sees_one_state_of_the_data(
         count += sum(batch.num_rows for batch in batches)
     assert count == 200_000
     assert read(source).num_rows == 0
+
+
+def test_a_table_that_was_emptied_and_filled_meanwhile_never_looks_empty(
+    run: Callable[[str], str], postgres_url: str
+) -> None:
+    """A reader's snapshot is older than the lock it waits for, and TRUNCATE empties a
+    table for every snapshot."""
+    run("CREATE TABLE t (id int8); INSERT INTO t SELECT generate_series(1, 500)")
+    source = AdbcSource(Postgres(postgres_url), table("t"))
+    query = Query(("id",))
+    (shard,) = source.plan(query).shards
+    with psycopg.connect(postgres_url) as writer:
+        writer.execute("TRUNCATE t")
+        writer.execute("INSERT INTO t SELECT generate_series(1, 500)")
+        with source.open(query, shard) as stream:
+            thread, failures = blocked(stream)
+            waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted"
+            wait_until(lambda: run(waiting).strip() == "1")
+            writer.commit()
+            thread.join(10)
+    (failure,) = failures
+    assert isinstance(failure, SourceFailed)
+    assert failure.retryable
+    assert read(source, query).num_rows == 500
+
+
+def test_a_connection_that_the_server_closed_is_an_error_and_not_the_end(
+    run: Callable[[str], str], postgres_url: str
+) -> None:
+    """Not the end of the process, that is, which some drivers make of it."""
+    vendor = Postgres(postgres_url)
+    others = (
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+        "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    )
+    for act in (
+        lambda session: session.fetch("SELECT 1 AS one"),
+        lambda session: session.run("SET LOCAL TimeZone = 'UTC'"),
+        lambda session: list(session.stream("SELECT 1 AS one")),
+    ):
+        with Session(vendor) as session:
+            run(others)
+            with pytest.raises(SourceFailed):
+                act(session)
+
+
+def test_a_backend_that_is_killed_before_its_first_row_is_an_error() -> None:
+    with running_postgres() as server:
+        server.sql("CREATE TABLE t (id int8)")
+        slow = of_query(
+            server.url(), "SELECT 1::int8 AS id, pg_sleep(60)::text AS s FROM t"
+        )
+        server.sql("INSERT INTO t VALUES (1)")
+        query = Query(("id", "s"))
+        with slow.open(query, slow.plan(query).shards[0]) as stream:
+            thread, failures = blocked(stream)
+            running = "SELECT pid FROM pg_stat_activity WHERE query LIKE 'COPY%'"
+            wait_until(lambda: bool(server.sql(running).strip()))
+            os.kill(int(server.sql(running).strip()), signal.SIGKILL)
+            thread.join(20)
+        (failure,) = failures
+        assert isinstance(failure, SourceFailed)
 
 
 def test_texts_of_another_encoding_come_as_unicode(

@@ -623,3 +623,38 @@ async def test_a_faulty_store_fails_as_told_and_leaves_no_half_part(
     assert await read(store, part_key()) == b"da" + bytes([ord("t") ^ 1]) + b"a"
     assert await read(store, part_key(), 3) == b"a"
     assert store.counts["write"] == 3
+
+
+# --- whose it is
+
+
+OWNERS = [f"0197c1f0-7a3e-4000-8000-00000000000{number}" for number in range(8)]
+
+
+async def test_the_first_to_claim_a_place_has_it(case: StoreCase) -> None:
+    mine, theirs = OWNERS[:2]
+    assert await case.store.claim(mine) == mine
+    other = case.again()
+    assert await other.claim(theirs) == mine
+    assert await other.claim(mine) == mine
+    if other is not case.store:
+        await other.close()
+
+
+async def test_of_several_claims_at_once_all_are_told_the_same_owner(
+    store: OutputStore,
+) -> None:
+    told = await asyncio.gather(*map(store.claim, OWNERS))
+    assert len(set(told)) == 1
+    assert told[0] in OWNERS
+
+
+async def test_a_claim_is_no_part_of_any_job_and_outlives_them_all(
+    store: OutputStore,
+) -> None:
+    await store.claim(OWNERS[0])
+    assert await jobs(store) == set()
+    put(store, part_key(), b"data")
+    assert await jobs(store) == {JOB}
+    await store.delete_job(JOB)
+    assert await store.claim(OWNERS[1]) == OWNERS[0]

@@ -142,6 +142,7 @@ def test_errors_have_the_class_of_their_reason_or_else_of_their_code(
 def test_every_reason_of_the_contract_has_an_error() -> None:
     of_jobs = {  # stand in Job.error, which is a JobFailed whatever the reason
         "EXPORT_TOO_LARGE",
+        "TOO_MANY_ROW_ERRORS",
         "SOURCE_FAILED",
         "VALUE_NOT_ENCODABLE",
         "STORE_FULL",

@@ -20,7 +20,12 @@ README = ROOT / "clients/python/README.md"
 
 @pytest.fixture
 def server(tmp_path: Path, sample_catalogue: Path) -> Iterator[Process]:
-    with server_process(tmp_path / "data", "--catalogue", str(sample_catalogue)) as running:
+    with server_process(
+        tmp_path / "data",
+        *("--catalogue", str(sample_catalogue)),
+        # For the URLs among the examples.
+        env={"EXPORTD_HTTP__LISTEN": "127.0.0.1:0"},
+    ) as running:
         yield running
 
 

@@ -97,7 +97,7 @@ async def test_a_cancel_through_any_process_stops_the_work_and_leaves_nothing(
         assert (await watching).state == job_pb2.JOB_STATE_CANCELLED
         assert (await rpc.refusal(rpc.download(one, job.job_id))).reason == "JOB_CANCELLED"
         assert fleet.owners() == set()
-        await until(lambda: not fleet.parts_of(job.job_id), ENOUGH)
+        await until(lambda: not fleet.files_of(job.job_id), ENOUGH)
 
 
 async def test_one_export_is_written_by_several_workers_at_once_and_published_once(
@@ -115,7 +115,7 @@ async def test_one_export_is_written_by_several_workers_at_once_and_published_on
         assert job.state == job_pb2.JOB_STATE_SUCCEEDED, job.error
         assert len(job.manifest.parts) == ROWS // 2000
         assert await numbers_of(stub, job.job_id) == list(range(ROWS))
-        assert len(fleet.parts_of(job.job_id)) == ROWS // 2000
+        assert len(fleet.files_of(job.job_id)) == ROWS // 2000 + len(["manifest"])
 
 
 async def test_the_work_of_a_killed_process_is_taken_over_where_it_stood(
@@ -138,7 +138,11 @@ async def test_the_work_of_a_killed_process_is_taken_over_where_it_stood(
         assert await numbers_of(stub, job.job_id) == list(range(ROWS))
         # What the dead one had stored and not recorded goes, too.
         await until(
-            lambda: len(fleet.parts_of(job.job_id)) == len(job.manifest.parts), ENOUGH
+            lambda: (
+                len(fleet.files_of(job.job_id))
+                == len(job.manifest.parts) + len(["manifest"])
+            ),
+            ENOUGH,
         )
 
 

@@ -212,7 +212,8 @@ async def test_a_source_that_changed_begins_the_output_anew(
         assert job.state == job_pb2.JOB_STATE_SUCCEEDED
         assert job.generation == 2
         assert job.manifest.rows == 10 * BATCH_ROWS
-        await until(lambda: len(server.files()) == 10)
+        # The parts, and the manifest.
+        await until(lambda: len(server.files()) == 10 + 1)
 
 
 async def test_a_value_that_cannot_be_exported_fails_the_job_at_once(
@@ -381,7 +382,7 @@ async def test_a_download_in_progress_is_not_cut_by_expiry(tmp_path: Path) -> No
 
 
 async def test_deleting_a_job_cuts_its_downloads(tmp_path: Path) -> None:
-    gate = GateSource(200, wide=True)
+    gate = GateSource(1500, wide=True)
     async with serving(tmp_path, gate, download={"chunk_bytes": 4096}) as server:
         job = await rpc.export(server.stub, "gated")
         call = aiter(
@@ -555,7 +556,8 @@ async def test_damaged_bytes_are_reported_as_data_loss(tmp_path: Path) -> None:
     async with serving(tmp_path, GateSource(wide=True)) as server:
         for damage in ("flip", "truncate", "remove"):
             job = await rpc.export(server.stub, "gated")
-            file = next(p for p in server.files() if job.job_id in str(p))
+            stored = (p for p in server.files() if job.job_id in str(p))
+            file = next(p for p in stored if p.parent.name == "output")
             data = bytearray(file.read_bytes())
             if damage == "remove":
                 file.unlink()
@@ -601,7 +603,7 @@ async def test_a_killed_server_resumes_the_export_at_its_last_finished_part(
             kept = [
                 p.name
                 for p in (tmp_path / "outputs").rglob("*")
-                if p.is_file() and job.job_id in str(p)
+                if p.is_file() and f"{job.job_id}/output" in str(p)
             ]
             # What was finished before the kill was not written again.
             assert len(survivors & set(kept)) >= 3
@@ -611,7 +613,7 @@ async def test_a_killed_server_resumes_the_export_at_its_last_finished_part(
                     kept = [
                         p.name
                         for p in (tmp_path / "outputs").rglob("*")
-                        if p.is_file() and job.job_id in str(p)
+                        if p.is_file() and f"{job.job_id}/output" in str(p)
                     ]
         assert second.terminate() == 0
 

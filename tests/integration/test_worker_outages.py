@@ -54,6 +54,7 @@ CALLS = (
     "record_plan",
     "record_progress",
     "add_part",
+    "complete_unless_last",
     "complete_shard",
     "fail_attempt",
     "restart_output",

@@ -11,6 +11,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Awaitable
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -44,6 +45,7 @@ from exportd_server.jobs.ledger.base import (
 from exportd_server.jobs.ledger.postgres import open_postgres_ledger
 from exportd_server.jobs.ledger.sql import SqlLedger
 from exportd_server.jobs.ledger.sqlite import open_sqlite_ledger
+from exportd_server.jobs.ledger.statements.working import MOST_GENERATIONS
 from exportd_server.jobs.model import TRANSITIONS, CancelOutcome, Job, JobState
 from tests.support.ledger import (
     COLUMNS,
@@ -106,6 +108,13 @@ class ModelJob:
     error: ErrorReason | None = None
     last_error: ErrorReason | None = None
     published: int = 0
+    manifest: int | None = None
+    pins: dict[str, float] = field(default_factory=dict)
+
+    def pinned(self, now: float, reader: str = "") -> bool:
+        return any(
+            until > now and reader in ("", name) for name, until in self.pins.items()
+        )
 
 
 class Model:
@@ -114,7 +123,10 @@ class Model:
         self.token = 0
         self.jobs: dict[str, ModelJob] = {}
         self.served: dict[str, int] = {}
-        self.tasks = [ModelTask(TaskKind.REAP, "", None, 1000, -1.0, -1.0)]
+        self.tasks = [
+            ModelTask(kind, "", None, 1000, -1.0, -1.0)
+            for kind in (TaskKind.REAP, TaskKind.SWEEP)
+        ]
 
     def visible(self, tenant: str, job_id: str) -> ModelJob | None:
         job = self.jobs.get(job_id)
@@ -222,6 +234,12 @@ class Model:
             if job.state is JobState.RUNNING:
                 running[job.tenant] = running.get(job.tenant, 0) + 1
 
+        at_work = Counter(
+            task.tenant
+            for task in self.tasks
+            if task.state == "leased" and task.kind in EXPORT
+        )
+
         def may(task: ModelTask) -> bool:
             if task.kind not in kinds:
                 return False
@@ -240,7 +258,7 @@ class Model:
         return min(
             filter(may, self.tasks),
             key=lambda task: (
-                running.get(task.tenant, 0),
+                at_work.get(task.tenant, 0),
                 self.served.get(task.tenant, 0),
                 -task.priority,
                 task.since,
@@ -272,6 +290,7 @@ class Model:
 # --- the machine
 
 TENANTS = st.sampled_from(["a", "b"])
+READERS = st.sampled_from(["r", "s"])
 KINDS = st.sampled_from(
     [
         EXPORT,
@@ -407,6 +426,31 @@ class LedgerMachine(RuleBasedStateMachine):
         assert state == (known.state if known else None)
         if known and known.state.terminal:
             self.model.hide(known)
+            known.pins.clear()
+
+    # --- readers of outputs
+
+    @rule(job=created, reader=READERS, seconds=st.sampled_from([1.0, 20.0, 90.0]))
+    def pin(self, job: tuple[str, str], reader: str, seconds: float) -> None:
+        known, now = self.model.jobs.get(job[1]), self.model.now
+        pinned = self.run(
+            self.ledger.pin_output(*job, reader, length=timedelta(seconds=seconds))
+        )
+        may = (
+            known is not None
+            and known.state is JobState.SUCCEEDED
+            and known.expire is not None
+            and ((not known.hidden and now < known.expire) or known.pinned(now, reader))
+        )
+        assert pinned == may
+        if known is not None and pinned:
+            known.pins[reader] = now + seconds
+
+    @rule(job=created, reader=READERS)
+    def unpin(self, job: tuple[str, str], reader: str) -> None:
+        self.run(self.ledger.unpin_output(job[1], reader))
+        if known := self.model.jobs.get(job[1]):
+            known.pins.pop(reader, None)
 
     # --- time and crashes
 
@@ -540,21 +584,43 @@ class LedgerMachine(RuleBasedStateMachine):
                 self.ledger.record_progress(lease, rows=1, bytes_=1, rows_per_second=1),
             )
 
-    @rule(lease=leases)
-    def complete(self, lease: Lease) -> None:
+    @rule(lease=leases, manifest=st.booleans())
+    def complete(self, lease: Lease, *, manifest: bool) -> None:
         if lease.kind is not TaskKind.SHARD:
             return
-        if done := self.attempt(lease, self.ledger.complete_shard(lease)):
+        complete = self.ledger.complete_shard(lease, manifest=manifest)
+        if done := self.attempt(lease, complete):
             task, published = done
-            job = task.job
-            assert job is not None
-            task.state = "done"
-            last = all(other.state == "done" for other in self.model.work(job))
-            assert published == last
-            if last:
-                self.model.end(job, JobState.SUCCEEDED)
-            else:
-                self.model.settle(job)
+            assert self.completed(task) == published
+            if task.job and published and manifest:
+                task.job.manifest = lease.token
+
+    @rule(lease=leases)
+    def complete_unless_last(self, lease: Lease) -> None:
+        if lease.kind is not TaskKind.SHARD:
+            return
+        if done := self.attempt(lease, self.ledger.complete_unless_last(lease)):
+            task, manifest = done
+            assert task.job is not None
+            others = (other for other in self.model.work(task.job) if other is not task)
+            last = all(other.state == "done" for other in others)
+            assert (manifest is not None) == last
+            if manifest is None:
+                assert not self.completed(task)
+                return
+            found = [(p.shard, p.sequence, p.token) for p in manifest.parts]
+            assert found == self.model.manifest(task.job)
+
+    def completed(self, task: ModelTask) -> bool:
+        job = task.job
+        assert job is not None
+        task.state = "done"
+        last = all(other.state == "done" for other in self.model.work(job))
+        if last:
+            self.model.end(job, JobState.SUCCEEDED)
+        else:
+            self.model.settle(job)
+        return last
 
     @rule(lease=leases)
     def restart(self, lease: Lease) -> None:
@@ -564,7 +630,7 @@ class LedgerMachine(RuleBasedStateMachine):
             job = done[0].job
             assert job is not None
             attempts = self.model.attempt(job)
-            if attempts >= MAX_ATTEMPTS:
+            if job.generation >= MOST_GENERATIONS:
                 self.model.end(job, JobState.FAILED, ErrorReason.SOURCE_CHANGED)
                 return
             self.model.fence(job)
@@ -572,7 +638,7 @@ class LedgerMachine(RuleBasedStateMachine):
             plan = ModelTask(
                 TaskKind.PLAN, job.tenant, job, job.priority, job.created, self.model.now
             )
-            plan.attempts = attempts
+            plan.attempts = max(0, attempts - 1)
             self.model.tasks.append(plan)
             job.generation += 1
             job.untidy = True
@@ -611,14 +677,15 @@ class LedgerMachine(RuleBasedStateMachine):
             job = kept[0].job
             assert job is not None
             assert job.expire is not None
-            stays = (
-                job.state is JobState.SUCCEEDED
-                and not job.hidden
-                and self.model.now < job.expire
-            )
+            good = not job.hidden and self.model.now < job.expire
+            read = not good and job.pinned(self.model.now)
+            stays = job.state is JobState.SUCCEEDED and (good or read)
             assert (kept[1] is not None) == stays
-            found = [(p.shard, p.sequence, p.token) for p in kept[1] or ()]
-            assert found == (self.model.manifest(job) if stays else [])
+            if kept[1] is not None:
+                assert kept[1].read == read
+                assert kept[1].manifest == (None if read else job.manifest)
+                found = [(p.shard, p.sequence, p.token) for p in kept[1].parts]
+                assert found == ([] if read else self.model.manifest(job))
         if done := self.attempt(lease, self.ledger.complete_cleanup(lease)):
             task = done[0]
             self.model.tasks.remove(task)
@@ -651,6 +718,16 @@ class LedgerMachine(RuleBasedStateMachine):
             task.state, task.attempts = "waiting", 0
             task.run_at = self.model.now + 30.0
 
+    @rule(lease=leases)
+    def sweep(self, lease: Lease) -> None:
+        if lease.kind is not TaskKind.SWEEP:
+            return
+        again = self.ledger.complete_sweep(lease, again_in=timedelta(seconds=30))
+        if done := self.attempt(lease, again):
+            task = done[0]
+            task.state, task.attempts = "waiting", 0
+            task.run_at = self.model.now + 30.0
+
     # --- what always holds
 
     @invariant()
@@ -668,6 +745,10 @@ class LedgerMachine(RuleBasedStateMachine):
         assert self.run(self.ledger.known_jobs(ever)) == set(self.model.jobs)
         for known in self.model.jobs.values():
             job = self.run(self.ledger.get_job(known.tenant, known.job_id))
+            cut = known.state in (JobState.CANCELLED, JobState.FAILED) or (
+                known.hidden and not known.pinned(self.model.now, "r")
+            )
+            assert self.run(self.ledger.is_cut(known.job_id, "r")) == cut
             if known.hidden:
                 assert job is None
                 continue

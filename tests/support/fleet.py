@@ -20,12 +20,12 @@ from exportd_server.jobs.ledger.base import Ledger, NewJob
 from exportd_server.jobs.ledger.sqlite import open_sqlite_ledger
 from exportd_server.jobs.manager import Policy
 from exportd_server.jobs.model import ExportSpec, Job, JobState
-from exportd_server.jobs.readers import Readers
 from exportd_server.jobs.worker import Worker, WorkerOptions
 from exportd_server.platform.clock import SystemClock
 from exportd_server.platform.waits import Backoff
 from exportd_server.sources.base import Source
-from exportd_server.store.key import JobPrefix, OutputKey
+from exportd_server.store.base import OutputStore
+from exportd_server.store.key import JobPrefix, OutputKey, OutputKind
 from exportd_server.store.memory import MemoryStore
 from tests.support.gate import BATCH_ROWS
 from tests.support.samples import catalogue_of
@@ -41,7 +41,7 @@ class Fleet:
 
     ledger: Ledger
     path: Path
-    store: MemoryStore = field(default_factory=MemoryStore)
+    store: OutputStore = field(default_factory=MemoryStore)
     policy: Policy = field(default_factory=Policy)
 
     async def create(self, dataset: str = "gated", **what: Any) -> Job:
@@ -96,8 +96,13 @@ class Fleet:
         job = await self.job(job)
         parts = job.manifest.parts if job.manifest is not None else ()
         named = {part_key(self.prefix(job), part) for part in parts}
+        manifests = 1 if job.manifest is not None else 0
         async with asyncio.timeout(ENOUGH):
-            while await self.stored(job) != named:
+            while not (
+                named <= (stored := await self.stored(job))
+                and [key.kind for key in stored - named]
+                == [OutputKind.MANIFEST] * manifests
+            ):
                 await asyncio.sleep(0.02)
 
     @staticmethod
@@ -122,9 +127,7 @@ class Fleet:
                 ledger,
                 self.store,
                 catalogue_of(gated=source),
-                Housekeeping(
-                    ledger, self.store, Readers(), reap_interval=timedelta(seconds=300)
-                ),
+                Housekeeping(ledger, self.store, reap_interval=timedelta(seconds=300)),
                 self.policy,
                 WorkerOptions(
                     **options,

@@ -16,6 +16,7 @@ from exportd_server.sources.base import (
     Query,
     Shard,
 )
+from exportd_server.sources.loose import LooseBatch, Shape
 
 SCHEMA = pa.schema([pa.field("id", pa.int64(), nullable=False), ("text", pa.string())])
 BATCH_ROWS = 1000
@@ -102,6 +103,11 @@ class GateStream:
                 [columns[name] for name in self._query.columns], schema=self.schema
             )
             yield batch.slice(max(0, self._skip - first))
+
+    def loose(self) -> Iterator[LooseBatch]:
+        shape = Shape(self.schema)
+        for batch in self:
+            yield LooseBatch(batch, shape)
 
     def __enter__(self) -> Self:
         return self

@@ -31,6 +31,7 @@ from tests.support.postgres import PostgresServer
 EXPORT = (TaskKind.PLAN, TaskKind.SHARD)
 CLEANUP = (TaskKind.CLEANUP,)
 REAP = (TaskKind.REAP,)
+SWEEP = (TaskKind.SWEEP,)
 LEASE = timedelta(seconds=15)
 COLUMNS = (
     ManifestColumn("id", "INTEGER", "int64", nullable=False),
@@ -207,13 +208,18 @@ class LedgerDatabase:
         """Change the tables."""
         self._connection.execute(script.encode())
 
+    def ask(self, query: str) -> list[tuple[Any, ...]]:
+        """Ask the tables."""
+        return self._connection.execute(query.encode()).fetchall()
+
     def reset(self) -> None:
         """Back to what a migration leaves."""
         self.execute("""
-            TRUNCATE jobs, labels, parts, tasks, tenants RESTART IDENTITY;
+            TRUNCATE jobs, labels, parts, pins, tasks, tenants, orphans RESTART IDENTITY;
             ALTER SEQUENCE fencing_tokens RESTART;
             INSERT INTO tasks (kind, tenant, generation, state, priority, since, run_at)
-            VALUES ('reap', '', 1, 'ready', 1000, 0, 0);
+            VALUES ('reap', '', 1, 'ready', 1000, 0, 0),
+                   ('sweep', '', 1, 'ready', 1000, 0, 0);
         """)
 
     def dump(self) -> dict[str, list[tuple[Any, ...]]]:

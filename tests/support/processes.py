@@ -129,7 +129,7 @@ class Processes:
         pids = {int(owner.split(":")[-2]) for owner in self.owners()}
         return next((one for one in self.members if one.process.pid in pids), None)
 
-    def parts_of(self, job_id: str) -> list[Path]:
+    def files_of(self, job_id: str) -> list[Path]:
         """Every file that the output store has of a job, whatever its state."""
         stored = (self.directory / "out").rglob(f"*{job_id}/**/*")
         return sorted(path for path in stored if path.is_file())

@@ -319,6 +319,21 @@ class ScriptedServer(export_service_pb2_grpc.ExportServiceServicer):
             end = min(end, request.read_offset + request.read_limit)
         yield from self._send(data, request.read_offset, end, context, cut)
 
+    def GetDownloadUrls(  # noqa: N802 - gRPC's name
+        self, request: export_service_pb2.GetDownloadUrlsRequest, context: Any
+    ) -> export_service_pb2.GetDownloadUrlsResponse:
+        """One URL a page; of all joined on the first."""
+        self._enter("GetDownloadUrls", request, context)
+        self._known(request.job_id, context)
+        at = int(request.page_token or 0)
+        more = at + 1 < len(self.script.parts)
+        url = export_service_pb2.DownloadUrl
+        return export_service_pb2.GetDownloadUrlsResponse(
+            urls=[url(part_index=at, url=f"https://example.com/{at}")],
+            joined=None if at else url(url="https://example.com/all"),
+            next_page_token=str(at + 1) if more else "",
+        )
+
     def _follow(
         self,
         request: export_service_pb2.StreamDownloadRequest,

@@ -42,10 +42,11 @@ class Server:
         return f"127.0.0.1:{self.running.port}"
 
     def files(self) -> list[Path]:
-        """Every file of the output store."""
+        """Every file of the output store but the one that tells whose it is."""
         # Unlike a glob, a walk does not mind what is deleted meanwhile.
         found = os.walk(self.data_dir / "outputs")
-        return sorted(Path(folder, name) for folder, _, names in found for name in names)
+        files = (Path(folder, name) for folder, _, names in found for name in names)
+        return sorted(file for file in files if file.name != ".owner")
 
 
 @contextlib.asynccontextmanager

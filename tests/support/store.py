@@ -352,6 +352,10 @@ class FaultyStore:
         self.note("sweep_unfinished")
         return await self.inner.sweep_unfinished(prefix)
 
+    async def claim(self, owner: str) -> str:
+        self.note("claim")
+        return await self.inner.claim(owner)
+
     async def close(self) -> None:
         await self.inner.close()
 

@@ -18,6 +18,8 @@ from exportd import (
     Dataset,
     Download,
     DownloadProgress,
+    DownloadUrl,
+    DownloadUrls,
     Filter,
     Job,
     JobInfo,
@@ -54,8 +56,12 @@ def blocking(path: Path) -> None:
             compression="zstd",
             ttl=timedelta(hours=1),
             labels={"team": "data"},
+            on_row_error="skip",
+            max_row_errors=100,
         )
         assert_type(job, Job)
+        assert_type(job.row_errors, int)
+        assert_type(job.download_errors(path), Download)
         done = job.wait(timeout=60, on_progress=show).download(
             path, parallel=4, overwrite=True, on_progress=count
         )
@@ -68,6 +74,10 @@ def blocking(path: Path) -> None:
         assert_type(job.error, JobFailed | None)
         assert_type(job.cancel(), CancelOutcome)
         assert_type(job.to_polars(), pl.DataFrame)
+        urls = job.download_urls(lifetime=timedelta(hours=1))
+        assert_type(urls, DownloadUrls)
+        assert_type(urls.joined, DownloadUrl | None)
+        assert_type([url.url for url in urls.parts], list[str])
         for info in job.watch():
             assert_type(info, JobInfo)
         for dataset in client.datasets():
@@ -85,6 +95,7 @@ async def in_asyncio(path: Path) -> None:
         done = await (await job.wait(on_progress=show)).download(path)
         assert_type(done, Download)
         assert_type(await job.to_polars(), pl.DataFrame)
+        assert_type(await job.download_urls(part=0), DownloadUrls)
         async for info in job.watch():
             assert_type(info, JobInfo)
         async for other in client.jobs():

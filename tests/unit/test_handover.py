@@ -15,7 +15,7 @@ def batch(rows: int) -> pa.RecordBatch:
 
 
 def test_batches_come_out_in_the_order_they_went_in() -> None:
-    handover = Handover(10**9)
+    handover: Handover[pa.RecordBatch] = Handover(10**9)
     for rows in (1, 2, 3):
         handover.put(batch(rows))
     handover.finish()
@@ -23,7 +23,7 @@ def test_batches_come_out_in_the_order_they_went_in() -> None:
 
 
 def test_the_producer_waits_while_the_budget_is_in_flight() -> None:
-    handover = Handover(batch(100).nbytes * 2)
+    handover: Handover[pa.RecordBatch] = Handover(batch(100).nbytes * 2)
     third_is_in = threading.Event()
 
     def produce() -> None:
@@ -45,7 +45,7 @@ def test_the_producer_waits_while_the_budget_is_in_flight() -> None:
 
 
 def test_a_batch_larger_than_the_budget_still_passes() -> None:
-    handover = Handover(1)
+    handover: Handover[pa.RecordBatch] = Handover(1)
 
     def produce() -> None:
         handover.put(batch(9))
@@ -59,7 +59,7 @@ def test_a_batch_larger_than_the_budget_still_passes() -> None:
 
 
 def test_an_error_of_the_producer_reaches_the_consumer_after_the_batches() -> None:
-    handover = Handover(10**9)
+    handover: Handover[pa.RecordBatch] = Handover(10**9)
     handover.put(batch(1))
     handover.finish(RuntimeError("gone"))
     batches = iter(handover)
@@ -69,7 +69,7 @@ def test_an_error_of_the_producer_reaches_the_consumer_after_the_batches() -> No
 
 
 def test_closing_frees_a_producer_that_waits_for_room() -> None:
-    handover = Handover(1)
+    handover: Handover[pa.RecordBatch] = Handover(1)
     handover.put(batch(1))
     outcome: list[type] = []
 

@@ -26,3 +26,44 @@ def test_only_one_that_serves_needs_an_address_it_may_listen_on(tmp_path: Path) 
     with pytest.raises(ConfigurationError, match="listen"):
         load_settings(file, {}, {})
     load_settings(file, {}, {}, serves=False)
+
+
+LONG = "0123456789abcdef" * 2
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (f'[http]\nsigning_keys = ["{LONG[:-1]}"]\n', "at least 32 bytes"),
+        ('[http]\npublic_url = "ftp://x"\n', "http.public_url"),
+        ('[http]\npublic_url = "https://u:p@x"\n', "http.public_url"),
+        ('[http]\npublic_url = "https://x/?q"\n', "http.public_url"),
+        ('[http]\npublic_url = "https://x:99999"\n', "http.public_url"),
+        ('[http]\nlisten = "nowhere"\n', "http.listen"),
+        ('[http]\nlisten = "0.0.0.0:80"\n', "http.public_url"),
+        ('[http]\nlisten = "[::]:80"\n', "http.public_url"),
+        ("[download]\nurl_lifetime = 100\nmax_url_lifetime = 99\n", "max_url_lifetime"),
+        ("[download]\nmax_url_lifetime = 604801\n", "download.max_url_lifetime"),
+    ],
+)
+def test_a_wrong_setting_of_download_urls_is_told(
+    tmp_path: Path, content: str, told: str
+) -> None:
+    file = tmp_path / "server.toml"
+    file.write_text(content)
+    with pytest.raises(ConfigurationError, match=told) as refused:
+        load_settings(file, {}, {})
+    assert LONG[:-1] not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "text", [f"{LONG} {LONG[::-1]}", f'["{LONG}", "{LONG[::-1]}"]', f"{LONG}\n{LONG[::-1]}"]
+)
+def test_signing_keys_may_be_one_variable(
+    monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    monkeypatch.setenv("EXPORTD_HTTP__SIGNING_KEYS", text)
+    settings = load_settings(None, {})
+    keys = [key.get_secret_value() for key in settings.http.signing_keys]
+    assert keys == [LONG, LONG[::-1]]
+    assert LONG not in repr(settings)

@@ -20,7 +20,12 @@ from exportd_server.jobs.model import (
     JobState,
     Manifest,
 )
-from exportd_server.jobs.output import file_name, joined_layout, part_file_name
+from exportd_server.jobs.output import (
+    error_part_file_name,
+    file_name,
+    joined_layout,
+    part_file_name,
+)
 from exportd_server.sources.base import ColumnKind
 from exportd_server.sources.catalogue import Dataset
 
@@ -96,6 +101,8 @@ def request_message(job: Job) -> job_pb2.CreateExportRequest:
         ttl=duration(spec.ttl),
         priority=spec.priority,
         labels=spec.labels,
+        on_row_error=job_pb2.RowErrorPolicy.Value(f"ROW_ERROR_POLICY_{spec.on_row_error}"),
+        max_row_errors=spec.max_row_errors or 0,
     )
     if spec.start_time is not None or spec.end_time is not None:
         message.time_range.CopyFrom(
@@ -194,6 +201,7 @@ def _progress_message(job: Job) -> job_pb2.Progress:
         estimated_rows=progress.estimated_rows,
         queue_position=progress.queue_position,
         rows_per_second=progress.rows_per_second,
+        row_errors=progress.row_errors,
     )
     if job.state is JobState.SUCCEEDED:
         message.fraction = 1.0
@@ -233,6 +241,8 @@ def _manifest_message(job: Job, manifest: Manifest) -> job_pb2.Manifest:
         content_type=output.content_type,
         content_encoding=output.content_encoding,
         file_name=file_name(job),
+        row_errors=sum(part.rows for part in manifest.error_parts),
+        error_parts=_error_parts(job, manifest),
     )
     if layout is not None:
         message.joinable = True
@@ -240,6 +250,25 @@ def _manifest_message(job: Job, manifest: Manifest) -> job_pb2.Manifest:
         message.crc32c = layout.crc32c
         message.sha256 = layout.sha256
     return message
+
+
+def _error_parts(job: Job, manifest: Manifest) -> list[job_pb2.ErrorPart]:
+    # An error part has the key of its output part, but for the kind.
+    places = {
+        (part.shard, part.sequence): index for index, part in enumerate(manifest.parts)
+    }
+    return [
+        job_pb2.ErrorPart(
+            index=index,
+            part_index=places[part.shard, part.sequence],
+            rows=part.rows,
+            bytes=part.bytes,
+            crc32c=part.crc32c,
+            sha256=part.sha256,
+            file_name=error_part_file_name(job, index),
+        )
+        for index, part in enumerate(manifest.error_parts)
+    ]
 
 
 CANCEL_OUTCOMES = {

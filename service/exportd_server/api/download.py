@@ -9,31 +9,33 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 import grpc
-import structlog
 from crc32c import crc32c
 
 from exportd.v1 import export_service_pb2
 from exportd_server.api.framing import data_message
+from exportd_server.api.reading import (
+    OutputReader,
+    ReadBuffer,
+    check_generation,
+    choose_error_part,
+    choose_file,
+)
 from exportd_server.api.requests import Reader
+from exportd_server.encoders.base import OutputFormat
 from exportd_server.errors import ErrorReason, ExportdError
-from exportd_server.jobs.housekeeping import part_key
 from exportd_server.jobs.manager import JobManager
 from exportd_server.jobs.model import Job, JobState, PartRecord
 from exportd_server.jobs.output import (
+    ERROR_OUTPUT,
     Layout,
     Segment,
     content_disposition,
     file_name,
     joined_layout,
     joined_segment,
-    part_file_name,
-    part_layout,
 )
-from exportd_server.jobs.readers import Readers
+from exportd_server.jobs.readers import Cut, Readers
 from exportd_server.store.base import OutputStore
-from exportd_server.store.key import JobPrefix
-
-log = structlog.get_logger(__name__)
 
 Context = grpc.aio.ServicerContext[export_service_pb2.StreamDownloadRequest, bytes]
 
@@ -58,7 +60,7 @@ class Downloads:
         options: DownloadOptions,
     ) -> None:
         self._manager = manager
-        self._store = store
+        self._output = OutputReader(manager, store)
         self._readers = readers
         self._options = options
 
@@ -69,29 +71,19 @@ class Downloads:
         context: Context,
     ) -> None:
         """Send what was asked for; raises what the contract says."""
-        reader = Reader()
-        job_id = reader.uuid("job_id", request.job_id, required=True)
-        if request.read_limit < 0:
-            reader.complain("read_limit", "must not be negative; 0 reads to the end")
-        if request.HasField("part_index") and request.part_index < 0:
-            reader.complain("part_index", "must not be negative")
-        if request.if_generation_match < 0:
-            reader.complain("if_generation_match", "must not be negative; 0 is any")
-        if request.follow and request.read_limit:
-            reader.complain("read_limit", "does not go with follow; leave it out")
-        if request.follow and request.HasField("part_index"):
-            reader.complain("part_index", "does not go with follow; leave it out")
-        reader.check()
-        sender = _Sender(context, self._options, self._readers, job_id)
+        job_id = _checked_job_id(request)
+        sender = _Sender(context, self._options)
         with self._readers.reading(job_id):
             try:
-                if request.follow:
-                    await self._follow(tenant, job_id, request, sender)
-                else:
-                    job = await self._manager.output(tenant, job_id)
-                    await self._send(job, request, sender)
-            except _Cut:
-                # Deleted or cancelled: the job says which.
+                async with self._readers.until_cut(job_id):
+                    if request.follow:
+                        await self._follow(tenant, job_id, request, sender)
+                    else:
+                        job = await self._manager.output(tenant, job_id)
+                        await self._readers.keep(job)
+                        await self._send(job, request, sender)
+            except Cut:
+                # Deleted, cancelled or expired: the job says which.
                 self._manager.refuse_unreadable(await self._manager.get(tenant, job_id))
                 raise ExportdError(ErrorReason.JOB_NOT_FOUND) from None
 
@@ -101,8 +93,14 @@ class Downloads:
         request: export_service_pb2.StreamDownloadRequest,
         sender: _Sender,
     ) -> None:
-        _check_generation(job, request.if_generation_match)
-        layout, name = self._choose(job, request)
+        check_generation(job, request.if_generation_match)
+        if request.HasField("error_part_index"):
+            layout, name = choose_error_part(job, request.error_part_index)
+            metadata = _metadata(job, name, layout, ERROR_OUTPUT)
+        else:
+            index = request.part_index if request.HasField("part_index") else None
+            layout, name = choose_file(job, index)
+            metadata = _metadata(job, name, layout)
         offset = request.read_offset
         if not 0 <= offset <= layout.bytes:
             raise ExportdError(
@@ -113,28 +111,8 @@ class Downloads:
         end = layout.bytes
         if request.read_limit:
             end = min(end, offset + request.read_limit)
-        await sender.metadata(_metadata(job, name, layout))
+        await sender.metadata(metadata)
         await self._send_segments(job, layout.segments, offset, end, sender)
-
-    def _choose(
-        self, job: Job, request: export_service_pb2.StreamDownloadRequest
-    ) -> tuple[Layout, str]:
-        parts = job.manifest.parts if job.manifest is not None else ()
-        if request.HasField("part_index"):
-            index = request.part_index
-            if index >= len(parts):
-                raise ExportdError(
-                    ErrorReason.PART_NOT_FOUND,
-                    f"part_index {index} is not among the job's {len(parts)} parts",
-                    metadata={"part_index": str(index), "parts": str(len(parts))},
-                )
-            return part_layout(parts[index]), part_file_name(job, index)
-        layout = joined_layout(job.spec.output, parts)
-        if layout is None:
-            raise ExportdError(
-                ErrorReason.PARTS_NOT_JOINABLE, metadata={"parts": str(len(parts))}
-            )
-        return layout, file_name(job)
 
     async def _send_segments(
         self,
@@ -147,54 +125,12 @@ class Downloads:
     ) -> int:
         """Send the bytes from `offset` to `end` of segments that begin at `base`;
         returns where the segments end."""
-        for segment in segments:
-            after = base + segment.length
-            first, last = max(offset, base), min(end, after)
-            if first < last:
-                await self._send_segment(job, segment, base, first, last, sender)
-            base = after
-        return base
-
-    async def _send_segment(
-        self,
-        job: Job,
-        segment: Segment,
-        base: int,
-        first: int,
-        last: int,
-        sender: _Sender,
-    ) -> None:
-        key = part_key(JobPrefix(job.tenant, job.job_id), segment.part)
-        try:
-            reader = await self._store.open(key, segment.start + first - base)
-        except KeyError:
-            await self._explain_missing(job)
-            log.exception("a part of the manifest is missing", key=str(key))
-            raise ExportdError(ErrorReason.CHECKSUM_MISMATCH) from None
-        whole = last - first == segment.length
-        checksum, position = 0, first
-        try:
-            while position < last:
-                view = sender.room(last - position)
-                count = await reader.readinto(view)
-                if count == 0:
-                    log.error("a part is shorter than recorded", key=str(key))
-                    raise ExportdError(ErrorReason.CHECKSUM_MISMATCH)
-                data = view[:count]
-                if whole:
-                    checksum = crc32c(data, checksum)
+        async with aclosing(
+            self._output.pieces(job, segments, offset, end, sender.room, base)
+        ) as pieces:
+            async for position, data in pieces:
                 await sender.data(position, data)
-                position += count
-        finally:
-            await reader.close()
-        if whole and checksum != segment.crc32c:
-            log.error("stored bytes do not match their checksum", key=str(key))
-            raise ExportdError(ErrorReason.CHECKSUM_MISMATCH)
-
-    async def _explain_missing(self, job: Job) -> None:
-        """Raise why a part may rightly be gone: the job was deleted or has expired."""
-        now = await self._manager.output(job.tenant, job.job_id)
-        _check_generation(now, job.generation)
+        return base + sum(segment.length for segment in segments)
 
     async def _follow(
         self,
@@ -216,11 +152,12 @@ class Downloads:
                 if not job.spec.output.joinable:
                     raise ExportdError(ErrorReason.PARTS_NOT_JOINABLE)
                 generation = generation or job.generation
-                _check_generation(job, generation)
+                check_generation(job, generation)
+                await self._readers.keep(job)
                 done = job.state is JobState.SUCCEEDED
                 if parts[: len(sent)] != sent:
                     if done:
-                        _check_generation(job, -1)
+                        check_generation(job, -1)
                     # The job changed after it was looked at; the next look says how.
                     continue
                 if not begun:
@@ -244,31 +181,15 @@ class Downloads:
                     await sender.metadata(_metadata(job, file_name(job), layout))
 
 
-class _Cut(Exception):
-    """The job was cancelled or deleted while it was being downloaded."""
-
-
 class _Sender:
     """Sends messages of one call, and gives up on a reader that takes none."""
 
-    def __init__(
-        self, context: Context, options: DownloadOptions, readers: Readers, job_id: str
-    ) -> None:
+    def __init__(self, context: Context, options: DownloadOptions) -> None:
         self._context = context
         self._options = options
-        self._readers = readers
-        self._job_id = job_id
-        self._buffer = memoryview(b"")
+        self.room = ReadBuffer(options.chunk_bytes).room
         self.before_each: Callable[[], None] = _nothing
         """Raises when no more data is to be sent."""
-
-    def room(self, wanted: int) -> memoryview:
-        """Where to read the next data into; the same memory each time, and no more of it
-        than a small output needs."""
-        size = min(wanted, self._options.chunk_bytes)
-        if len(self._buffer) < size:
-            self._buffer = memoryview(bytearray(size))
-        return self._buffer[:size]
 
     async def metadata(self, message: export_service_pb2.DownloadMetadata) -> None:
         """Send what the bytes are."""
@@ -278,8 +199,6 @@ class _Sender:
     async def data(self, offset: int, data: memoryview) -> None:
         """Send a chunk."""
         self.before_each()
-        if self._readers.is_cut(self._job_id):
-            raise _Cut
         await self._write(data_message(offset, crc32c(data), data))
 
     async def _write(self, message: bytes) -> None:
@@ -290,22 +209,40 @@ class _Sender:
             raise ExportdError(ErrorReason.READER_STALLED) from None
 
 
+def _checked_job_id(request: export_service_pb2.StreamDownloadRequest) -> str:
+    """The job's id, once the request makes sense."""
+    reader = Reader()
+    job_id = reader.uuid("job_id", request.job_id, required=True)
+    if request.read_limit < 0:
+        reader.complain("read_limit", "must not be negative; 0 reads to the end")
+    if request.HasField("part_index") and request.part_index < 0:
+        reader.complain("part_index", "must not be negative")
+    if request.HasField("error_part_index"):
+        if request.error_part_index < 0:
+            reader.complain("error_part_index", "must not be negative")
+        if request.HasField("part_index") or request.follow:
+            reader.complain(
+                "error_part_index",
+                "does not go with part_index or follow; leave it out",
+            )
+    if request.if_generation_match < 0:
+        reader.complain("if_generation_match", "must not be negative; 0 is any")
+    if request.follow and request.read_limit:
+        reader.complain("read_limit", "does not go with follow; leave it out")
+    if request.follow and request.HasField("part_index"):
+        reader.complain("part_index", "does not go with follow; leave it out")
+    reader.check()
+    return job_id
+
+
 def _nothing() -> None:
     return None
 
 
-def _check_generation(job: Job, wanted: int) -> None:
-    if wanted and wanted != job.generation:
-        raise ExportdError(
-            ErrorReason.GENERATION_MISMATCH,
-            metadata={"generation": str(job.generation)},
-        )
-
-
 def _metadata(
-    job: Job, name: str, layout: Layout | None
+    job: Job, name: str, layout: Layout | None, output: OutputFormat | None = None
 ) -> export_service_pb2.DownloadMetadata:
-    output = job.spec.output
+    output = output or job.spec.output
     return export_service_pb2.DownloadMetadata(
         file_name=name,
         content_type=output.content_type,

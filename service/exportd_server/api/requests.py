@@ -18,6 +18,7 @@ from uuid import UUID
 from google.protobuf import timestamp_pb2
 
 from exportd.v1 import dataset_pb2, export_service_pb2, job_pb2
+from exportd_server.api.urls import UrlOptions
 from exportd_server.encoders.base import (
     ArrowCompression,
     ArrowOptions,
@@ -41,13 +42,23 @@ from exportd_server.jobs.model import (
     FilterLiteral,
     FilterSpec,
     JobState,
+    RowErrorPolicy,
 )
 from exportd_server.sources.base import FilterOperator
 
 MAX_ROW_GROUP_ROWS = 10_000_000
 MAX_NULL_MARKER = 16
+DEFAULT_ROW_ERRORS = 10_000
 
-E = TypeVar("E", Format, Compression, CsvDialect, ParquetCompression, ArrowCompression)
+E = TypeVar(
+    "E",
+    Format,
+    Compression,
+    CsvDialect,
+    ParquetCompression,
+    ArrowCompression,
+    RowErrorPolicy,
+)
 
 
 class Reader:
@@ -170,11 +181,29 @@ def read_create(
         max_part_bytes=(
             request.max_part_bytes if request.HasField("max_part_bytes") else None
         ),
+        max_row_errors=_read_row_errors(reader, request),
         ttl=_read_ttl(reader, request, default_ttl),
         priority=request.priority,
         labels=reader.labels(request.labels),
     )
     return spec, request_id, reader.violations
+
+
+def _read_row_errors(reader: Reader, request: job_pb2.CreateExportRequest) -> int | None:
+    policy = reader.choice(
+        "on_row_error",
+        request.on_row_error,
+        job_pb2.RowErrorPolicy,
+        RowErrorPolicy,
+        RowErrorPolicy.FAIL,
+    )
+    if policy is RowErrorPolicy.SKIP_AND_REPORT:
+        return request.max_row_errors or DEFAULT_ROW_ERRORS
+    if request.max_row_errors:
+        reader.complain(
+            "max_row_errors", "goes with on_row_error SKIP_AND_REPORT alone; leave it out"
+        )
+    return None
 
 
 def _read_ttl(
@@ -377,6 +406,21 @@ def read_job_query(reader: Reader, request: export_service_pb2.ListJobsRequest) 
             present=request.HasField("created_before"),
         ),
     )
+
+
+def read_lifetime(
+    reader: Reader, request: export_service_pb2.GetDownloadUrlsRequest, options: UrlOptions
+) -> timedelta:
+    """How long the URLs of a GetDownloadUrls are to work."""
+    if not request.HasField("lifetime"):
+        return options.default_lifetime
+    most = options.max_lifetime.total_seconds()
+    asked = request.lifetime
+    # Compared as it came: what is far too long is no `timedelta` at all.
+    if not 1 <= asked.seconds + asked.nanos / 10**9 <= most:
+        reader.complain("lifetime", f"must lie between 1 s and {most:.0f} s")
+        return options.default_lifetime
+    return timedelta(seconds=asked.seconds, microseconds=asked.nanos // 1000)
 
 
 def query_digest(*parts: object) -> str:

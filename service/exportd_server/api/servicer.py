@@ -14,6 +14,7 @@ from exportd.v1 import job_pb2
 from exportd_server.api import answers, requests
 from exportd_server.api.download import Context, Downloads
 from exportd_server.api.requests import Reader
+from exportd_server.api.urls import DownloadUrls, UrlQuery
 from exportd_server.errors import ErrorReason, ExportdError
 from exportd_server.jobs.manager import JobManager
 from exportd_server.sources.catalogue import Dataset
@@ -31,10 +32,12 @@ class ExportService:
         self,
         manager: JobManager,
         downloads: Downloads,
+        urls: DownloadUrls,
         tenant: Callable[[Any], str],
     ) -> None:
         self._manager = manager
         self._downloads = downloads
+        self._urls = urls
         self._tenant = tenant
 
     async def ListDatasets(  # noqa: N802 - the contract's name
@@ -171,6 +174,31 @@ class ExportService:
     ) -> None:
         """See the contract."""
         await self._downloads.stream(self._tenant(context), request, context)
+
+    async def GetDownloadUrls(  # noqa: N802 - the contract's name
+        self, request: pb.GetDownloadUrlsRequest, context: object
+    ) -> pb.GetDownloadUrlsResponse:
+        """See the contract."""
+        reader = Reader()
+        job_id = reader.uuid("job_id", request.job_id, required=True)
+        size = _page_size(reader, request.page_size, MAX_PAGE)
+        lifetime = requests.read_lifetime(reader, request, self._urls.options)
+        part = request.part_index if request.HasField("part_index") else None
+        if part is not None and part < 0:
+            reader.complain("part_index", "must not be negative")
+        if part is not None and request.page_token:
+            reader.complain("page_token", "does not go with part_index; leave it out")
+        reader.check()
+        digest = requests.query_digest("urls", job_id)
+        first = _read_token(request.page_token, digest, int)[0] if request.page_token else 0
+        if first < 0:
+            raise ExportdError(ErrorReason.INVALID_PAGE_TOKEN)
+        response, following = await self._urls.of(
+            self._tenant(context), UrlQuery(job_id, part, lifetime, first, size)
+        )
+        if following is not None:
+            response.next_page_token = _token(digest, following)
+        return response
 
 
 def _job_id(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pyarrow as pa
 
 from exportd_server.encoders.base import ArrowCompression, ByteSink, OutputFormat
@@ -43,7 +46,13 @@ class ArrowEncoder:
 
     def write(self, batch: pa.RecordBatch) -> None:
         """Encode one batch."""
-        batch = conform(batch, self._schema)
+        self.stage(batch)()
+
+    def stage(self, batch: pa.RecordBatch) -> Callable[[], None]:
+        """Make sure of one batch: Arrow writes every value that its types allow."""
+        return partial(self._put, conform(batch, self._schema))
+
+    def _put(self, batch: pa.RecordBatch) -> None:
         with self._tap.open(), encoding():
             self._writer.write_batch(batch)
 

@@ -6,6 +6,7 @@ An encoder knows rows and bytes. It knows nothing of jobs, files or networks.
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -163,6 +164,13 @@ class Encoder(Protocol):
 
     def write(self, batch: pa.RecordBatch) -> None:
         """Encode one batch of the schema the encoder was opened with."""
+        ...
+
+    def stage(self, batch: pa.RecordBatch) -> Callable[[], None]:
+        """Do as much of `write` as a value can make fail, and leave the part as it is;
+        calling the result writes the batch. So a batch that is refused leaves no trace.
+        What is staged is held in memory, and is written before the next is staged, or
+        never."""
         ...
 
     def flush(self) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import re
+from collections.abc import Callable, Iterator
 from typing import IO, Literal, cast
 
 import polars as pl
@@ -62,11 +64,20 @@ class CsvEncoder:
 
     def write(self, batch: pa.RecordBatch) -> None:
         """Encode one batch."""
-        for piece in self._slicer.slices(conform(batch, self._schema)):
-            chunks = self._encode(piece)
-            self._slicer.learn(piece.num_rows, chunks.size)
-            for chunk in chunks.take():
-                self._out.write(chunk)
+        for chunks in self._encoded(batch, self._slicer):
+            self._put(chunks)
+
+    def stage(self, batch: pa.RecordBatch) -> Callable[[], None]:
+        """Make the text of one batch, to be written later."""
+        slicer = copy.copy(self._slicer)
+        staged = list(self._encoded(batch, slicer))
+
+        def write() -> None:
+            self._slicer = slicer
+            for chunks in staged:
+                self._put(chunks)
+
+        return write
 
     def flush(self) -> None:
         """Push out what the compressor holds."""
@@ -75,6 +86,16 @@ class CsvEncoder:
     def close(self) -> None:
         """Finish the file."""
         self._out.close()
+
+    def _encoded(self, batch: pa.RecordBatch, slicer: Slicer) -> Iterator[Chunks]:
+        for piece in slicer.slices(conform(batch, self._schema)):
+            chunks = self._encode(piece)
+            slicer.learn(piece.num_rows, chunks.size)
+            yield chunks
+
+    def _put(self, chunks: Chunks) -> None:
+        for chunk in chunks.take():
+            self._out.write(chunk)
 
     def _encode(self, piece: pa.RecordBatch) -> Chunks:
         columns = []

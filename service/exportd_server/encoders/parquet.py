@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -63,7 +65,18 @@ class ParquetEncoder:
 
     def write(self, batch: pa.RecordBatch) -> None:
         """Encode one batch."""
+        self._add(self._carry(conform(batch, self._schema)))
+
+    def stage(self, batch: pa.RecordBatch) -> Callable[[], None]:
+        """Make sure of one batch, which is to wait for its row group."""
         batch = self._carry(conform(batch, self._schema))
+        for field, column in zip(self._carried, batch.columns, strict=True):
+            if _is_converted(field.type):
+                with encoding(field.name):
+                    _try(field, column)
+        return partial(self._add, batch)
+
+    def _add(self, batch: pa.RecordBatch) -> None:
         while batch.num_rows:
             rows = min(batch.num_rows, self._options.row_group_rows - self._rows)
             row_bytes = max(1.0, batch.nbytes / batch.num_rows)
@@ -183,6 +196,25 @@ def carry(array: pa.Array, kind: pa.DataType) -> pa.Array:
             mask=array.is_null(),
         )
     return array.cast(kind)
+
+
+def _is_converted(kind: pa.DataType) -> bool:
+    """Whether values are of a type that Arrow's writer puts into another one, which may
+    not hold them: seconds as milliseconds, for one."""
+    if (pat.is_timestamp(kind) and kind.unit == "s") or pat.is_date64(kind):
+        return True
+    if pat.is_dictionary(kind):
+        return _is_converted(kind.value_type)
+    if isinstance(kind, pa.BaseExtensionType):
+        return _is_converted(kind.storage_type)
+    return any(_is_converted(kind.field(index).type) for index in range(kind.num_fields))
+
+
+def _try(field: pa.Field, column: pa.Array) -> None:
+    """Write a column to nowhere."""
+    table = pa.Table.from_arrays([column], schema=pa.schema([field]))
+    with pq.ParquetWriter(io.BytesIO(), table.schema, compression="none") as writer:
+        writer.write_table(table)
 
 
 def _is_large(kind: pa.DataType) -> bool:

@@ -23,10 +23,11 @@ from exportd_server.errors import (
 from exportd_server.jobs.anchors import Anchors
 from exportd_server.jobs.caps import Caps, check_parts
 from exportd_server.jobs.leases import GivenBack, Held, Leases
-from exportd_server.jobs.ledger.base import Lease, LeaseLost, Ledger, TaskKind
+from exportd_server.jobs.ledger.base import Lease, LeaseLost, Ledger, TaskKind, Totals
 from exportd_server.jobs.lower import schema_of, to_query
 from exportd_server.jobs.manager import Policy
-from exportd_server.jobs.model import Job, ManifestColumn, PartRecord
+from exportd_server.jobs.manifest import store_manifest
+from exportd_server.jobs.model import Job, Manifest, ManifestColumn, PartRecord
 from exportd_server.jobs.planning import make_plan
 from exportd_server.pipeline.run import (
     FinishedPart,
@@ -40,7 +41,7 @@ from exportd_server.platform.waits import Backoff, first
 from exportd_server.sources.base import ColumnKind, Query, SourceChanged
 from exportd_server.sources.catalogue import Catalogue, Dataset
 from exportd_server.store.base import OutputStore
-from exportd_server.store.key import JobPrefix
+from exportd_server.store.key import JobPrefix, OutputKind
 
 log = structlog.get_logger(__name__)
 
@@ -185,11 +186,17 @@ class Exporter:
         lease = held.lease
         if lease.shard is None:
             raise RuntimeError("a shard task without a shard")
-        rows, bytes_ = sum(p.rows for p in done), sum(p.bytes for p in done)
+        done_parts = [part for part in done if part.kind is OutputKind.OUTPUT]
+        rows, bytes_ = sum(p.rows for p in done_parts), sum(p.bytes for p in done)
+        row_errors = sum(p.rows for p in done) - rows
         if done:
-            log.info("shard resumes", parts=len(done), rows=rows)
-        caps = Caps(self._policy.row_cap(dataset), self._policy.byte_cap(dataset))
-        caps.check(rows, bytes_)
+            log.info("shard resumes", parts=len(done_parts), rows=rows)
+        caps = Caps(
+            self._policy.row_cap(dataset),
+            self._policy.byte_cap(dataset),
+            job.spec.max_row_errors,
+        )
+        caps.check(rows, bytes_, row_errors)
         run = ShardRun(
             ShardTask(
                 source=dataset.source,
@@ -199,29 +206,46 @@ class Exporter:
                 limits=PartLimits(job.spec.max_part_rows, job.spec.max_part_bytes),
                 prefix=JobPrefix(lease.tenant, lease.job_id),
                 token=lease.token,
-                done_parts=len(done),
+                done_parts=len(done_parts),
                 done_rows=rows,
                 done_bytes=bytes_,
+                done_row_errors=row_errors,
+                skip_errors=job.spec.max_row_errors is not None,
             ),
             self._store,
-            commit=self._commit(held, other_parts=job.progress.parts_done - len(done)),
+            commit=self._commit(held, parts=_parts(job)),
             check=caps.check,
             max_bytes_in_flight=self._options.max_bytes_in_flight,
         )
         async with self._progress(held, run, caps):
             await _run_in_thread(held, run)
         await self._settle_caps(held, run, caps)
-        if await held.insist(lambda: self._ledger.complete_shard(lease)):
+        last = await held.insist(lambda: self._ledger.complete_unless_last(lease))
+        if last is not None:
+            await self._publish(held, job, last)
             log.info("job succeeded", rows=run.rows, bytes=run.bytes)
 
-    def _commit(self, held: Held, *, other_parts: int) -> Callable[[FinishedPart], None]:
+    async def _publish(self, held: Held, job: Job, manifest: Manifest) -> None:
+        """Store the manifest, and only then have the job succeed."""
+        lease = held.lease
+        await held.unless_stopped(
+            in_daemon_thread(
+                lambda: store_manifest(self._store, job, manifest, lease.token), "manifest"
+            )
+        )
+        await held.insist(lambda: self._ledger.complete_shard(lease, manifest=True))
+
+    def _commit(self, held: Held, *, parts: int) -> Callable[[FinishedPart], None]:
         lease, loop = held.lease, asyncio.get_running_loop()
 
         def commit(part: FinishedPart) -> None:
             """In the pipeline's thread: record a part before the next one begins."""
-            check_parts(other_parts + part.key.sequence + 1)
+            nonlocal parts
+            parts += 1 if part.errors is None else 2
+            check_parts(parts)
             record = _part_record(part)
-            recorded = held.insist(lambda: self._ledger.add_part(lease, record))
+            errors = None if part.errors is None else _part_record(part.errors)
+            recorded = held.insist(lambda: self._ledger.add_part(lease, record, errors))
             asyncio.run_coroutine_threadsafe(recorded, loop).result()
 
         return commit
@@ -234,14 +258,19 @@ class Exporter:
         if caps.bounded:
             total = await held.insist(
                 lambda: self._ledger.record_progress(
-                    lease, rows=run.rows, bytes_=run.bytes, rows_per_second=0.0
+                    lease,
+                    rows=run.rows,
+                    bytes_=run.bytes,
+                    row_errors=run.row_errors,
+                    rows_per_second=0.0,
                 )
             )
-            caps.others(*total, own_rows=run.rows, own_bytes=run.bytes)
-            caps.check(run.rows, run.bytes)
+            own = Totals(run.rows, run.bytes, run.row_errors)
+            caps.others(total, own)
+            caps.check(*own)
         job = await held.insist(lambda: self._ledger.get_job(lease.tenant, lease.job_id))
         if job is not None:
-            check_parts(job.progress.parts_done)
+            check_parts(_parts(job))
 
     # --- progress
 
@@ -270,15 +299,19 @@ class Exporter:
                 async with asyncio.timeout(self._options.progress_interval):
                     await done.wait()
                     return
-            now, rows, bytes_ = time.monotonic(), run.rows, run.bytes
-            history.append((now, rows))
+            now, own = time.monotonic(), Totals(run.rows, run.bytes, run.row_errors)
+            history.append((now, own.rows))
             while len(history) > 2 and now - history[0][0] > _RATE_WINDOW:
                 history.popleft()
             begun, rows_then = history[0]
-            rate = max(0.0, (rows - rows_then) / (now - begun))
+            rate = max(0.0, (own.rows - rows_then) / (now - begun))
             try:
                 total = await self._ledger.record_progress(
-                    lease, rows=rows, bytes_=bytes_, rows_per_second=rate
+                    lease,
+                    rows=own.rows,
+                    bytes_=own.bytes,
+                    row_errors=own.row_errors,
+                    rows_per_second=rate,
                 )
             except LeaseLost:
                 held.lose(lease)
@@ -292,7 +325,7 @@ class Exporter:
                 silent = True
             else:
                 silent = False
-                caps.others(*total, own_rows=rows, own_bytes=bytes_)
+                caps.others(total, own)
 
 
 async def _run_in_thread(held: Held, run: ShardRun) -> None:
@@ -343,6 +376,11 @@ def _manifest_columns(
     )
 
 
+def _parts(job: Job) -> int:
+    """All parts that are finished."""
+    return job.progress.parts_done + job.progress.error_parts
+
+
 def _part_record(part: FinishedPart) -> PartRecord:
     digest = part.digest
     return PartRecord(
@@ -358,4 +396,5 @@ def _part_record(part: FinishedPart) -> PartRecord:
         body_crc32c=digest.body_crc32c,
         suffix_crc32c=digest.suffix_crc32c,
         sha256=digest.sha256,
+        kind=part.key.kind,
     )

@@ -51,6 +51,7 @@ from exportd_server.sources.catalogue import Catalogue, Dataset
 log = structlog.get_logger(__name__)
 
 MIN_PART_BYTES = 65_536
+MAX_ROW_ERRORS = 1_000_000
 MAX_LABELS = 32
 MAX_LABEL_VALUE = 256
 MAX_PRIORITY = 100
@@ -255,6 +256,11 @@ class JobManager:
             spec.max_part_bytes is None or spec.max_part_bytes >= MIN_PART_BYTES,
             "max_part_bytes",
             f"must be at least {MIN_PART_BYTES}",
+        )
+        check(
+            spec.max_row_errors is None or 1 <= spec.max_row_errors <= MAX_ROW_ERRORS,
+            "max_row_errors",
+            f"must lie between 1 and {MAX_ROW_ERRORS}, or be 0 for the default",
         )
         check(
             timedelta(seconds=1) <= spec.ttl <= self.policy.max_ttl,

@@ -16,6 +16,7 @@ from typing import Literal
 from exportd_server.encoders.base import OutputFormat
 from exportd_server.errors import ErrorRecord
 from exportd_server.sources.base import FilterOperator
+from exportd_server.store.key import OutputKind
 
 
 class JobState(enum.StrEnum):
@@ -76,6 +77,13 @@ class FilterSpec:
     values: tuple[FilterLiteral, ...] = ()
 
 
+class RowErrorPolicy(enum.StrEnum):
+    """What happens to a row that cannot be exported, as the contract names it."""
+
+    FAIL = "FAIL"
+    SKIP_AND_REPORT = "SKIP_AND_REPORT"
+
+
 @dataclass(frozen=True, slots=True)
 class ExportSpec:
     """A request as accepted: what to export and how, defaults filled in."""
@@ -91,16 +99,28 @@ class ExportSpec:
     limit: int | None = None
     max_part_rows: int | None = None
     max_part_bytes: int | None = None
+    max_row_errors: int | None = None
+    """Leave out rows that cannot be written, up to so many, and tell them in error parts;
+    None: the first one fails the job."""
     ttl: timedelta = timedelta(days=1)
     priority: int = 0
     labels: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def on_row_error(self) -> RowErrorPolicy:
+        """The same in the contract's words."""
+        if self.max_row_errors is None:
+            return RowErrorPolicy.FAIL
+        return RowErrorPolicy.SKIP_AND_REPORT
+
 
 @dataclass(frozen=True, slots=True)
 class PartRecord:
-    """A finalized part as the ledger keeps it. (`shard`, `sequence`, `token`) name its
-    key in the store; checksums are of the part alone, `body_crc32c` of what the joined
-    file takes from its middle: without prefix and suffix."""
+    """A finalized part as the ledger keeps it. (`kind`, `shard`, `sequence`, `token`)
+    name its key in the store; an error part has the shard, sequence and token of the
+    output part whose missing rows it tells. Checksums are of the part alone,
+    `body_crc32c` of what the joined file takes from its middle: without prefix and
+    suffix."""
 
     shard: int
     sequence: int
@@ -114,6 +134,7 @@ class PartRecord:
     body_crc32c: int
     suffix_crc32c: int
     sha256: builtins.bytes
+    kind: OutputKind = OutputKind.OUTPUT
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +153,8 @@ class Manifest:
 
     columns: tuple[ManifestColumn, ...]
     parts: tuple[PartRecord, ...]
+    error_parts: tuple[PartRecord, ...] = ()
+    """The rows that were left out, likewise in the order of the output."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +168,9 @@ class Progress:
     estimated_rows: int | None = None
     queue_position: int | None = None
     rows_per_second: float | None = None
+    row_errors: int = 0
+    """Rows that were left out."""
+    error_parts: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +188,8 @@ class Job:
     expire_time: datetime | None = None
     expired: bool = False
     """Whether `expire_time` had passed by the ledger's clock when this was read."""
+    read_time: datetime | None = field(default=None, compare=False)
+    """When this was read, by the ledger's clock."""
     generation: int = 1
     attempt: int = 0
     revision: int = 1

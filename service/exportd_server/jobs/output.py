@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from exportd_server.encoders.base import OutputFormat
+from exportd_server.encoders.base import Format, OutputFormat
 from exportd_server.jobs.model import Job, PartRecord
 from exportd_server.platform.checksum import crc32c_combine
 
@@ -34,6 +34,10 @@ class Layout:
     bytes: int
     crc32c: int
     sha256: builtins.bytes
+
+
+ERROR_OUTPUT = OutputFormat(Format.JSONL)
+"""What error parts are written as, whatever the output is."""
 
 
 def part_layout(part: PartRecord) -> Layout:
@@ -91,9 +95,24 @@ def part_file_name(job: Job, index: int) -> str:
     return f"{file_stem(job)}.part-{index:05d}.{job.spec.output.extension}"
 
 
+def error_part_file_name(job: Job, index: int) -> str:
+    """The name of one error part as a file."""
+    return f"{file_stem(job)}.errors-{index:05d}.{ERROR_OUTPUT.extension}"
+
+
 def file_name(job: Job) -> str:
     """The name of the joined file."""
     return f"{file_stem(job)}.{job.spec.output.extension}"
+
+
+_COMPRESSED = {"gzip": "application/gzip", "zstd": "application/zstd"}
+
+
+def file_content_type(output: OutputFormat) -> str:
+    """The media type of a file as it is stored. Around a compressed one it is that of the
+    compression: named as `Content-Encoding` instead, browsers would undo it and keep a
+    file whose name, size and checksum are another's."""
+    return _COMPRESSED.get(output.content_encoding, output.content_type)
 
 
 def content_disposition(name: str) -> str:

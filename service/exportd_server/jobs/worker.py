@@ -37,6 +37,7 @@ log = structlog.get_logger(__name__)
 
 _EXPORT_KINDS = (TaskKind.PLAN, TaskKind.SHARD)
 _HOUSEKEEPING_KINDS = (TaskKind.CLEANUP, TaskKind.REAP)
+_SWEEP_KINDS = (TaskKind.SWEEP,)
 _LAST_WORDS = 3.0
 """Seconds that work has to give its leases back once the grace of a drain is over."""
 _OUTAGE = Backoff(0.1, 5.0)
@@ -86,6 +87,8 @@ class Worker:
         self._slots = (
             _Slots(_EXPORT_KINDS, options.concurrency),
             _Slots(_HOUSEKEEPING_KINDS, 1),
+            # On its own: it may take long, and deletions are not to wait for it.
+            _Slots(_SWEEP_KINDS, 1),
         )
         self._leases = Leases(ledger, options.lease)
         self._anchors = Anchors(ledger, self._draining, poll=options.poll)
@@ -241,11 +244,11 @@ class Worker:
 
     async def _keep_house(self, held: Held) -> None:
         lease = held.lease
-        work = (
-            self._housekeeping.cleanup
-            if lease.kind is TaskKind.CLEANUP
-            else self._housekeeping.reap
-        )
+        work = {
+            TaskKind.CLEANUP: self._housekeeping.cleanup,
+            TaskKind.REAP: self._housekeeping.reap,
+            TaskKind.SWEEP: self._housekeeping.sweep,
+        }[lease.kind]
         try:
             # All of it may be done twice, so all of it is done again after an outage.
             await held.unless_stopped(held.insist(lambda: work(lease)))

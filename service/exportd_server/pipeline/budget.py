@@ -8,15 +8,26 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Iterator
+from typing import Generic, Protocol, TypeVar
 
-import pyarrow as pa
+
+class Weighed(Protocol):
+    """What has a size in memory, in bytes."""
+
+    @property
+    def nbytes(self) -> int:
+        """The size."""
+        ...
+
+
+B = TypeVar("B", bound=Weighed)
 
 
 class HandoverClosed(Exception):
     """The other side has gone; stop."""
 
 
-class Handover:
+class Handover(Generic[B]):
     """A queue of batches between one producer and one consumer thread.
 
     `put` blocks while the batches that were put and not yet given back weigh more than
@@ -27,14 +38,14 @@ class Handover:
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
-        self._batches: deque[tuple[pa.RecordBatch, int]] = deque()
+        self._batches: deque[tuple[B, int]] = deque()
         self._in_flight = 0
         self._finished = False
         self._error: BaseException | None = None
         self._closed = False
         self._changed = threading.Condition()
 
-    def put(self, batch: pa.RecordBatch) -> None:
+    def put(self, batch: B) -> None:
         """Hand a batch over; waits for room."""
         weight = max(1, batch.nbytes)
         with self._changed:
@@ -63,7 +74,7 @@ class Handover:
             self._batches.clear()
             self._changed.notify_all()
 
-    def __iter__(self) -> Iterator[pa.RecordBatch]:
+    def __iter__(self) -> Iterator[B]:
         while True:
             with self._changed:
                 while not (self._batches or self._finished or self._closed):

@@ -10,17 +10,23 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import pyarrow as pa
 
 from exportd_server.encoders.base import Encoder, OutputFormat
 from exportd_server.encoders.registry import open_encoder
+from exportd_server.errors import ValueNotEncodable
 from exportd_server.pipeline.budget import Handover, HandoverClosed
 from exportd_server.pipeline.digest import HashingSink, PartDigest
+from exportd_server.pipeline.sift import line, sift
 from exportd_server.platform.malloc import release_free_memory
 from exportd_server.sources.base import BatchStream, Query, Shard, Source
+from exportd_server.sources.loose import LooseBatch
 from exportd_server.store.base import OutputStore, PartWriter
 from exportd_server.store.key import JobPrefix, OutputKey, OutputKind
+
+_Rows: TypeAlias = pa.RecordBatch | LooseBatch
 
 MIN_PIECE_ROWS = 1024
 """Fewer rows at a time cost more than they save."""
@@ -40,16 +46,20 @@ class PartLimits:
 
 @dataclass(frozen=True, slots=True)
 class FinishedPart:
-    """A part that is durable in the store."""
+    """A part that is durable in the store, and so is the error part with the rows that
+    it should have had, if there are any."""
 
     key: OutputKey
     rows: int
     digest: PartDigest
+    errors: FinishedPart | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ShardTask:
-    """What to run. `done_parts` and `done_rows` count what an earlier attempt finished."""
+    """What to run. `done_parts` and the like count what an earlier attempt finished;
+    `done_bytes` includes its error parts. `skip_errors` leaves rows out that cannot be
+    written and tells them in error parts, instead of ending the run."""
 
     source: Source
     query: Query
@@ -61,6 +71,8 @@ class ShardTask:
     done_parts: int = 0
     done_rows: int = 0
     done_bytes: int = 0
+    done_row_errors: int = 0
+    skip_errors: bool = False
 
 
 class ShardRun:
@@ -68,8 +80,9 @@ class ShardRun:
 
     `commit` is called for each finished part, in order, and returns once the part is
     recorded; when it raises, the run ends with that error. `check` is called with the
-    shard's rows and bytes so far, finished parts included, after each piece of work, and
-    ends the run by raising, too. `rows` and `bytes` may be read from any thread.
+    shard's rows, bytes and refused rows so far, finished parts included, after each piece
+    of work, and ends the run by raising, too. `rows`, `bytes`, which has those of error
+    parts as well, and `row_errors` may be read from any thread.
 
     Raises what the source, the encoder, the store, `commit` or `check` raised, or
     `Stopped` after `cancel`; an unfinished part is then gone.
@@ -81,22 +94,24 @@ class ShardRun:
         store: OutputStore,
         *,
         commit: Callable[[FinishedPart], None],
-        check: Callable[[int, int], None],
+        check: Callable[[int, int, int], None],
         max_bytes_in_flight: int,
     ) -> None:
         self._task = task
         self._store = store
         self._commit = commit
         self._check = check
-        self._handover = Handover(max_bytes_in_flight)
+        self._handover: Handover[_Rows] = Handover(max_bytes_in_flight)
         self._lock = threading.Lock()
         self._stream: BatchStream | None = None
         self._cancelled = False
         self._sequence = task.done_parts
         self._finished_rows = task.done_rows
         self._finished_bytes = task.done_bytes
+        self._finished_row_errors = task.done_row_errors
         self.rows = task.done_rows
         self.bytes = task.done_bytes
+        self.row_errors = task.done_row_errors
 
     def __call__(self) -> None:
         """Write the shard's parts."""
@@ -127,7 +142,8 @@ class ShardRun:
 
     def _run_pipeline(self) -> None:
         task = self._task
-        with task.source.open(task.query, task.shard, skip_rows=task.done_rows) as stream:
+        done = task.done_rows + task.done_row_errors
+        with task.source.open(task.query, task.shard, skip_rows=done) as stream:
             with self._lock:
                 self._stream = stream
                 if self._cancelled:
@@ -149,7 +165,7 @@ class ShardRun:
 
     def _read(self, stream: BatchStream) -> None:
         try:
-            for batch in stream:
+            for batch in _loose(stream) if self._task.skip_errors else stream:
                 self._handover.put(batch)
         except HandoverClosed:
             pass
@@ -169,7 +185,10 @@ class ShardRun:
                         part = self._open_part(schema)
                     piece = rest.slice(0, part.room(rest, limits))
                     rest = rest.slice(piece.num_rows)
-                    part.write(piece)
+                    if isinstance(piece, LooseBatch):
+                        part.write_sifted(piece, self._found(part))
+                    else:
+                        part.write(piece)
                     self._note(part)
                     if part.full(limits):
                         self._finish_part(part)
@@ -185,19 +204,42 @@ class ShardRun:
                 part.abort()
 
     def _open_part(self, schema: pa.Schema) -> _OpenPart:
-        key = OutputKey(
+        key = self._key(OutputKind.OUTPUT)
+        writer = self._store.create(key)
+        first_row = self._finished_rows + self._finished_row_errors
+        return _OpenPart(
+            key, writer, self._task.output, schema, self._open_errors, first_row
+        )
+
+    def _open_errors(self) -> _ErrorPart:
+        key = self._key(OutputKind.ERROR)
+        return _ErrorPart(key, self._store.create(key))
+
+    def _key(self, kind: OutputKind) -> OutputKey:
+        return OutputKey(
             self._task.prefix,
-            OutputKind.OUTPUT,
+            kind,
             self._task.shard.index,
             self._sequence,
             self._task.token,
         )
-        return _OpenPart(key, self._store.create(key), self._task.output, schema)
+
+    def _found(self, part: _OpenPart) -> Callable[[int], None]:
+        before = part.row_errors
+
+        def found(more: int) -> None:
+            row_errors = self._finished_row_errors + before + more
+            self._check(self.rows, self.bytes, row_errors)
+            if self._cancelled:
+                raise Stopped
+
+        return found
 
     def _note(self, part: _OpenPart) -> None:
         self.rows = self._finished_rows + part.rows
-        self.bytes = self._finished_bytes + part.bytes
-        self._check(self.rows, self.bytes)
+        self.bytes = self._finished_bytes + part.stored_bytes
+        self.row_errors = self._finished_row_errors + part.row_errors
+        self._check(self.rows, self.bytes, self.row_errors)
         if self._cancelled:
             raise Stopped
 
@@ -205,17 +247,55 @@ class ShardRun:
         finished = part.finish()
         self._finished_rows += finished.rows
         self._finished_bytes += finished.digest.bytes
+        if finished.errors is not None:
+            self._finished_row_errors += finished.errors.rows
+            self._finished_bytes += finished.errors.digest.bytes
         self._sequence += 1
         self.rows = self._finished_rows
         self.bytes = self._finished_bytes
-        self._check(self.rows, self.bytes)
+        self.row_errors = self._finished_row_errors
+        self._check(self.rows, self.bytes, self.row_errors)
         if self._cancelled:
             raise Stopped
         self._commit(finished)
 
 
+def _loose(stream: BatchStream) -> Iterator[LooseBatch]:
+    """The stream's rows, good or not."""
+    try:
+        yield from stream.loose()
+    except ValueNotEncodable as error:
+        raise ValueNotEncodable(
+            f"{error.message}; the source cannot tell in which row, so that it cannot be "
+            "left out",
+            column=error.metadata.get("column"),
+        ) from error.__cause__
+
+
+class _ErrorPart:
+    """An error part that is being written: the rows that its output part lacks."""
+
+    def __init__(self, key: OutputKey, writer: PartWriter) -> None:
+        self.key = key
+        self.writer = writer
+        self.sink = HashingSink(writer)
+        self.rows = 0
+
+    def write(self, line: bytes) -> None:
+        """Add a row."""
+        self.sink.write(line)
+        self.rows += 1
+
+    def finish(self) -> FinishedPart:
+        """Make it durable and readable."""
+        digest = self.sink.finish(0, 0)
+        self.writer.finalize()
+        return FinishedPart(self.key, self.rows, digest)
+
+
 class _OpenPart:
-    """A part that is being written."""
+    """A part that is being written, with its error part as soon as there is one.
+    `first_row` is its first row's place in the shard."""
 
     def __init__(
         self,
@@ -223,10 +303,15 @@ class _OpenPart:
         writer: PartWriter,
         output: OutputFormat,
         schema: pa.Schema,
+        open_errors: Callable[[], _ErrorPart],
+        first_row: int,
     ) -> None:
         self.key = key
         self.writer = writer
         self.rows = 0
+        self._open_errors = open_errors
+        self._errors: _ErrorPart | None = None
+        self._first_row = first_row
         self.sink = HashingSink(writer)
         try:
             self.encoder: Encoder = open_encoder(output, schema, self.sink)
@@ -241,7 +326,17 @@ class _OpenPart:
         """Stored bytes so far, with what the encoder still holds."""
         return self.sink.bytes + self.encoder.buffered_bytes
 
-    def room(self, batch: pa.RecordBatch, limits: PartLimits) -> int:
+    @property
+    def row_errors(self) -> int:
+        """Rows that were refused so far."""
+        return 0 if self._errors is None else self._errors.rows
+
+    @property
+    def stored_bytes(self) -> int:
+        """As `bytes`, with the error part's."""
+        return self.bytes + (0 if self._errors is None else self._errors.sink.bytes)
+
+    def room(self, batch: _Rows, limits: PartLimits) -> int:
         """How many of the batch's rows to write next, at least one."""
         rows: int = batch.num_rows
         if limits.max_bytes is not None:
@@ -265,6 +360,19 @@ class _OpenPart:
             self.encoder.flush()
         self.rows += piece.num_rows
 
+    def write_sifted(self, piece: LooseBatch, found: Callable[[int], None]) -> None:
+        """Encode the rows of a piece that can be, and tell the others."""
+        with self._store_errors_first():
+            sifted = sift(piece, self.encoder.stage, found)
+            sifted.write()
+            self.encoder.flush()
+        first = self._first_row + self.rows + self.row_errors
+        for refused in sifted.refused:
+            if self._errors is None:
+                self._errors = self._open_errors()
+            self._errors.write(line(piece, refused, self.key.shard, first + refused.row))
+        self.rows += sifted.rows
+
     def full(self, limits: PartLimits) -> bool:
         """Whether the next row belongs into another part."""
         return (limits.max_rows is not None and self.rows >= limits.max_rows) or (
@@ -276,8 +384,9 @@ class _OpenPart:
         with self._store_errors_first():
             self.encoder.close()
         digest = self.sink.finish(self.encoder.prefix_bytes, self.encoder.suffix_bytes)
+        errors = None if self._errors is None else self._errors.finish()
         self.writer.finalize()
-        return FinishedPart(self.key, self.rows, digest)
+        return FinishedPart(self.key, self.rows, digest, errors)
 
     @contextmanager
     def _store_errors_first(self) -> Iterator[None]:
@@ -289,5 +398,8 @@ class _OpenPart:
                 raise self.sink.error
 
     def abort(self) -> None:
-        """Leave nothing behind."""
+        """Leave nothing behind. An error part that was finalized before its output part
+        failed is named by nobody, and is cleaned up with what else is not."""
         self.writer.abort()
+        if self._errors is not None:
+            self._errors.writer.abort()

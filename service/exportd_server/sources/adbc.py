@@ -17,7 +17,7 @@ import json
 import re
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol, Self, runtime_checkable
@@ -37,6 +37,7 @@ from exportd_server.sources.base import (
     SourceChanged,
 )
 from exportd_server.sources.batches import Stop, conform, gather, not_fitting
+from exportd_server.sources.loose import LooseBatch, Shape
 from exportd_server.sources.query import Dialect, Field
 
 MARK = "exportd:"
@@ -70,6 +71,8 @@ class Vendor(Protocol):
     dialect: Dialect
     stream_options: Mapping[str, str]
     interruptible: bool
+    heading: int
+    """Columns and rows that `statement` puts before those of the tree."""
 
     def begin(self, session: Session) -> None:
         """Make a new session read-only and its settings known."""
@@ -86,14 +89,21 @@ class Vendor(Protocol):
         """About how many rows a statement gives, where that is cheap to tell."""
         ...
 
-    def statement(self, tree: exp.Select, fields: Sequence[Field]) -> exp.Expr:
-        """The tree to run for a query's tree."""
+    def statement(
+        self, tree: exp.Select, fields: Sequence[Field], *, loose: bool = False
+    ) -> exp.Expr:
+        """The tree to run for a query's tree, which `loose` says to be a loose one."""
         ...
 
     def unpack(
         self, batch: pa.RecordBatch, fields: Sequence[Field], *, first: bool
     ) -> list[pa.Array]:
         """The columns of a batch that `statement` gave; raises `Misfit`."""
+        ...
+
+    def typed(self, array: pa.Array, kind: pa.DataType) -> pa.Array:
+        """A column of a loose batch in its type, where a cast would not do; raises an
+        error of Arrow's."""
         ...
 
     def fingerprint(self) -> Mapping[str, Any] | None:
@@ -137,6 +147,11 @@ class Cutter(Protocol):
         self, relation: exp.Expr, fields: Mapping[str, Field], state: Mapping[str, Any]
     ) -> Piece:
         """How to read what `cut` made a state for; raises `SourceChanged`."""
+        ...
+
+    def whole(self, relation: exp.Expr) -> Vendor:
+        """The same database, whose sessions raise `SourceFailed` when the state that
+        they see of the relation is not one that ever was."""
         ...
 
 
@@ -314,8 +329,10 @@ class AdbcSource:
                 if differs(self._vendor, expected):
                     raise SourceFailed("the dataset changed while it was read")
 
-        tree, parameters = self._tree(query, skip_rows)
-        return self._stream(self._vendor, tree, parameters, query, check)
+        vendor = self._vendor
+        if isinstance(vendor, Cutter):
+            vendor = vendor.whole(self._relation)
+        return self._stream(vendor, query, skip_rows, check)
 
     def _cut(self, query: Query, rows: int) -> Cut | None:
         tree, parameters = self._tree(query, 0)
@@ -340,29 +357,37 @@ class AdbcSource:
                 if not ordered(session, text):
                     raise SourceChanged
 
-        tree, parameters = self._tree(query, skip_rows)
-        tree = tree.where(piece.condition, copy=False)
-        return self._stream(piece.vendor, tree, parameters, query, check)
+        return self._stream(piece.vendor, query, skip_rows, check, piece.condition)
 
     def _stream(
         self,
         vendor: Vendor,
-        tree: exp.Select,
-        parameters: Sequence[float],
         query: Query,
+        skip_rows: int,
         check: _Check | None,
+        condition: exp.Expr | None = None,
     ) -> DatabaseStream:
         wanted = [self._fields[name] for name in query.columns]
-        text = sql.render(vendor.dialect, vendor.statement(tree, wanted))
-        return DatabaseStream(vendor, text, parameters, wanted, check)
 
-    def _tree(self, query: Query, skip_rows: int) -> tuple[exp.Select, tuple[float, ...]]:
+        def statement(*, loose: bool) -> tuple[str, Sequence[float]]:
+            tree, parameters = self._tree(query, skip_rows, loose=loose)
+            if condition is not None:
+                tree = tree.where(condition.copy(), copy=False)
+            whole = vendor.statement(tree, wanted, loose=loose)
+            return sql.render(vendor.dialect, whole), parameters
+
+        return DatabaseStream(vendor, statement, wanted, check)
+
+    def _tree(
+        self, query: Query, skip_rows: int, *, loose: bool = False
+    ) -> tuple[exp.Select, tuple[float, ...]]:
         return sql.select(
             self._vendor.dialect,
             self._relation.copy(),
             self._fields,
             query,
             skip_rows=skip_rows,
+            loose=loose,
         )
 
     def _estimate(self, query: Query) -> int | None:
@@ -382,20 +407,22 @@ _Check = Callable[[Session, str], None]
 """Looks, in the session that is about to run a statement, whether it still may."""
 
 
+class _Statement(Protocol):
+    def __call__(self, *, loose: bool) -> tuple[str, Sequence[float]]: ...
+
+
 class DatabaseStream:
     """Batches of a query over a database."""
 
     def __init__(
         self,
         vendor: Vendor,
-        text: str,
-        parameters: Sequence[float],
+        statement: _Statement,
         fields: Sequence[Field],
         check: _Check | None,
     ) -> None:
         self._vendor = vendor
-        self._text = text
-        self._parameters = parameters
+        self._statement = statement
         self._fields = fields
         self._check = check
         self._schema = pa.schema(
@@ -436,17 +463,34 @@ class DatabaseStream:
         self._hand.leave()
 
     def __iter__(self) -> Iterator[pa.RecordBatch]:
+        return self._begin(self._read())
+
+    def loose(self) -> Iterator[LooseBatch]:
+        """The same rows, with those whose value the database has and their columns'
+        types do not."""
+        heading = self._vendor.heading
+        shape = Shape(
+            self._schema,
+            first=heading,
+            misfits=sql.misfits(self._fields, heading),
+            check_text=True,
+            typed=self._vendor.typed,
+        )
+        for batch in self._begin(self._read_loose()):
+            yield LooseBatch(batch, shape)
+
+    def _begin(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         if self._thread is not None:
             raise RuntimeError("a stream is read once")
         self._thread = threading.Thread(
-            target=self._produce, name="database-source", daemon=True
+            target=self._produce, args=(batches,), name="database-source", daemon=True
         )
         self._thread.start()
         return iter(self._hand)
 
-    def _produce(self) -> None:
+    def _produce(self, read: Iterator[pa.RecordBatch]) -> None:
         try:
-            with contextlib.closing(gather(self._read())) as batches:
+            with contextlib.closing(gather(read)) as batches:
                 for batch in batches:
                     if not self._hand.put(batch):
                         return
@@ -456,15 +500,31 @@ class DatabaseStream:
             self._hand.end(None)
 
     def _read(self) -> Iterator[pa.RecordBatch]:
+        first = True
+        with contextlib.closing(self._run(loose=False)) as batches:
+            for batch in batches:
+                try:
+                    arrays = self._vendor.unpack(batch, self._fields, first=first)
+                except Misfit as misfit:
+                    raise not_fitting(misfit.name) from misfit.__cause__
+                first = first and batch.num_rows == 0
+                yield conform(arrays, self._schema, check_text=True)
+
+    def _read_loose(self) -> Iterator[pa.RecordBatch]:
+        left = self._vendor.heading
+        with contextlib.closing(self._run(loose=True)) as batches:
+            for batch in batches:
+                cut = min(left, batch.num_rows)
+                left -= cut
+                yield batch.slice(cut)
+
+    def _run(self, *, loose: bool) -> Generator[pa.RecordBatch, None, None]:
+        text, parameters = self._statement(loose=loose)
         try:
             with Session(self._vendor, self._stop) as session:
                 if self._check is not None:
-                    self._check(session, self._text)
-                first = True
-                for batch in session.stream(self._text, self._parameters):
-                    arrays = self._vendor.unpack(batch, self._fields, first=first)
-                    first = first and batch.num_rows == 0
-                    yield conform(arrays, self._schema, check_text=True)
+                    self._check(session, text)
+                yield from session.stream(text, parameters)
         except Misfit as misfit:
             raise not_fitting(misfit.name) from misfit.__cause__
 

@@ -17,6 +17,8 @@ from typing import Protocol, Self
 import pyarrow as pa
 import pyarrow.types as pat
 
+from exportd_server.sources.loose import LooseBatch
+
 
 class ColumnKind(enum.StrEnum):
     """Kinds of column values, as the contract names them."""
@@ -153,6 +155,11 @@ class Query:
     limit: int | None = None
 
 
+MOST_SHARDS = 1000
+"""About the most pieces that a query is cut into, however many rows it is thought to
+have: what is thought may be wrong by far."""
+
+
 @dataclass(frozen=True, slots=True)
 class Shard:
     """A piece of a query that one worker reads. `state` is the source's own JSON text,
@@ -200,6 +207,12 @@ class BatchStream(Protocol):
         ...
 
     def __iter__(self) -> Iterator[pa.RecordBatch]: ...
+
+    def loose(self) -> Iterator[LooseBatch]:
+        """The same rows in the same order, instead of iterating: those with a value that
+        is not of its column's type among them, as far as the source can tell the row.
+        Where it cannot, this raises `ValueNotEncodable` as iterating would."""
+        ...
 
     def __enter__(self) -> Self: ...
 

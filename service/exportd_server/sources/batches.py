@@ -60,23 +60,28 @@ def conform(
     infinity, are refused here and never turned into another value. `check_text` also
     verifies UTF-8, for sources that do not.
     """
-    columns: list[pa.Array] = []
-    for array, field in zip(arrays, schema, strict=True):
-        column = array
-        try:
-            if column.type != field.type:
-                column = column.cast(field.type, safe=True)
-            if check_text and pat.is_string(field.type):
-                column.validate(full=True)
-        except pa.ArrowException as error:
-            raise not_fitting(field.name) from error
-        if not _in_range(column):
-            raise not_fitting(field.name)
-        columns.append(column)
+    columns = [
+        fitted(array, field, check_text=check_text)
+        for array, field in zip(arrays, schema, strict=True)
+    ]
     try:
         return pa.RecordBatch.from_arrays(columns, schema=schema)
     except pa.ArrowException as error:
         raise SourceFailed from error
+
+
+def fitted(array: pa.Array, field: pa.Field, *, check_text: bool = False) -> pa.Array:
+    """One column of what `conform` makes."""
+    try:
+        if array.type != field.type:
+            array = array.cast(field.type, safe=True)
+        if check_text and pat.is_string(field.type):
+            array.validate(full=True)
+    except pa.ArrowException as error:
+        raise not_fitting(field.name) from error
+    if not _in_range(array):
+        raise not_fitting(field.name)
+    return array
 
 
 def not_fitting(column: str | None) -> ValueNotEncodable:

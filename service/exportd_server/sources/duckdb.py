@@ -14,7 +14,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import duckdb
 import pyarrow as pa
@@ -26,7 +26,7 @@ from exportd_server.sources import file_sql
 from exportd_server.sources import query as sql
 from exportd_server.sources.base import Column, Plan, Query, Shard, SourceChanged
 from exportd_server.sources.batches import Stop, conform, gather, not_fitting
-from exportd_server.sources.file_sql import INTEGERS, MARK, FileFormat
+from exportd_server.sources.file_sql import INTEGERS, MARK, FileFormat, Reading
 from exportd_server.sources.files import (
     File,
     Listing,
@@ -38,6 +38,7 @@ from exportd_server.sources.files import (
     list_files,
     unchanged,
 )
+from exportd_server.sources.loose import LooseBatch, Shape
 from exportd_server.sources.query import Dialect, Field
 from exportd_server.sources.types import sql_type
 
@@ -233,18 +234,24 @@ class FileSource:
             # The engine reads no row group that these rule out.
             conditions.append(exp.GTE(this=row, expression=start))
             conditions.append(exp.LT(this=row.copy(), expression=stop))
-        tree, _ = sql.select(
-            _DIALECT,
-            self._relation([file.path for file in files]),
-            self._fields,
-            query,
-            skip_rows=skip_rows,
-        )
+        relation = self._relation([file.path for file in files])
+
+        def statement(*, loose: bool) -> str:
+            tree, _ = sql.select(
+                _DIALECT,
+                relation.copy(),
+                self._fields,
+                query,
+                skip_rows=skip_rows,
+                loose=loose,
+            )
+            return sql.render(_DIALECT, tree.where(*conditions) if conditions else tree)
+
         return FileStream(
             self._format,
             files,
-            sql.render(_DIALECT, tree.where(*conditions) if conditions else tree),
-            [self._fields[name].column for name in query.columns],
+            statement,
+            [self._fields[name] for name in query.columns],
             keep_footers=state["rows"] is not None,
         )
 
@@ -303,7 +310,8 @@ class FileSource:
     def _build(
         self, engine: duckdb.DuckDBPyConnection, paths: Sequence[str]
     ) -> dict[str, Field]:
-        values = {name: self._value(name, kind) for name, kind in self._names.items()}
+        readings = {name: self._reading(name, kind) for name, kind in self._names.items()}
+        values = {name: reading.value for name, reading in readings.items()}
         # Asking for no rows tells the exact Arrow types.
         tree = exp.Select(
             expressions=[exp.alias_(v, n, quoted=True) for n, v in values.items()]
@@ -312,27 +320,35 @@ class FileSource:
         relation = engine.sql(sql.render(_DIALECT, probe), alias="probed")
         schema = relation.to_arrow_reader(_ENGINE_ROWS).schema
         fields = {}
-        for (name, value), arrow in zip(values.items(), schema, strict=True):
-            column = Column(name, arrow.type)
-            fields[name] = Field(column, value, value, value)
+        for (name, reading), arrow in zip(readings.items(), schema, strict=True):
+            value = reading.value
+            fields[name] = Field(
+                Column(name, arrow.type),
+                value,
+                value,
+                value,
+                loose=reading.loose,
+                misfit=reading.misfit,
+            )
         return fields
 
-    def _value(self, name: str, kind: str) -> exp.Expr:
+    def _reading(self, name: str, kind: str) -> Reading:
         column = sql.identifier(name)
         declared = self._declared.get(name)
         if declared is not None:
             to = sql_type(declared)
             if pat.is_integer(declared) and self._format != "parquet":
                 return file_sql.guarded(name, to)
-            return sql.cast(column, to)
+            return file_sql.converted(name, exp.DataType.build(to))
         if self._format != "parquet" and kind in INTEGERS:
             return file_sql.guarded(name, kind)
         if self._pinned[name] == "VARCHAR" and kind.startswith(("DATE", "TIMESTAMP")):
-            return exp.Cast(this=column, to=exp.DataType.build(kind, udt=True))
+            return file_sql.converted(name, exp.DataType.build(kind, udt=True))
         if _TEXT_TYPES.search(kind):
             nested = "(" in kind.partition("ENUM")[0] or kind.endswith("]")
-            return sql.cast(sql.function("to_json", column) if nested else column, "TEXT")
-        return column
+            value = sql.function("to_json", column) if nested else column
+            return Reading(sql.cast(value, "TEXT"))
+        return Reading(column)
 
     def _pin_moments(self, engine: duckdb.DuckDBPyConnection, path: str) -> bool:
         """Settle how CSV writes dates and timestamps: as its first file does, whichever
@@ -418,6 +434,10 @@ def _translated_misfit() -> Iterator[None]:
         raise SourceFailed from error.__cause__
 
 
+class _Statement(Protocol):
+    def __call__(self, *, loose: bool) -> str: ...
+
+
 class FileStream:
     """Batches of a query over files."""
 
@@ -425,15 +445,17 @@ class FileStream:
         self,
         file_format: FileFormat,
         files: Sequence[File],
-        text: str,
-        columns: Sequence[Column],
+        statement: _Statement,
+        fields: Sequence[Field],
         *,
         keep_footers: bool,
     ) -> None:
         self._format: FileFormat = file_format
         self._files = files
         self._keep_footers = keep_footers
-        self._text = text
+        self._statement = statement
+        self._fields = fields
+        columns = [field.column for field in fields]
         self._schema = pa.schema(
             [pa.field(each.name, each.type, each.nullable) for each in columns]
         )
@@ -462,10 +484,16 @@ class FileStream:
         self._stop.stop()
 
     def __iter__(self) -> Iterator[pa.RecordBatch]:
-        for batch in gather(self._read()):
+        for batch in gather(self._read(self._statement(loose=False))):
             yield conform(batch.columns, self._schema)
 
-    def _read(self) -> Iterator[pa.RecordBatch]:
+    def loose(self) -> Iterator[LooseBatch]:
+        """The same rows, with those whose text is not of a type that it is cast to."""
+        shape = Shape(self._schema, misfits=sql.misfits(self._fields))
+        for batch in gather(self._read(self._statement(loose=True))):
+            yield LooseBatch(batch, shape)
+
+    def _read(self, text: str) -> Iterator[pa.RecordBatch]:
         try:
             with _translated():
                 paths = [file.path for file in self._files]
@@ -478,7 +506,7 @@ class FileStream:
             while True:
                 with self._stop.interrupting(engine.interrupt), _translated():
                     if reader is None:
-                        relation = engine.sql(self._text, alias="exported")
+                        relation = engine.sql(text, alias="exported")
                         reader = relation.to_arrow_reader(_ENGINE_ROWS)
                         self._open.callback(reader.close)
                     try:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from sqlglot import exp
@@ -80,18 +81,52 @@ def reader(
     )
 
 
-def guarded(name: str, kind: str) -> exp.Expr:
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How a column is read: as `sources.query.Field` has it."""
+
+    value: exp.Expr
+    loose: exp.Expr | None = None
+    misfit: exp.Expr | None = None
+
+
+def guarded(name: str, kind: str) -> Reading:
     """Text as a whole number, or an error that names the column: the engine's own
     conversion would round 2.5 in silence."""
     column = sql.identifier(name)
     trimmed = sql.function("trim", column)
     whole = sql.function("regexp_full_match", trimmed, exp.Literal.string("[+-]?[0-9]+"))
-    return (
+    empty = exp.EQ(this=trimmed.copy(), expression=exp.Literal.string(""))
+    value = (
         exp.Case()
-        .when(exp.EQ(this=trimmed.copy(), expression=exp.Literal.string("")), exp.Null())
+        .when(empty, exp.Null())
         .when(
-            exp.or_(whole, exp.Is(this=column.copy(), expression=exp.Null())),
+            exp.or_(whole, _is_null(column)),
             sql.cast(trimmed.copy(), kind),
         )
         .else_(sql.function("error", exp.Literal.string(f"exportd:{name.encode().hex()}:")))
     )
+    tried = exp.TryCast(this=trimmed.copy(), to=exp.DataType.build(kind))
+    loose = exp.Case().when(whole.copy(), tried)
+    lost = exp.and_(_lost(column, loose), exp.Not(this=exp.paren(empty.copy())))
+    return Reading(value, loose, _told(column, lost))
+
+
+def converted(name: str, to: exp.DataType) -> Reading:
+    """A column in the engine's own conversion to another type."""
+    column = sql.identifier(name)
+    loose = exp.TryCast(this=column.copy(), to=to.copy())
+    value = exp.Cast(this=column, to=to)
+    return Reading(value, loose, _told(column, _lost(column, loose)))
+
+
+def _is_null(value: exp.Expr) -> exp.Expr:
+    return exp.Is(this=value.copy(), expression=exp.Null())
+
+
+def _lost(column: exp.Expr, loose: exp.Expr) -> exp.Expr:
+    return exp.and_(exp.Not(this=_is_null(column)), _is_null(exp.paren(loose.copy())))
+
+
+def _told(column: exp.Expr, lost: exp.Expr) -> exp.Expr:
+    return exp.Case().when(lost, sql.cast(column.copy(), "TEXT"))

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import pyarrow.parquet as pq
 
 from exportd_server.errors import SourceFailed
+from exportd_server.sources.base import MOST_SHARDS
 
 _SETTLED_SECONDS = 1.0
 """A file younger than this when it was looked at may change again without its
@@ -121,6 +122,7 @@ def cut_rows(
     the rows of each row group of a file. A row group is never cut: it costs as much to
     read in part as in whole."""
     pieces: list[Piece] = []
+    rows = max(rows, sum(counts) // MOST_SHARDS)
     start = 0
     large = [place for place, count in enumerate(counts) if count > rows * 3 // 2]
     for place in [*large, len(counts)]:
@@ -133,7 +135,7 @@ def cut_rows(
 
 def cut_sizes(sizes: Sequence[int], size: float) -> tuple[Piece, ...]:
     """Pieces of about so many bytes: runs of whole files."""
-    pieces = _runs_of_files(sizes, size, 0, len(sizes))
+    pieces = _runs_of_files(sizes, max(size, sum(sizes) / MOST_SHARDS), 0, len(sizes))
     return tuple(pieces) or (Piece(0, len(sizes)),)
 
 

@@ -90,6 +90,7 @@ _FINITE: dict[str, pa.DataType] = {
     "timestamp": NAIVE_MICROS,
     "timestamptz": UTC_MICROS,
 }
+_MOMENTS = {**_FINITE, "time": pa.time64("us")}
 # The driver's numbers end here, some decades before PostgreSQL's.
 _LAST_YEAR = "290000-01-01"
 
@@ -140,6 +141,7 @@ class Postgres:
     driver = "postgresql"
     dialect = POSTGRES
     interruptible = True
+    heading = 0
     stream_options: Mapping[str, str] = {
         "adbc.postgresql.batch_size_hint_bytes": str(_BATCH_BYTES)
     }
@@ -205,9 +207,20 @@ class Postgres:
         """What `cut` made."""
         return shards.piece(self, relation, fields, state)
 
-    def statement(self, tree: exp.Select, fields: Sequence[Field]) -> exp.Expr:
+    def whole(self, relation: exp.Expr) -> Postgres:
+        """All of it, unless it was rewritten while its reader waited for its lock."""
+
+        def begin(session: Session) -> None:
+            self._take_snapshot(session)
+            shards.require_same_storage(self, session, relation)
+
+        return self.begun_by(begin)
+
+    def statement(
+        self, tree: exp.Select, fields: Sequence[Field], *, loose: bool = False
+    ) -> exp.Expr:
         """The tree as it is."""
-        del fields
+        del fields, loose
         return tree
 
     def unpack(
@@ -216,6 +229,11 @@ class Postgres:
         """The columns as they are."""
         del fields, first
         return list(batch.columns)
+
+    def typed(self, array: pa.Array, kind: pa.DataType) -> pa.Array:
+        """The column as it is."""
+        del kind
+        return array
 
     def fingerprint(self) -> Mapping[str, Any] | None:
         """None: each transaction has a snapshot of its own, and no other can take it
@@ -287,7 +305,26 @@ def _field(attribute: _Attribute, declared: pa.DataType | None) -> Field:
     ordered = _collated(operand.copy()) if pat.is_string(kind) else operand
     # A collation that takes different texts for equal must not decide what is equal.
     exact = operand if attribute.deterministic or not pat.is_string(kind) else ordered
-    return Field(column, value, exact, ordered)
+    bounded = _bounded(name, attribute, declared)
+    if bounded is None:
+        return Field(column, value, exact, ordered)
+    good, given = _good(*bounded), bounded[0]
+    loose = exp.Case().when(good, given.copy())
+    misfit = exp.Case().when(exp.Not(this=exp.paren(good.copy())), _text(given))
+    return Field(column, value, exact, ordered, loose=loose, misfit=misfit)
+
+
+def _bounded(
+    name: exp.Expr, attribute: _Attribute, declared: pa.DataType | None
+) -> tuple[exp.Expr, str] | None:
+    """What `_finite` bounds of a column, and the built-in type it then has; None where
+    it bounds nothing."""
+    if declared is None:
+        return (name, attribute.type) if attribute.type in _MOMENTS else None
+    for built_in, kind in _MOMENTS.items():
+        if declared == kind:
+            return sql.cast(name, sql_type(declared)), built_in
+    return None
 
 
 def _text(value: exp.Expr) -> exp.Expr:
@@ -300,10 +337,8 @@ def _reading(name: exp.Expr, attribute: _Attribute) -> tuple[exp.Expr, pa.DataTy
     built_in = attribute.type
     if built_in in _PLAIN:
         return name, _PLAIN[built_in]
-    if built_in in _FINITE or built_in == "time":
-        return _finite(attribute.name, name, built_in), _FINITE.get(
-            built_in, pa.time64("us")
-        )
+    if built_in in _MOMENTS:
+        return _finite(attribute.name, name, built_in), _MOMENTS[built_in]
     if built_in == "oid":
         return sql.cast(name, "BIGINT"), pa.int64()
     if built_in == "numeric":
@@ -330,7 +365,7 @@ def _declared(
     value = sql.cast(name, sql_type(declared))
     if pat.is_decimal(declared):
         return _text(value), declared
-    for built_in, kind in {**_FINITE, "time": pa.time64("us")}.items():
+    for built_in, kind in _MOMENTS.items():
         if declared == kind:
             return _finite(attribute.name, value, built_in), declared
     return value, declared
@@ -339,16 +374,7 @@ def _declared(
 def _finite(column: str, value: exp.Expr, built_in: str) -> exp.Expr:
     """The value, or an error that names the column: what the driver makes of an infinity
     is garbage, and Arrow has no 24:00."""
-    good: exp.Expr
-    if built_in == "time":
-        good = exp.LT(
-            this=value.copy(), expression=sql.cast(exp.Literal.string("24:00:00"), "TIME")
-        )
-    else:
-        good = sql.function("isfinite", value.copy())
-        if built_in != "date":
-            last = sql.cast(exp.Literal.string(_LAST_YEAR), "TIMESTAMP")
-            good = exp.and_(good, exp.LT(this=value.copy(), expression=last))
+    good = _good(value, built_in)
     to = {"timestamptz": "TIMESTAMPTZ"}.get(built_in, built_in.upper())
     marked = exp.DPipe(
         this=exp.Literal.string(f"{MARK}{column.encode().hex()}:"),
@@ -356,6 +382,17 @@ def _finite(column: str, value: exp.Expr, built_in: str) -> exp.Expr:
         safe=True,
     )
     return exp.Case().when(good, value.copy()).else_(sql.cast(exp.paren(marked), to))
+
+
+def _good(value: exp.Expr, built_in: str) -> exp.Expr:
+    if built_in == "time":
+        last = sql.cast(exp.Literal.string("24:00:00"), "TIME")
+        return exp.LT(this=value.copy(), expression=last)
+    good = sql.function("isfinite", value.copy())
+    if built_in == "date":
+        return good
+    last = sql.cast(exp.Literal.string(_LAST_YEAR), "TIMESTAMP")
+    return exp.and_(good, exp.LT(this=value.copy(), expression=last))
 
 
 def _decimal(typmod: int) -> pa.DataType | None:

@@ -31,7 +31,7 @@ from sqlglot import exp
 from exportd_server.errors import SourceFailed
 from exportd_server.sources import query as sql
 from exportd_server.sources.adbc import Cut, Misfit, Piece, Session, Vendor, sqlstate
-from exportd_server.sources.base import ColumnKind, SourceChanged
+from exportd_server.sources.base import MOST_SHARDS, ColumnKind, SourceChanged
 from exportd_server.sources.query import Field
 
 log = structlog.get_logger(__name__)
@@ -103,6 +103,18 @@ WITH locked AS MATERIALIZED (
 SELECT concat_ws(' ', pg_postmaster_start_time(), pg_current_snapshot()) AS stamp,
        NOT EXISTS (SELECT FROM locked GROUP BY relation HAVING count(*) < 2) AS same
 """
+_REWRITTEN = """
+SELECT EXISTS (
+    SELECT FROM pg_catalog.pg_locks l
+    JOIN pg_catalog.pg_database d ON d.oid = l.database
+    JOIN pg_catalog.pg_class c ON c.oid = l.relation
+    WHERE d.datname = current_database() AND l.pid = pg_backend_pid()
+      AND c.relkind IN ('r', 'm') AND c.relfilenode <> 0
+      AND c.relfilenode <> pg_relation_filenode(c.oid)
+) AS rewritten
+"""
+"""The catalogue is read as the snapshot has it, the function tells what is there now."""
+
 _FIRST_USER_OBJECT = 16384
 """Object ids below belong to PostgreSQL itself: FirstNormalObjectId."""
 
@@ -212,6 +224,16 @@ def _hold(database: Database, session: Session, relation: exp.Expr) -> None:
     session.fetch(sql.render(database.dialect, nothing))
 
 
+def require_same_storage(database: Database, session: Session, relation: exp.Expr) -> None:
+    """Lock what the relation reads, and raise `SourceFailed` when some of it was rewritten
+    since the session's snapshot: a table that was emptied and filled while its reader
+    waited would look empty, which it never was."""
+    _hold(database, session, relation)
+    (found,) = session.fetch(_REWRITTEN)
+    if found["rewritten"]:
+        raise SourceFailed("a table of the dataset was rewritten just now")
+
+
 def _take_up(database: Database, session: Session, snapshot: Mapping[str, str]) -> None:
     session.run("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
     name = sql.render(database.dialect, sql.text(snapshot["id"]))
@@ -319,7 +341,7 @@ class _Ranges:
 
 
 def _pieces(rows: float, wanted: int) -> int:
-    return -int(-rows // wanted)
+    return min(-int(-rows // wanted), MOST_SHARDS)
 
 
 def _between(edges: Sequence[Any]) -> list[dict[str, Any]]:

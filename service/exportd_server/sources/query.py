@@ -13,7 +13,7 @@ its dialect. What each comparison means is fixed here, the same for every dialec
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, time
 from decimal import Decimal
 
@@ -57,6 +57,10 @@ class Field:
     value: exp.Expr
     operand: exp.Expr
     text: exp.Expr
+    loose: exp.Expr | None = field(default=None, kw_only=True)
+    """Where reading `value` may fail on one row: the same value, but missing there."""
+    misfit: exp.Expr | None = field(default=None, kw_only=True)
+    """Text of what `loose` is not; missing everywhere else."""
 
     @classmethod
     def plain(cls, column: Column) -> Field:
@@ -127,16 +131,27 @@ def select(
     *,
     extra: Sequence[exp.Expr] = (),
     skip_rows: int = 0,
+    loose: bool = False,
 ) -> tuple[exp.Select, tuple[float, ...]]:
     """The tree of a query over a relation, and its parameters.
 
-    `extra` expressions come before the query's columns. Raises `KeyError` for a column
-    that `fields` does not have, `ValueError` for a value that does not suit its column.
+    `extra` expressions come before the query's columns. A `loose` one does not fail on
+    a value that cannot be read but tells it, in further columns after the query's: one
+    for each that `misfits` counts. Its conditions fail as ever. Raises `KeyError`
+    for a column that `fields` does not have, `ValueError` for a value that does not suit
+    its column.
     """
     parameters: list[float] = []
     values = [
-        exp.alias_(fields[name].value.copy(), name, quoted=True) for name in query.columns
+        exp.alias_(_value(fields[name], loose=loose), name, quoted=True)
+        for name in query.columns
     ]
+    if loose:
+        values += [
+            exp.alias_(found.copy(), f"exportd_misfit_{name}", quoted=True)
+            for name in query.columns
+            if (found := fields[name].misfit) is not None
+        ]
     tree = exp.Select(expressions=[*extra, *values]).from_(relation)
     for condition in query.filters:
         field = fields[condition.column]
@@ -148,6 +163,18 @@ def select(
     if skip_rows:
         tree = tree.offset(skip_rows, copy=False)
     return tree, tuple(parameters)
+
+
+def _value(field: Field, *, loose: bool) -> exp.Expr:
+    value = field.loose if loose and field.loose is not None else field.value
+    return value.copy()
+
+
+def misfits(fields: Sequence[Field], first: int = 0) -> dict[str, int]:
+    """Where in the result of a loose tree for these columns the misfits of each stand,
+    for those that have any; `first` is the place of the first column."""
+    found = [each.column.name for each in fields if each.misfit is not None]
+    return {name: first + len(fields) + index for index, name in enumerate(found)}
 
 
 def render(dialect: Dialect, tree: exp.Expr) -> str:

@@ -86,6 +86,7 @@ class Sqlite:
     driver = "sqlite"
     dialect = SQLITE
     interruptible = False
+    heading = 1
     stream_options: Mapping[str, str] = {"adbc.sqlite.query.batch_rows": str(_BATCH_ROWS)}
 
     def __init__(self, path: Path) -> None:
@@ -161,7 +162,9 @@ class Sqlite:
         del session, statement, query
         return None
 
-    def statement(self, tree: exp.Select, fields: Sequence[Field]) -> exp.Expr:
+    def statement(
+        self, tree: exp.Select, fields: Sequence[Field], *, loose: bool = False
+    ) -> exp.Expr:
         """The tree with its guard column, after the row that fixes the types."""
         guard = exp.Case()
         samples: list[exp.Expr] = [exp.Literal.number(0)]
@@ -172,9 +175,14 @@ class Sqlite:
             guard = guard.when(bad, exp.Literal.number(index))
             samples.append(field.sample.copy())
         guard = guard.else_(exp.Literal.number(0))
+        if loose:
+            # Each column tells for itself.
+            guard = exp.Case().when(exp.false(), exp.Literal.number(1))
+            guard = guard.else_(exp.Literal.number(0))
+            samples += [exp.Literal.string("") for each in fields if each.misfit]
         body = tree.copy()
         body.set("expressions", [exp.alias_(guard, "_bad"), *body.expressions])
-        names = ["_bad", *(f"_{index}" for index in range(len(fields)))]
+        names = ["_bad", *(f"_{index}" for index in range(len(samples) - 1))]
         head = exp.select(*[exp.alias_(s, n) for s, n in zip(samples, names, strict=True)])
         rows = exp.select("*").from_(body.subquery("rows_"))
         return exp.union(head, rows, distinct=False)
@@ -195,6 +203,10 @@ class Sqlite:
             except pa.ArrowInvalid as error:
                 raise Misfit(field.column.name) from error
         return arrays
+
+    def typed(self, array: pa.Array, kind: pa.DataType) -> pa.Array:
+        """Moments, which are read from their text."""
+        return _typed(array, kind)
 
     def fingerprint(self) -> Mapping[str, Any] | None:
         """Of the file and its write-ahead log: sizes, modification times, and the header
@@ -375,11 +387,18 @@ def _field(column: Column, *, native: bool) -> SqliteField:
         good = exp.or_(null, exp.and_(_is_text(name), long))
         value = name if pat.is_date(kind) else _without_zone(name)
         read = _when(good, value)
-        return SqliteField(column, read, canonical, canonical, good, sample)
+        misfit = _misfit(good, name)
+        return SqliteField(column, read, canonical, canonical, good, sample, misfit=misfit)
     value = _when(good, value)
     operand = name if native else value
     text = _binary(operand.copy()) if pat.is_string(kind) else operand
-    return SqliteField(column, value, text, text, good, sample)
+    return SqliteField(column, value, text, text, good, sample, misfit=_misfit(good, name))
+
+
+def _misfit(good: exp.Expr, name: exp.Expr) -> exp.Expr:
+    blob = exp.EQ(this=_call("typeof", name), expression=exp.Literal.string("blob"))
+    shown = exp.Case().when(blob, _call("quote", name)).else_(sql.cast(name.copy(), "TEXT"))
+    return exp.Case().when(exp.Not(this=exp.paren(good.copy())), shown)
 
 
 def _temporal(name: exp.Expr, kind: pa.DataType) -> tuple[int, exp.Expr]:

@@ -7,7 +7,9 @@ decided by the ledger's manifest, never by what happens to lie here.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from typing import Protocol
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Protocol, runtime_checkable
 
 from exportd_server.store.key import JobPrefix, OutputKey
 
@@ -93,6 +95,39 @@ class OutputStore(Protocol):
         whether a writer lives takes it for gone."""
         ...
 
+    async def claim(self, owner: str) -> str:
+        """Note durably that what lies here is the owner's, unless that was noted before;
+        returns whose it is. Of several at once all are told the same. `owner` is a UUID.
+        Raises `StoreFailed`."""
+        ...
+
     async def close(self) -> None:
         """Free what is held."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class SignedUrl:
+    """A URL that gives one part to whoever has it, and when it stops doing so."""
+
+    url: str
+    expire_time: datetime
+
+
+@runtime_checkable
+class UrlSigner(Protocol):
+    """What a store can do besides, whose parts others may fetch from it by HTTP."""
+
+    async def signed_url(
+        self,
+        key: OutputKey,
+        *,
+        lifetime: timedelta,
+        content_type: str,
+        content_disposition: str,
+    ) -> SignedUrl | None:
+        """A URL of a finalized part that works for `lifetime`, or less where what signs
+        it does not last as long, and whose answer has these headers; None when that is
+        less than the store can sign. Nobody looks whether the part is there. Raises
+        `StoreFailed`."""
         ...

@@ -17,6 +17,8 @@ class OutputKind(enum.StrEnum):
 
     OUTPUT = "output"
     ERROR = "error"
+    MANIFEST = "manifest"
+    """What the job's parts are, as a JSON object."""
 
 
 @dataclass(frozen=True, slots=True)

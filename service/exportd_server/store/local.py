@@ -3,6 +3,7 @@
     <root>/<tenant>/<job_id>/<kind>/<shard>-<sequence>.<token>            a part
     <root>/<tenant>/<job_id>/<kind>/.<shard>-<sequence>.<token>.<random>  being written
     <root>/<tenant>/.<job_id>/                                            being deleted
+    <root>/.owner                                                         whose all this is
 
 A name with a leading dot is never taken for a part, a job or a tenant.
 """
@@ -26,6 +27,8 @@ from exportd_server.store.base import Buffer
 from exportd_server.store.key import JobPrefix, OutputKey, OutputKind
 
 _UNFINISHED = re.compile(r"\.\d{6}-\d{6}\.\d{1,19}\.[0-9a-f]{16}\Z")
+_OWNER = ".owner"
+_OWNER_BYTES = 200
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _TAKEN = frozenset({errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR})
 _NO_NOWAIT = frozenset({errno.EOPNOTSUPP, errno.ENOSYS})
@@ -115,6 +118,10 @@ class LocalStore:
         """Delete writes whose file no living writer has locked, and finish a deletion
         that was broken off."""
         return await self._run(self._tree.sweep, prefix)
+
+    async def claim(self, owner: str) -> str:
+        """Note whose this is, unless it is somebody's."""
+        return await self._run(self._tree.claim, owner)
 
     async def close(self) -> None:
         """Wait for calls that are under way, and let go of the directory. Writers and
@@ -410,6 +417,22 @@ class _Tree:
                     # A job that is begun anew while it is deleted is there twice.
                     if name == prefix.job_id or not tenant.has(prefix.job_id):
                         yield prefix
+
+    def claim(self, owner: str) -> str:
+        """Whole under a hidden name first, and linked, so that the first one has it."""
+        name = f"{_OWNER}.{secrets.token_hex(8)}"
+        while True:
+            with suppress(FileNotFoundError), self._root.open(_OWNER) as file:
+                return file.read_at(0, _OWNER_BYTES).decode(errors="replace").strip()
+            try:
+                with self._root.create(name) as file:
+                    file.write(f"{owner}\n".encode())
+                    file.sync()
+                with suppress(FileExistsError):
+                    self._root.link(name, _OWNER)
+            finally:
+                _unlink_quietly(self._root, name)
+            self._root.sync()
 
     def prune(self, prefix: JobPrefix) -> None:
         """Remove those directories of the job, and of its tenant, that are empty.

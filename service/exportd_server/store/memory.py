@@ -28,6 +28,7 @@ class MemoryStore:
         self._lock = threading.Lock()
         self._parts: dict[OutputKey, bytes] = {}
         self._unfinished: dict[_Unfinished, weakref.ref[MemoryPartWriter]] = {}
+        self._owner: str | None = None
 
     def create(self, key: OutputKey) -> MemoryPartWriter:
         """Begin a part."""
@@ -91,6 +92,12 @@ class MemoryStore:
             for unfinished in abandoned:
                 del self._unfinished[unfinished]
         return len(abandoned)
+
+    async def claim(self, owner: str) -> str:
+        """Note whose this is, unless it is somebody's."""
+        with self._lock:
+            self._owner = self._owner or owner
+            return self._owner
 
     async def close(self) -> None:
         """Nothing is held but the parts, and those are there for the next one."""

@@ -1,6 +1,7 @@
 """The output store on S3; `docs/store.md` tells what it promises.
 
     <prefix>/<tenant>/<job_id>/<kind>/<shard>-<sequence>.<token>   a part
+    <prefix>/.owner                                                whose all this is
 
 What is being written is a multipart upload under the part's name, which no reader sees.
 """
@@ -11,14 +12,19 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from datetime import timedelta
 
 from exportd_server.errors import StoreFailed
+from exportd_server.store.base import SignedUrl
 from exportd_server.store.key import JobPrefix, OutputKey
 from exportd_server.store.s3_client import Bucket, CallFailed, S3Options, open_bucket
 from exportd_server.store.s3_probe import probe
 from exportd_server.store.s3_read import S3PartReader
 from exportd_server.store.s3_upload import S3PartWriter, Uploads
 
+_OWNER = ".owner"
+_CLAIMS = 5
+"""Tries to be the owner; the second finds whoever was faster."""
 _PASSES = 100
 """Most looks at a job that is being deleted. Each but the last found something new."""
 
@@ -37,6 +43,7 @@ class S3Store:
         self._opening = asyncio.Lock()
         self._opened: Bucket | None = None
         self._stack = AsyncExitStack()
+        self._conditional = True
 
     @classmethod
     async def connect(cls, options: S3Options) -> S3Store:
@@ -66,6 +73,28 @@ class S3Store:
         except CallFailed as error:
             raise _told(error, key) from error
         return reader
+
+    async def signed_url(
+        self,
+        key: OutputKey,
+        *,
+        lifetime: timedelta,
+        content_type: str,
+        content_disposition: str,
+    ) -> SignedUrl | None:
+        """A pre-signed GET, which S3 counts in whole seconds. It ends with the credentials
+        that sign it, where these say when they do."""
+        bucket = await self._bucket()
+        try:
+            return await bucket.signed_get(
+                self._options.name(key),
+                lifetime,
+                ResponseContentType=content_type,
+                ResponseContentDisposition=content_disposition,
+                ResponseCacheControl="private, no-transform, no-store",
+            )
+        except CallFailed as error:
+            raise error.as_store_failed() from error
 
     async def size(self, key: OutputKey) -> int:
         """Bytes of a finalized part."""
@@ -141,6 +170,32 @@ class S3Store:
             return await _abort_uploads(bucket, self._options.job(prefix))
         except CallFailed as error:
             raise error.as_store_failed() from error
+
+    async def claim(self, owner: str) -> str:
+        """Note whose this is, unless it is somebody's."""
+        bucket, name = await self._bucket(), f"{self._options.root}{_OWNER}"
+        try:
+            for _ in range(_CLAIMS):
+                found = await bucket.text(name)
+                if found is not None:
+                    return found.strip()
+                try:
+                    await bucket.call(
+                        "put_object",
+                        Key=name,
+                        Body=f"{owner}\n".encode(),
+                        ContentType="text/plain",
+                        **({"IfNoneMatch": "*"} if self._conditional else {}),
+                    )
+                except CallFailed as error:
+                    # Somebody else was first; or S3 does not know the condition.
+                    if error.code == "NotImplemented":
+                        self._conditional = False
+                    elif error.status not in (409, 412):
+                        raise
+        except CallFailed as error:
+            raise error.as_store_failed() from error
+        raise StoreFailed
 
     async def close(self) -> None:
         """End uploads and connections. Writers and readers are closed before."""

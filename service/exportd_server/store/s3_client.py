@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+from urllib.parse import parse_qs, urlsplit
 
 import aioboto3
 import aiohttp
 from aiobotocore.config import AioConfig
 from aiobotocore.session import get_session
 from botocore import exceptions
+from botocore.credentials import RefreshableCredentials
 from botocore.loaders import create_loader
 
 from exportd_server.errors import ConfigurationError, StoreFailed
+from exportd_server.store.base import SignedUrl
 from exportd_server.store.key import JobPrefix, OutputKey
 
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]\Z")
@@ -50,6 +54,7 @@ class S3Options:
     bucket: str
     prefix: str = ""
     endpoint_url: str | None = None
+    public_endpoint_url: str | None = None
     region: str | None = None
     path_style: bool = False
     access_key_id: str | None = None
@@ -139,33 +144,50 @@ class CallFailed(Exception):
 class Bucket:
     """Calls on one bucket. It belongs to the event loop that it was opened on."""
 
-    def __init__(self, options: S3Options, client: Any) -> None:
+    def __init__(
+        self, options: S3Options, client: Any, signing: Any, credentials: Any
+    ) -> None:
         self.options = options
         self._client = client
+        self._signing = signing
+        self._credentials = credentials
 
     async def call(self, operation: str, **parameters: Any) -> dict[str, Any]:
         """Make a call, with its repetitions; raises `CallFailed`."""
-        try:
+        with _told_as_call_failed():
             async with asyncio.timeout(self.options.call_timeout):
                 answer: dict[str, Any] = await getattr(self._client, operation)(
                     Bucket=self.options.bucket, **parameters
                 )
-        except exceptions.ClientError as error:
-            raise _refused(error) from error
-        except (exceptions.NoCredentialsError, exceptions.PartialCredentialsError) as error:
-            raise CallFailed("NoCredentials", message=str(error)) from error
-        except (exceptions.SSLError, aiohttp.ClientSSLError) as error:
-            raise CallFailed("Tls", message=str(error)) from error
-        except (
-            exceptions.EndpointConnectionError,
-            exceptions.ConnectTimeoutError,
-        ) as error:
-            raise CallFailed("Unreachable", message=str(error)) from error
-        except (TimeoutError, exceptions.ReadTimeoutError) as error:
-            raise CallFailed("Timeout", message=str(error)) from error
-        except (exceptions.BotoCoreError, aiohttp.ClientError, OSError) as error:
-            raise CallFailed("Broken", message=str(error)) from error
         return answer
+
+    async def signed_get(
+        self, name: str, lifetime: timedelta, **headers: str
+    ) -> SignedUrl | None:
+        """A URL that gets an object without credentials, for at most `lifetime`; None
+        when that is under a second. Raises `CallFailed`."""
+        with _told_as_call_failed():
+            async with asyncio.timeout(self.options.call_timeout):
+                seconds = int(min(lifetime, await self._credentials_last()).total_seconds())
+                if seconds < 1:
+                    return None
+                url = await self._signing.generate_presigned_url(
+                    "get_object",
+                    Params={"Bucket": self.options.bucket, "Key": name, **headers},
+                    ExpiresIn=seconds,
+                )
+        (signed_at,) = parse_qs(urlsplit(url).query)["X-Amz-Date"]
+        begins = datetime.strptime(signed_at, "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)
+        return SignedUrl(url, begins + timedelta(seconds=seconds))
+
+    async def _credentials_last(self) -> timedelta:
+        """How long what signs now is good for; very long where that is not known."""
+        if not isinstance(self._credentials, RefreshableCredentials):
+            return timedelta.max
+        # Fetches new ones if these have not long to live.
+        await self._credentials.get_frozen_credentials()
+        expires = self._credentials._expiry_time  # noqa: SLF001 - told nowhere else
+        return cast("timedelta", expires - datetime.now(UTC))
 
     async def objects(self, prefix: str) -> AsyncIterator[list[str]]:
         """The names of finished objects, in pages of at most 1000."""
@@ -205,6 +227,21 @@ class Bucket:
             if refused.get("Code") != "NoSuchKey":
                 raise CallFailed(refused.get("Code", ""), 200, refused.get("Message", ""))
 
+    async def text(self, name: str) -> str | None:
+        """A small object as text; None when there is none."""
+        try:
+            answer = await self.call("get_object", Key=name)
+        except CallFailed as error:
+            if error.missing:
+                return None
+            raise
+        try:
+            async with asyncio.timeout(self.options.call_timeout), answer["Body"] as body:
+                data: bytes = await body.read()
+        except (TimeoutError, aiohttp.ClientError, OSError) as error:
+            raise CallFailed("Broken", message=str(error)) from error
+        return data.decode(errors="replace")
+
     async def abort(self, name: str, upload_id: str) -> bool:
         """Abort an upload; returns whether it was there, where S3 tells."""
         try:
@@ -234,28 +271,63 @@ async def open_bucket(options: S3Options) -> AsyncIterator[Bucket]:
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
     )
-    try:
-        context = session.client(
+
+    def client_of(endpoint_url: str | None) -> Any:
+        return session.client(
             "s3",
             region_name=options.region or session.region_name or "us-east-1",
-            endpoint_url=options.endpoint_url,
+            endpoint_url=endpoint_url,
             aws_access_key_id=options.access_key_id,
             aws_secret_access_key=options.secret_access_key,
             aws_session_token=options.session_token,
             verify=str(options.ca_file) if options.ca_file else None,
             config=config,
         )
-        client = await context.__aenter__()
-    except (exceptions.BotoCoreError, ValueError) as error:
-        raise ConfigurationError(f"output store: {options.url}: {error}") from error
+
+    async with AsyncExitStack() as stack:
+        try:
+            client = await stack.enter_async_context(client_of(options.endpoint_url))
+            signing = client
+            if options.public_endpoint_url:
+                signing = await stack.enter_async_context(
+                    client_of(options.public_endpoint_url)
+                )
+            # Keys that were given do not say when they end.
+            given = options.access_key_id is not None
+            credentials = None if given else await inner.get_credentials()
+        except (exceptions.BotoCoreError, ValueError) as error:
+            raise ConfigurationError(f"output store: {options.url}: {error}") from error
+        _sign_bodies_without_tls(client)
+        yield Bucket(options, client, signing, credentials)
+
+
+def _sign_bodies_without_tls(client: Any) -> None:
     # TLS keeps bodies whole, and hashing them for the signature takes time. Whether it is
     # used is known only now: the environment may name the endpoint, too.
     tls = client.meta.endpoint_url.startswith("https:")
     client.meta.config.s3["payload_signing_enabled"] = not tls
+
+
+@contextmanager
+def _told_as_call_failed() -> Iterator[None]:
+    """Turns the SDK's errors into `CallFailed`."""
     try:
-        yield Bucket(options, client)
-    finally:
-        await context.__aexit__(None, None, None)
+        yield
+    except exceptions.ClientError as error:
+        raise _refused(error) from error
+    except (exceptions.NoCredentialsError, exceptions.PartialCredentialsError) as error:
+        raise CallFailed("NoCredentials", message=str(error)) from error
+    except (exceptions.SSLError, aiohttp.ClientSSLError) as error:
+        raise CallFailed("Tls", message=str(error)) from error
+    except (
+        exceptions.EndpointConnectionError,
+        exceptions.ConnectTimeoutError,
+    ) as error:
+        raise CallFailed("Unreachable", message=str(error)) from error
+    except (TimeoutError, exceptions.ReadTimeoutError) as error:
+        raise CallFailed("Timeout", message=str(error)) from error
+    except (exceptions.BotoCoreError, aiohttp.ClientError, OSError) as error:
+        raise CallFailed("Broken", message=str(error)) from error
 
 
 def _refused(error: Any) -> CallFailed:

@@ -17,7 +17,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar, Unpack, cast
 
@@ -42,7 +42,14 @@ from exportd._download import (
     Stop,
 )
 from exportd._handle import JobHandle
-from exportd._model import CancelOutcome, Dataset, JobInfo, JobState, cancel_outcome
+from exportd._model import (
+    CancelOutcome,
+    Dataset,
+    DownloadUrls,
+    JobInfo,
+    JobState,
+    cancel_outcome,
+)
 from exportd._request import ExportOptions
 from exportd.errors import ExportdError, JobNotFound, Unavailable, from_rpc_error
 from exportd.v1 import export_service_pb2, export_service_pb2_grpc
@@ -119,6 +126,23 @@ class AsyncJob(JobHandle):
         task ends the download, and what is there is kept."""
         plan = Plan(path, part, parallel, overwrite, follow)
         return await self._client._download(self.id, plan, on_progress)  # noqa: SLF001 - one unit
+
+    async def download_errors(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        overwrite: bool = False,
+        on_progress: Callable[[DownloadProgress], object] | None = None,
+    ) -> Download:
+        """As `Job.download_errors`."""
+        plan = Plan(path, overwrite=overwrite, errors=True)
+        return await self._client._download(self.id, plan, on_progress)  # noqa: SLF001 - one unit
+
+    async def download_urls(
+        self, *, lifetime: timedelta | None = None, part: int | None = None
+    ) -> DownloadUrls:
+        """As `Job.download_urls`."""
+        return await self._client._download_urls(self.id, lifetime, part)  # noqa: SLF001 - one unit
 
     async def to_arrow(self) -> Any:
         """As `Job.to_arrow`."""
@@ -267,6 +291,18 @@ class AsyncClient:
                 loop.call_soon_threadsafe(on_progress, progress)
 
         return await self._in_thread(lambda d: d.download(job_id, plan, report))
+
+    async def _download_urls(
+        self, job_id: str, lifetime: timedelta | None, part: int | None
+    ) -> DownloadUrls:
+        request = _request.download_urls(job_id, lifetime, part)
+        whole = await self._call(self._stub.GetDownloadUrls, request)
+        while whole.next_page_token:
+            request.page_token = whole.next_page_token
+            page = await self._call(self._stub.GetDownloadUrls, request)
+            whole.urls.extend(page.urls)
+            whole.next_page_token = page.next_page_token
+        return DownloadUrls.of(whole)
 
     async def _in_thread(self, work: Callable[[Downloader], _Result]) -> _Result:
         """Run a download in a thread; a cancelled task waits until it has stopped, so

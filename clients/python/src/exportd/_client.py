@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar, Unpack, cast
 
@@ -27,7 +27,14 @@ from exportd._download import (
     Stop,
 )
 from exportd._handle import JobHandle
-from exportd._model import CancelOutcome, Dataset, JobInfo, JobState, cancel_outcome
+from exportd._model import (
+    CancelOutcome,
+    Dataset,
+    DownloadUrls,
+    JobInfo,
+    JobState,
+    cancel_outcome,
+)
 from exportd._request import ExportOptions
 from exportd.errors import (
     ExportdError,
@@ -135,6 +142,40 @@ class Job(JobHandle):
         """
         plan = Plan(path, part, parallel, overwrite, follow)
         return self._client._download(self.id, plan, on_progress)  # noqa: SLF001 - one unit
+
+    def download_errors(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        overwrite: bool = False,
+        on_progress: Callable[[DownloadProgress], object] | None = None,
+    ) -> Download:
+        """Download the rows that were left out, as JSON Lines, to `path`: a file, or
+        files in a directory `path` when there are several error parts.
+
+        Raises:
+            PartNotFound: No row was left out; see `row_errors`.
+            ExportdError: As `download`.
+        """
+        plan = Plan(path, overwrite=overwrite, errors=True)
+        return self._client._download(self.id, plan, on_progress)  # noqa: SLF001 - one unit
+
+    def download_urls(
+        self, *, lifetime: timedelta | None = None, part: int | None = None
+    ) -> DownloadUrls:
+        """URLs that a browser or any HTTP client can download the output by, until they
+        expire; keep them as secret as the data.
+
+        Args:
+            lifetime: How long they are to work; None: as the server has it. It is less
+                where the output expires before.
+            part: Only of this part.
+
+        Raises:
+            UrlsUnavailable: The server cannot give any.
+            NotFinished, JobFailed, JobCancelled, OutputExpired: There is nothing to get.
+        """
+        return self._client._download_urls(self.id, lifetime, part)  # noqa: SLF001 - one unit
 
     def to_arrow(self) -> Any:
         """The output as a `pyarrow.Table`. Parquet and Arrow only; needs the extra
@@ -299,6 +340,18 @@ class Client:
     ) -> Download:
         downloader = Downloader(self._connection, self._get_job, Stop())
         return downloader.download(job_id, plan, on_progress)
+
+    def _download_urls(
+        self, job_id: str, lifetime: timedelta | None, part: int | None
+    ) -> DownloadUrls:
+        request = _request.download_urls(job_id, lifetime, part)
+        whole = self._call(self._stub.GetDownloadUrls, request)
+        while whole.next_page_token:
+            request.page_token = whole.next_page_token
+            page = self._call(self._stub.GetDownloadUrls, request)
+            whole.urls.extend(page.urls)
+            whole.next_page_token = page.next_page_token
+        return DownloadUrls.of(whole)
 
     def _watch(self, job_id: str, timeout: float | None) -> Iterator[JobInfo]:
         request = export_service_pb2.WatchJobRequest(job_id=job_id)

@@ -25,7 +25,7 @@ from exportd._files import (
     refuse_existing,
     safe_name,
 )
-from exportd._model import JobInfo, Manifest, Part, counted
+from exportd._model import ErrorPart, JobInfo, Manifest, Part, counted
 from exportd.errors import (
     DataLoss,
     ExportdError,
@@ -111,6 +111,8 @@ class Plan:
     parallel: int = 1
     overwrite: bool = False
     follow: bool = False
+    errors: bool = False
+    """The rows that were left out, instead of the output."""
 
 
 class _Stream(Protocol):
@@ -157,12 +159,15 @@ class _Source:
     crc32c: int | None = None
     sha256: bytes = b""
     parts: tuple[Part, ...] = ()
+    errors: bool = False
 
     @property
     def key(self) -> str:
         """Names the temporary file."""
         name = safe_name(self.job_id, "job")
-        return name if self.part is None else f"{name}-{self.part}"
+        if self.part is None:
+            return name
+        return f"{name}-{'errors-' if self.errors else ''}{self.part}"
 
     @property
     def identity(self) -> Identity:
@@ -170,6 +175,7 @@ class _Source:
         return {
             "job_id": self.job_id,
             "part": self.part,
+            "errors": self.errors,
             "generation": self.generation,
         }
 
@@ -213,6 +219,8 @@ class Downloader:
     def _fetch(
         self, job: JobInfo, manifest: Manifest, plan: Plan, report: Report | None
     ) -> Download:
+        if plan.errors:
+            return self._errors(job, manifest, plan, report)
         if plan.part is not None:
             part = next((p for p in manifest.parts if p.index == plan.part), None)
             if part is None:
@@ -226,7 +234,19 @@ class Downloader:
             return self._file(_joined_source(job, manifest), plan, report)
         if len(manifest.parts) == 1:
             return self._file(_part_source(job, manifest.parts[0]), plan, report)
-        return self._directory(job, manifest, plan, report)
+        return self._directory(job, manifest.parts, plan, report)
+
+    def _errors(
+        self, job: JobInfo, manifest: Manifest, plan: Plan, report: Report | None
+    ) -> Download:
+        if not manifest.error_parts:
+            raise PartNotFound(
+                f"job {job.id} left no row out, so that there is nothing to tell",
+                reason="PART_NOT_FOUND",
+            )
+        if len(manifest.error_parts) == 1:
+            return self._file(_part_source(job, manifest.error_parts[0]), plan, report)
+        return self._directory(job, manifest.error_parts, plan, report)
 
     def _follow(self, job: JobInfo, plan: Plan, report: Report | None) -> Download:
         """Take a job's parts as they are finished; verified once the job is done."""
@@ -281,7 +301,11 @@ class Downloader:
             return self._finish(verifier, final, plan, resumed)
 
     def _directory(
-        self, job: JobInfo, manifest: Manifest, plan: Plan, report: Report | None
+        self,
+        job: JobInfo,
+        parts: Sequence[Part | ErrorPart],
+        plan: Plan,
+        report: Report | None,
     ) -> Download:
         """Parts that do not join become files of their own in a directory. A part that
         is there and matches is kept, so that the same call again goes on."""
@@ -292,11 +316,11 @@ class Downloader:
             raise exists(directory) from None
         except OSError as error:
             raise LocalFileError.of(error, f"cannot make {directory}") from error
-        sources = [_part_source(job, p) for p in manifest.parts]
-        finals = _part_paths(directory, manifest.parts)
-        total = sum(p.size for p in manifest.parts)
+        sources = [_part_source(job, p) for p in parts]
+        finals = _part_paths(directory, parts)
+        total = sum(p.size for p in parts)
         before = resumed = 0
-        for source, final, part in zip(sources, finals, manifest.parts, strict=True):
+        for source, final, part in zip(sources, finals, parts, strict=True):
             if _matches(final, part):
                 resumed += part.size
             else:
@@ -547,7 +571,8 @@ class _Transfer:
         """Read one stream into the range. True when the range is complete."""
         request = export_service_pb2.StreamDownloadRequest(
             job_id=self._source.job_id,
-            part_index=self._source.part,
+            part_index=None if self._source.errors else self._source.part,
+            error_part_index=self._source.part if self._source.errors else None,
             read_offset=wanted.position,
             read_limit=0 if wanted.end is None else wanted.end - wanted.position,
             if_generation_match=self._source.generation,
@@ -763,7 +788,7 @@ def _joined_source(job: JobInfo, manifest: Manifest) -> _Source:
     )
 
 
-def _part_source(job: JobInfo, part: Part) -> _Source:
+def _part_source(job: JobInfo, part: Part | ErrorPart) -> _Source:
     return _Source(
         job.id,
         job.generation,
@@ -772,6 +797,7 @@ def _part_source(job: JobInfo, part: Part) -> _Source:
         part.size,
         part.crc32c,
         part.sha256,
+        errors=isinstance(part, ErrorPart),
     )
 
 
@@ -787,14 +813,14 @@ def _target(path: str | os.PathLike[str], file_name: str) -> Path:
     return target
 
 
-def _part_paths(directory: Path, parts: Sequence[Part]) -> tuple[Path, ...]:
+def _part_paths(directory: Path, parts: Sequence[Part | ErrorPart]) -> tuple[Path, ...]:
     names = [safe_name(p.file_name, f"part-{p.index:05d}") for p in parts]
     if len(set(names)) < len(names):  # made equal by what was taken out
         names = [f"{p.index:05d}-{n}" for p, n in zip(parts, names, strict=True)]
     return tuple(directory / n for n in names)
 
 
-def _matches(path: Path, part: Part) -> bool:
+def _matches(path: Path, part: Part | ErrorPart) -> bool:
     """Whether a part file is there and whole."""
     if not part.sha256 or not path.is_file() or path.stat().st_size != part.size:
         return False

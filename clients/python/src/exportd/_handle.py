@@ -38,6 +38,11 @@ class JobHandle:
         return self._info.manifest
 
     @property
+    def row_errors(self) -> int:
+        """Rows left out because they cannot be exported, with `on_row_error="skip"`."""
+        return self._info.progress.row_errors
+
+    @property
     def error(self) -> JobFailed | None:
         """Why it failed; None unless it did."""
         return self._info.error

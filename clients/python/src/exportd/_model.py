@@ -125,6 +125,7 @@ class Progress:
         fraction: Share that is done, from 0 to 1.
         queue_position: Jobs that stand before this one; only while pending.
         rows_per_second: Over the last few seconds; only while running.
+        row_errors: Rows left out so far because they cannot be exported.
     """
 
     rows: int = 0
@@ -135,6 +136,7 @@ class Progress:
     fraction: float | None = None
     queue_position: int | None = None
     rows_per_second: float | None = None
+    row_errors: int = 0
 
     @classmethod
     def of(cls, proto: job_pb2.Progress) -> Self:
@@ -149,6 +151,7 @@ class Progress:
             proto.fraction if has("fraction") else None,
             proto.queue_position if has("queue_position") else None,
             proto.rows_per_second if has("rows_per_second") else None,
+            proto.row_errors,
         )
 
 
@@ -181,9 +184,37 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
+class ErrorPart:
+    """One immutable file that tells rows which were left out of the output part with
+    `part_index`, as JSON Lines; `size` in bytes."""
+
+    index: int
+    part_index: int
+    rows: int
+    size: int
+    crc32c: int
+    sha256: bytes
+    file_name: str
+
+    @classmethod
+    def of(cls, proto: job_pb2.ErrorPart) -> Self:
+        """From the wire."""
+        return cls(
+            proto.index,
+            proto.part_index,
+            proto.rows,
+            proto.bytes,
+            proto.crc32c,
+            proto.sha256,
+            proto.file_name,
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """A finished output of `size` bytes. `crc32c` and `sha256` are of the joined file;
-    `crc32c` is 0 when the parts do not join, `sha256` empty when there are several."""
+    `crc32c` is 0 when the parts do not join, `sha256` empty when there are several.
+    `row_errors` rows were left out, and are told in `error_parts`."""
 
     columns: tuple[Column, ...]
     parts: tuple[Part, ...]
@@ -195,6 +226,8 @@ class Manifest:
     content_type: str
     content_encoding: str
     file_name: str
+    row_errors: int = 0
+    error_parts: tuple[ErrorPart, ...] = ()
 
     @classmethod
     def of(cls, proto: job_pb2.Manifest) -> Self:
@@ -210,6 +243,66 @@ class Manifest:
             proto.content_type,
             proto.content_encoding,
             proto.file_name,
+            proto.row_errors,
+            tuple(ErrorPart.of(p) for p in proto.error_parts),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class DownloadUrl:
+    """Where any HTTP client can get one file of an output, of `size` bytes.
+
+    Attributes:
+        url: Treat it as a secret: who has it has the data.
+        part: Index of the part; None for all parts joined.
+        expire_time: From then on it is refused; a download that has begun goes on.
+        requires_access_token: Whether `authorization: Bearer <token>` must be sent along;
+            when False it must not be.
+        content_type: That of the compression, where there is one around the file.
+    """
+
+    url: str = field(repr=False)
+    part: int | None
+    expire_time: datetime
+    requires_access_token: bool
+    file_name: str
+    size: int
+    crc32c: int
+    sha256: bytes
+    content_type: str
+
+    @classmethod
+    def of(cls, proto: export_service_pb2.DownloadUrl) -> Self:
+        """From the wire."""
+        return cls(
+            proto.url,
+            proto.part_index if proto.HasField("part_index") else None,
+            proto.expire_time.ToDatetime(tzinfo=UTC),
+            proto.requires_access_token,
+            proto.file_name,
+            proto.bytes,
+            proto.crc32c,
+            proto.sha256,
+            proto.content_type,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class DownloadUrls:
+    """URLs of a finished output: of each part in order, and of all parts joined into one
+    file, None where the server cannot join them."""
+
+    parts: tuple[DownloadUrl, ...]
+    joined: DownloadUrl | None
+    proto: export_service_pb2.GetDownloadUrlsResponse = field(repr=False, compare=False)
+
+    @classmethod
+    def of(cls, proto: export_service_pb2.GetDownloadUrlsResponse) -> Self:
+        """From the wire."""
+        return cls(
+            tuple(DownloadUrl.of(url) for url in proto.urls),
+            DownloadUrl.of(proto.joined) if proto.HasField("joined") else None,
+            proto,
         )
 
 

@@ -20,6 +20,7 @@ from exportd.v1 import dataset_pb2, export_service_pb2, job_pb2
 _T = TypeVar("_T")
 
 FormatName = Literal["csv", "jsonl", "parquet", "arrow"]
+RowErrorPolicyName = Literal["fail", "skip"]
 CompressionName = Literal["none", "gzip", "zstd", "snappy", "lz4"]
 Operator = Literal[
     "=",
@@ -83,6 +84,9 @@ class ExportOptions(TypedDict, total=False):
         priority: From -100 to 100, higher first.
         labels: Marks to find jobs by.
         request_id: Makes the call safe to repeat; a fresh UUID unless given.
+        on_row_error: Whether a row that cannot be exported fails the job, the default,
+            or is left out and told in `manifest.error_parts`.
+        max_row_errors: With "skip": most rows that may be left out.
         validate_only: Check and estimate, but record nothing.
     """
 
@@ -106,6 +110,8 @@ class ExportOptions(TypedDict, total=False):
     priority: int
     labels: Mapping[str, str]
     request_id: str | uuid.UUID | None
+    on_row_error: RowErrorPolicyName
+    max_row_errors: int | None
     validate_only: bool
 
 
@@ -130,6 +136,10 @@ _ARROW_COMPRESSION: Mapping[str, job_pb2.ArrowCompression.ValueType] = {
     "none": job_pb2.ARROW_COMPRESSION_UNCOMPRESSED,
     "lz4": job_pb2.ARROW_COMPRESSION_LZ4,
     "zstd": job_pb2.ARROW_COMPRESSION_ZSTD,
+}
+_ROW_ERRORS: Mapping[str, job_pb2.RowErrorPolicy.ValueType] = {
+    "fail": job_pb2.ROW_ERROR_POLICY_FAIL,
+    "skip": job_pb2.ROW_ERROR_POLICY_SKIP_AND_REPORT,
 }
 _OPERATORS: Mapping[str, dataset_pb2.FilterOperator.ValueType] = {
     "=": dataset_pb2.FILTER_OPERATOR_EQUAL,
@@ -175,6 +185,13 @@ def create_export(dataset: str, options: ExportOptions) -> job_pb2.CreateExportR
         request.max_part_rows = _within(_INT64, "max_part_rows", rows)
     if (size := options.get("max_part_bytes")) is not None:
         request.max_part_bytes = _within(_INT64, "max_part_bytes", size)
+    if (policy := options.get("on_row_error")) is not None:
+        if policy not in _ROW_ERRORS:
+            known = ", ".join(_ROW_ERRORS)
+            raise InvalidRequest.of("on_row_error", f"{policy!r}: use {known}")
+        request.on_row_error = _ROW_ERRORS[policy]
+    if (most := options.get("max_row_errors")) is not None:
+        request.max_row_errors = _within(_INT64, "max_row_errors", most)
     if (ttl := options.get("ttl")) is not None:
         request.ttl.CopyFrom(_duration(ttl))
     if (start := options.get("start")) is not None:
@@ -182,6 +199,21 @@ def create_export(dataset: str, options: ExportOptions) -> job_pb2.CreateExportR
     if (end := options.get("end")) is not None:
         request.time_range.end_time.CopyFrom(timestamp("end", end))
     _set_format(request, options)
+    return request
+
+
+def download_urls(
+    job_id: str, lifetime: timedelta | None, part: int | None
+) -> export_service_pb2.GetDownloadUrlsRequest:
+    """Build the request for URLs."""
+    request = export_service_pb2.GetDownloadUrlsRequest(job_id=job_id)
+    if lifetime is not None:
+        request.lifetime.CopyFrom(_duration(lifetime))
+    if part is not None:
+        try:
+            request.part_index = part
+        except ValueError:
+            raise InvalidRequest.of("part", f"{part} is no index of a part") from None
     return request
 
 

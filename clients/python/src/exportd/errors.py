@@ -14,6 +14,7 @@
         │   ├── GenerationMismatch
         │   ├── PartsNotJoinable
         │   ├── RequestIdConflict
+        │   ├── UrlsUnavailable
         │   └── OutputExists        a file stands in the way (FileExistsError)
         ├── JobEnded
         │   ├── JobFailed           `job_reason` says why
@@ -152,6 +153,10 @@ class RequestIdConflict(PreconditionFailed):
     """`request_id` was used with another payload; metadata `job_id` names its job."""
 
 
+class UrlsUnavailable(PreconditionFailed):
+    """The server has no way to give download URLs; `Job.download` does without."""
+
+
 class OutputExists(PreconditionFailed, FileExistsError):
     """There is a file under the name the download would get."""
 
@@ -231,6 +236,7 @@ _BY_REASON: Mapping[str, type[ExportdError]] = {
     "JOB_NOT_FINISHED": NotFinished,
     "GENERATION_MISMATCH": GenerationMismatch,
     "PARTS_NOT_JOINABLE": PartsNotJoinable,
+    "DOWNLOAD_URLS_UNAVAILABLE": UrlsUnavailable,
     "JOB_FAILED": JobFailed,
     "JOB_CANCELLED": JobCancelled,
     "QUOTA_EXCEEDED": QuotaExceeded,

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import enum
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from exportd_server.errors import ErrorRecord
 from exportd_server.jobs.model import (
@@ -20,10 +20,12 @@ from exportd_server.jobs.model import (
     ExportSpec,
     Job,
     JobState,
+    Manifest,
     ManifestColumn,
     PartRecord,
 )
 from exportd_server.sources.base import Shard
+from exportd_server.store.key import JobPrefix
 
 
 class TaskKind(enum.StrEnum):
@@ -37,6 +39,8 @@ class TaskKind(enum.StrEnum):
     """Delete from the store what a job must not have."""
     REAP = "reap"
     """Find expired jobs; one such task exists, and it returns for ever."""
+    SWEEP = "sweep"
+    """Find output that belongs to no job; likewise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +91,26 @@ class ClaimLimits:
     running_per_tenant: int | None = None
     """Most jobs of one tenant that are RUNNING. A lease that ran out counts until it is
     taken over, because until then it is still good."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What a cleanup must leave in the store."""
+
+    parts: tuple[PartRecord, ...] = ()
+    """Those that the job's manifest names."""
+    manifest: int | None = None
+    """The token under which its manifest lies, if it was stored."""
+    read: bool = False
+    """The output has expired and is still being read: leave all of it and come again."""
+
+
+class Totals(NamedTuple):
+    """How far a job is: rows written, stored bytes, rows left out."""
+
+    rows: int
+    bytes: int
+    row_errors: int
 
 
 class LeaseLost(Exception):
@@ -182,7 +206,7 @@ class Ledger(Protocol):
         limits: ClaimLimits = ...,
     ) -> Lease | None:
         """Lease the next task that is due, or whose lease has run out: the tenant with
-        the fewest running jobs first (of several the one served longest ago), then the
+        the fewest tasks at work first (of several the one served longest ago), then the
         higher priority, then the older job; a tenant's cleanups come before its jobs.
         Counts as an attempt. The job turns RUNNING. Tasks whose lease ran out on their
         last attempt fail the job with ATTEMPTS_EXHAUSTED, or with the last error that
@@ -213,34 +237,51 @@ class Ledger(Protocol):
         ...
 
     async def record_progress(
-        self, lease: Lease, *, rows: int, bytes_: int, rows_per_second: float
-    ) -> tuple[int, int]:
-        """Note how far a shard is, finished parts included; returns rows and stored
-        bytes of the whole job so far, for its caps."""
+        self,
+        lease: Lease,
+        *,
+        rows: int,
+        bytes_: int,
+        rows_per_second: float,
+        row_errors: int = 0,
+    ) -> Totals:
+        """Note how far a shard is, finished parts included; returns how far the whole
+        job is, for its caps. Bytes are those of error parts, too."""
         ...
 
     async def shard_parts(self, lease: Lease) -> list[PartRecord]:
-        """The finalized parts of the lease's shard, by sequence: what an earlier
-        attempt left and this one need not do again. A first attempt may find some too,
-        for one that was given back is not counted."""
+        """The finalized parts of the lease's shard, error parts too, by sequence: what
+        an earlier attempt left and this one need not do again. A first attempt may find
+        some too, for one that was given back is not counted."""
         ...
 
-    async def add_part(self, lease: Lease, part: PartRecord) -> None:
-        """Record a part that is durable in the store. Its sequence follows the last
-        one; its token is the lease's; else ValueError. Recording the last one again
-        changes nothing."""
+    async def add_part(
+        self, lease: Lease, part: PartRecord, errors: PartRecord | None = None
+    ) -> None:
+        """Record a part that is durable in the store, and with it the error part that
+        tells the rows it lacks: neither is ever there without the other. Its sequence
+        follows the last one; its token is the lease's; the error part's are the same;
+        else ValueError. Recording the last ones again changes nothing."""
         ...
 
-    async def complete_shard(self, lease: Lease) -> bool:
+    async def complete_unless_last(self, lease: Lease) -> Manifest | None:
+        """End a shard, unless it is the only one of its job that is unfinished. Then
+        nothing changes, and what its end will publish is returned, to be stored before
+        `complete_shard`."""
+        ...
+
+    async def complete_shard(self, lease: Lease, *, manifest: bool = False) -> bool:
         """End a shard; the last one publishes the manifest and turns the job SUCCEEDED
-        in the same transaction, and returns True. What lies in the store and is not in
-        the manifest is cleaned up after."""
+        in the same transaction, and returns True. With `manifest` the ledger notes that
+        it is in the store, too, under the lease's token. What lies in the store and is
+        neither this nor in the manifest is cleaned up after."""
         ...
 
     async def restart_output(self, lease: Lease) -> None:
         """Throw away what the job has, because the source changed, and plan it anew
-        under the next generation. The attempts so far count against the new plan; when
-        none is left the job turns FAILED with SOURCE_CHANGED."""
+        under the next generation. That is no attempt of its own, but those that were
+        lost stay counted. After ten generations the job turns FAILED with
+        SOURCE_CHANGED."""
         ...
 
     async def fail_attempt(
@@ -254,9 +295,10 @@ class Ledger(Protocol):
 
     # --- housekeeping
 
-    async def kept_parts(self, lease: Lease) -> list[PartRecord] | None:
-        """For a cleanup: the parts that the job's manifest names, which must stay; None
-        when nothing must stay (the job failed, was cancelled or deleted, or expired)."""
+    async def kept_parts(self, lease: Lease) -> Kept | None:
+        """For a cleanup: what must stay; None when nothing must (the job failed, was
+        cancelled or deleted, or expired and nobody has its output pinned). Once it was
+        None it stays so."""
         ...
 
     async def complete_cleanup(self, lease: Lease) -> None:
@@ -275,6 +317,49 @@ class Ledger(Protocol):
     async def known_jobs(self, job_ids: Collection[str]) -> set[str]:
         """Those of the ids that the ledger has a row for, hidden ones included: what
         the store has beyond them is an orphan."""
+        ...
+
+    async def note_orphans(
+        self, lease: Lease, found: Collection[JobPrefix], *, after: timedelta
+    ) -> list[JobPrefix]:
+        """For the sweep task: remember which of the jobs that the store has something of
+        the ledger does not know, and return those that it did not know either at a look
+        `after` ago or longer."""
+        ...
+
+    async def complete_sweep(self, lease: Lease, *, again_in: timedelta) -> None:
+        """End this sweep, and forget the orphans that it did not find any more; the task
+        is due again after `again_in`."""
+        ...
+
+    async def identity(self) -> str:
+        """A UUID of this ledger, which no other one has."""
+        ...
+
+    # --- readers of outputs
+
+    async def pin_output(
+        self, tenant: str, job_id: str, reader: str, *, length: timedelta
+    ) -> bool:
+        """Have a succeeded job's output stay for `length` from now even if it expires,
+        because `reader`, a process, is at it; again to go on. False, and nothing is
+        changed, when the output may be gone: the job is missing, without output or
+        deleted, or it has expired and the reader has no pin in force. A pin in force
+        holds up the deletion of what has expired, and nothing else."""
+        ...
+
+    async def unpin_output(self, job_id: str, reader: str) -> None:
+        """End a pin; a missing one is fine."""
+        ...
+
+    async def is_cut(self, job_id: str, reader: str) -> bool:
+        """Whether those who read the job's output must stop: it was cancelled or deleted,
+        or failed, and did not merely expire."""
+        ...
+
+    def on_cut(self, job_id: str, tell: Callable[[], None]) -> AbstractContextManager[None]:
+        """Call `tell` soon after the job was cancelled or deleted, whichever process saw
+        to that, for as long as the context is open. It proves nothing: ask `is_cut`."""
         ...
 
     # --- waiting

@@ -8,7 +8,6 @@ import contextlib
 import random
 from collections.abc import Callable
 
-import psycopg
 import structlog
 
 from exportd_server.jobs.ledger.news import CHANNEL
@@ -18,6 +17,8 @@ log = structlog.get_logger(__name__)
 
 _QUIET_SECONDS = 15.0
 """After so long without news the connection is tried."""
+_ANSWER_SECONDS = 10.0
+"""A server that takes longer to answer nothing is as good as gone."""
 _FIRST_PAUSE = 0.05
 _LONGEST_PAUSE = 5.0
 
@@ -53,13 +54,15 @@ class Listener:
                 await self._task
 
     async def _run(self) -> None:
-        pause = _FIRST_PAUSE
+        pause, told = _FIRST_PAUSE, False
         while True:
             try:
                 await self._listen()
-            except (psycopg.Error, OSError) as error:
-                if self._listening.is_set():
+            except Exception as error:  # noqa: BLE001 - whatever it is, it comes back
+                if self._listening.is_set() or not told:
                     log.warning("news of the ledger lost", error=str(error).strip())
+                    told = True
+                if self._listening.is_set():
                     self._listening.clear()
                     pause = _FIRST_PAUSE
             await asyncio.sleep(random.uniform(pause / 2, pause))  # noqa: S311 - spreads
@@ -67,7 +70,8 @@ class Listener:
 
     async def _listen(self) -> None:
         async with await self._address.connect_async() as connection:
-            await connection.execute(f"LISTEN {CHANNEL}")
+            async with asyncio.timeout(_ANSWER_SECONDS):
+                await connection.execute(f"LISTEN {CHANNEL}")
             self._listening.set()
             self._missed()
             while True:
@@ -76,4 +80,5 @@ class Listener:
                     heard = True
                     self._told(notice.payload)
                 if not heard:
-                    await connection.execute("SELECT 1")
+                    async with asyncio.timeout(_ANSWER_SECONDS):
+                        await connection.execute("SELECT 1")

@@ -32,6 +32,7 @@ def pieces(sender: str, changes: Changes) -> Iterator[str]:
         [("jobs", job_id, revision) for job_id, revision in changes.revisions.items()]
         + [("gone", job_id, None) for job_id in sorted(changes.gone)]
         + [("fenced", job_id, None) for job_id in sorted(changes.fenced)]
+        + [("cut", job_id, None) for job_id in sorted(changes.cut)]
     )
     work = changes.work
     while (some := list(islice(entries, _MOST_JOBS))) or work:
@@ -55,8 +56,11 @@ def parse(text: str) -> News | None:
                 revisions={str(k): int(v) for k, v in piece.get("jobs", {}).items()},
                 gone=set(map(str, piece.get("gone", ()))),
                 fenced=set(map(str, piece.get("fenced", ()))),
+                cut=set(map(str, piece.get("cut", ()))),
                 work=bool(piece.get("work")),
             ),
         )
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError):
+        return None
+    except RecursionError:
         return None

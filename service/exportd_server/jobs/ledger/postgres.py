@@ -15,21 +15,19 @@ import random
 import secrets
 import time
 from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 
 import psycopg
 import sqlalchemy as sa
 import structlog
-from psycopg import pq
-from psycopg.rows import namedtuple_row
 from sqlalchemy.dialects import postgresql
-from sqlalchemy.engine import Connection, Engine
-from sqlalchemy.pool import QueuePool
+from sqlalchemy.engine import Connection
 
 from exportd_server.errors import LedgerUnavailable
 from exportd_server.jobs.ledger import codec, news
 from exportd_server.jobs.ledger.base import Lease, TaskKind
+from exportd_server.jobs.ledger.lanes import Lane, Lines
 from exportd_server.jobs.ledger.listener import Listener
 from exportd_server.jobs.ledger.postgres_server import Address
 from exportd_server.jobs.ledger.signals import Signals
@@ -107,6 +105,15 @@ class PostgresDialect:
         ).scalar_one()
         return token
 
+    def alone_with_tenant(self, connection: Connection, tenant: str) -> bool:
+        """By the lock that creating takes."""
+        return bool(
+            connection.execute(
+                sa.text("SELECT pg_try_advisory_xact_lock(hashtextextended(:tenant, 0))"),
+                {"tenant": tenant},
+            ).scalar_one()
+        )
+
     def ensure_tenant(self, connection: Connection, tenant: str) -> None:
         """Those who create jobs for one tenant stand in line, which also makes the quota
         exact. Not by the tenant's row, which a claim must find unlocked."""
@@ -135,17 +142,19 @@ class PostgresDatabase:
         self._max_attempts = max_attempts
         self._instance = secrets.token_hex(8)
         self._loop = asyncio.get_running_loop()
-        self._pool = _Lane(address, connections, "exportd-ledger")
-        self._apart = _Lane(address, 1, "exportd-ledger-apart")
+        self._pool = Lane(address, connections, "exportd-ledger")
+        self._apart = Lane(address, 1, "exportd-ledger-apart")
+        self._lines = Lines()
         self._listener = Listener(address, self._told, self.signals.everyone)
 
     async def open(self) -> None:
         """Begin to listen."""
         await self._listener.start()
 
-    async def write(self, work: Callable[[Transaction], T]) -> T:
+    async def write(self, work: Callable[[Transaction], T], *, line: str = "") -> T:
         """See `Database`."""
-        return await self._pool.run(self._write, self._pool, work)
+        async with self._lines.turn(line):
+            return await self._pool.run(self._write, self._pool, work)
 
     async def write_apart(self, work: Callable[[Transaction], T]) -> T:
         """See `Database`."""
@@ -171,7 +180,7 @@ class PostgresDatabase:
                 self._claim, owner, names, lease, running_per_tenant, depth
             )
             if row.o_exhausted:
-                await self.write(claiming.fail_exhausted)
+                await self._bury_exhausted()
             if row.o_task_id is not None or not row.o_busy:
                 break
             if depth == _DEPTH:
@@ -184,16 +193,25 @@ class PostgresDatabase:
             self.signals.jobs({row.o_job_id: row.o_revision})
         return _to_lease(row, owner), row.o_now
 
+    async def _bury_exhausted(self) -> None:
+        """Fail the jobs whose last attempt was lost. A lease may have been won by now, so
+        nothing here waits for a lock or gets out."""
+        try:
+            for job_id in await self.read(claiming.exhausted_jobs):
+                await self.write(partial(claiming.bury, job_id=job_id), line=job_id)
+        except Exception:
+            log.exception("jobs without attempts left could not be failed")
+
     async def close(self) -> None:
         """See `Database`."""
         await self._listener.stop()
-        await asyncio.to_thread(self._close)
+        await asyncio.gather(self._pool.close(), self._apart.close())
         # Those who wait see that nothing more will come.
         self.signals.everyone()
 
     # --- in threads
 
-    def _write(self, lane: _Lane, work: Callable[[Transaction], T]) -> T:
+    def _write(self, lane: Lane, work: Callable[[Transaction], T]) -> T:
         with _available():
             for tries in range(_TRIES):
                 if tries:
@@ -205,7 +223,7 @@ class PostgresDatabase:
                         raise
         raise AssertionError("unreachable")
 
-    def _write_once(self, lane: _Lane, work: Callable[[Transaction], T]) -> T:
+    def _write_once(self, lane: Lane, work: Callable[[Transaction], T]) -> T:
         with self._transaction(lane, _WRITE) as tx:
             result = work(tx)
             if told := list(news.pieces(self._instance, tx.changes)):
@@ -221,7 +239,7 @@ class PostgresDatabase:
             return work(tx)
 
     @contextlib.contextmanager
-    def _transaction(self, lane: _Lane, begin: str) -> Iterator[Transaction]:
+    def _transaction(self, lane: Lane, begin: str) -> Iterator[Transaction]:
         connection, row = lane.ask(begin + _CLOCK)
         with connection:
             try:
@@ -244,19 +262,14 @@ class PostgresDatabase:
             *(lifecycle.LATE_WRITER_GRACE, self._instance),
         )
         with _available():
-            connection, row = self._pool.ask(_CLAIM, parameters)
-            connection.close()
-            return row
-
-    def _close(self) -> None:
-        self._pool.close()
-        self._apart.close()
+            return self._pool.ask_once(_CLAIM, parameters)
 
     # --- news
 
     def _tell(self, changes: Changes) -> None:
         self.signals.jobs(changes.revisions | dict.fromkeys(changes.gone, math.inf))
         self.signals.fenced(changes.fenced)
+        self.signals.cut(changes.cut)
         if changes.work:
             self.signals.work()
 
@@ -264,58 +277,6 @@ class PostgresDatabase:
         piece = news.parse(text)
         if piece is not None and piece.sender != self._instance:
             self._tell(piece.changes)
-
-
-class _Lane:
-    """Threads with a connection each. Who finds all of them busy waits for one."""
-
-    def __init__(self, address: Address, connections: int, name: str) -> None:
-        self._connections = connections
-        self._threads = ThreadPoolExecutor(connections, name)
-        self._engine: Engine = sa.create_engine(
-            "postgresql+psycopg://",
-            creator=address.connect,
-            poolclass=QueuePool,
-            pool_size=connections,
-            max_overflow=0,
-            # A connection comes back as it was lent: outside of any transaction, or it
-            # is undone then.
-            pool_reset_on_return="rollback",
-        )
-
-    async def run(self, call: Callable[..., T], *arguments: Any) -> T:
-        """Run in one of the threads."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, call, *arguments)
-
-    def ask(self, text: str, parameters: Any = None) -> tuple[Connection, Any]:
-        """Run the first statements on a connection, and return it with the row they end
-        with. Connections that broke while nobody used them are replaced."""
-        # Each of them may have broken.
-        for left in reversed(range(self._connections + 1)):
-            connection = self._engine.connect()
-            try:
-                raw: psycopg.Connection[Any] = connection.connection.driver_connection  # type: ignore[assignment] # typed as any driver's
-                with raw.cursor(row_factory=namedtuple_row) as cursor:
-                    cursor.execute(text, parameters)
-                    while cursor.nextset():
-                        pass
-                    return connection, cursor.fetchone()
-            except BaseException as error:
-                broken = raw.broken or raw.closed
-                if broken:
-                    connection.invalidate()
-                elif raw.info.transaction_status != pq.TransactionStatus.IDLE:
-                    raw.rollback()
-                connection.close()
-                if not left or not broken or not isinstance(error, psycopg.Error):
-                    raise
-        raise AssertionError("unreachable")
-
-    def close(self) -> None:
-        """Let what runs end; close the connections."""
-        self._threads.shutdown()
-        self._engine.dispose()
 
 
 def _state(error: BaseException) -> str:

@@ -4,7 +4,9 @@ tables are brought up to date."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+import contextlib
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +27,7 @@ _IDLE_SECONDS = 5
 """How long a transaction may do nothing before the server undoes it: its process was
 stopped, and others wait for what it has locked."""
 
-_SESSION = {
+_KEPT = {
     "search_path": SCHEMA,
     "idle_in_transaction_session_timeout": f"{_IDLE_SECONDS}s",
     # Longer than that, so that those who wait for such a one get their turn.
@@ -33,6 +35,12 @@ _SESSION = {
     "statement_timeout": "30s",
     "TimeZone": "UTC",
     "default_transaction_isolation": "read committed",
+    "default_transaction_read_only": "off",
+}
+_SESSION = {
+    **_KEPT,
+    # A process that is stopped takes no news, and the server keeps it for all.
+    "tcp_user_timeout": "30s",
 }
 _LINK: Mapping[str, Any] = {
     "connect_timeout": _CONNECT_SECONDS,
@@ -60,14 +68,19 @@ class Address:
         """Read a `postgresql://` URL; raises `ConfigurationError`."""
         try:
             given = conninfo.conninfo_to_dict(url)
-        except psycopg.ProgrammingError as error:
+        except psycopg.ProgrammingError:
+            # What the library says of it may repeat the password.
+            given = {}
+        host, database = given.get("host") or "localhost", given.get("dbname") or ""
+        odd = re.search(r"[@/?#%\s]", f"{host}{database}".replace("/", "", 1))
+        if not given or odd or not url.startswith(("postgresql://", "postgres://")):
             raise ConfigurationError(
-                f"ledger.url: {str(error).strip()}; give it as "
-                "postgresql://USER:PASSWORD@HOST:PORT/DATABASE"
-            ) from None
+                "ledger.url: is no URL of PostgreSQL; give it as "
+                "postgresql://USER:PASSWORD@HOST:PORT/DATABASE, with characters such as "
+                "@ / : % in user and password written as %40 %2F %3A %25"
+            )
         session = " ".join(f"-c {name}={_escaped(v)}" for name, v in _SESSION.items())
         options = f"{given.pop('options', '') or ''} {session}".strip()
-        host, database = given.get("host") or "localhost", given.get("dbname") or ""
         shown = f"postgresql://{host}:{given.get('port') or 5432}/{database}"
         return cls({**_LINK, **given, "options": options}, shown)
 
@@ -84,7 +97,7 @@ class Address:
     def check(self) -> None:
         """Make sure that a ledger of this release is there and may be used; blocks.
         Raises `ConfigurationError`."""
-        with self._reach() as connection:
+        with self._told(), self._reach() as connection:
             self._require_server(connection)
             if not _has_ledger(connection):
                 raise ConfigurationError(
@@ -105,8 +118,9 @@ class Address:
         """Bring the tables to this release's version; blocks. Returns the version before,
         None when there was no ledger, and the version now. Raises `ConfigurationError`.
         Two at once are fine: the second finds nothing to do."""
-        with self._reach() as connection:
+        with self._told(), self._reach() as connection:
             self._require_server(connection)
+            user, database = connection.info.user, connection.info.dbname
         engine = sa.create_engine(
             "postgresql+psycopg://", creator=self.connect, poolclass=sa.NullPool
         )
@@ -124,17 +138,19 @@ class Address:
                 return before, schema.HEAD
         except sa.exc.ProgrammingError as error:
             if not isinstance(error.orig, psycopg.errors.InsufficientPrivilege):
-                raise
-            user, database = self.parameters.get("user"), self.parameters.get("dbname")
+                first = str(error.orig).splitlines()[0]
+                raise ConfigurationError(
+                    f"ledger {self.shown}: {first}; nothing was changed"
+                ) from error
             raise ConfigurationError(
                 f"ledger {self.shown}: {str(error.orig).splitlines()[0]}; have its owner "
                 f"run: GRANT CREATE ON DATABASE {database} TO {user}, or: CREATE SCHEMA "
                 f"{SCHEMA} AUTHORIZATION {user}"
             ) from error
-        except sa.exc.OperationalError as error:
+        except sa.exc.DBAPIError as error:
             raise ConfigurationError(
                 f"ledger {self.shown}: {str(error.orig).splitlines()[0]}; nothing was "
-                "changed, try again"
+                "changed"
             ) from error
         finally:
             engine.dispose()
@@ -145,11 +161,27 @@ class Address:
         except psycopg.Error as error:
             first = str(error).strip().splitlines()[0]
             raise ConfigurationError(
-                f"ledger {self.shown}: {first}; {_mend(error, first)}"
+                f"ledger {self.shown}: {first}; {_mend(first)}"
             ) from error
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Whatever else the server refuses, in one line."""
+        try:
+            yield
+        except psycopg.Error as error:
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ConfigurationError(f"ledger {self.shown}: {first}") from error
 
     def _require_server(self, connection: psycopg.Connection[Any]) -> None:
         require_version(self.shown, connection.info.server_version)
+        for name, value in _KEPT.items():
+            if _one(connection, "SELECT current_setting(%s)", (name,)) != value:
+                raise ConfigurationError(
+                    f"ledger {self.shown}: the connection does not keep the setting "
+                    f"{name} that it is opened with; connect to the server directly, "
+                    "without a pooler in between"
+                )
         if _one(connection, "SELECT pg_is_in_recovery()"):
             raise ConfigurationError(
                 f"ledger {self.shown}: the server is a standby, which cannot be written "
@@ -217,12 +249,12 @@ def _has_ledger(connection: psycopg.Connection[Any]) -> bool:
     return bool(_one(connection, "SELECT to_regclass('alembic_version') IS NOT NULL"))
 
 
-def _mend(error: psycopg.Error, text: str) -> str:
+def _mend(text: str) -> str:
     """What the operator may do about a connection that is refused."""
+    if "connection slots" in text or "too many" in text:
+        return "raise max_connections, or give ledger.connections a smaller figure"
     if "does not exist" in text and "database" in text:
         return "create the database, or name another one in ledger.url"
     if "authentication" in text or "password" in text or "role" in text:
         return "mend user or password in ledger.url"
-    if error.sqlstate is not None and error.sqlstate.startswith("53"):
-        return "raise max_connections, or give ledger.connections a smaller figure"
     return "is it up, and are host and port in ledger.url right?"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -54,6 +54,7 @@ class Signals:
         self._idle: set[asyncio.Event] = set()
         self._watchers: dict[str, set[Watcher]] = {}
         self._fences: dict[str, set[asyncio.Event]] = {}
+        self._readers: dict[str, list[Callable[[], None]]] = {}
 
     # --- telling
 
@@ -75,11 +76,18 @@ class Signals:
             for event in self._fences.get(job_id, ()):
                 event.set()
 
+    def cut(self, job_ids: Iterable[str]) -> None:
+        """Nobody may go on reading the output of these jobs."""
+        for job_id in job_ids:
+            for tell in list(self._readers.get(job_id, ())):
+                tell()
+
     def everyone(self) -> None:
         """Wake all who wait: the ledger closes, or news may have been missed."""
         self.work()
         self.jobs(dict.fromkeys(self._watchers, math.inf))
         self.fenced(list(self._fences))
+        self.cut(list(self._readers))
 
     # --- waiting for work
 
@@ -152,6 +160,18 @@ class Signals:
             events.remove(event)
             if not events:
                 del self._fences[job_id]
+
+    @contextmanager
+    def on_cut(self, job_id: str, tell: Callable[[], None]) -> Iterator[None]:
+        """Call `tell` when the job's output must not be read any more."""
+        readers = self._readers.setdefault(job_id, [])
+        readers.append(tell)
+        try:
+            yield
+        finally:
+            readers.remove(tell)
+            if not readers:
+                del self._readers[job_id]
 
     def waiting(self) -> Iterable[str]:
         """The jobs that somebody watches."""

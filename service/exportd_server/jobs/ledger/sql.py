@@ -9,17 +9,20 @@ from contextlib import AbstractContextManager, suppress
 from datetime import datetime, timedelta
 from typing import Any, TypeVar
 
-from exportd_server.errors import ErrorRecord
+from exportd_server.errors import ErrorRecord, LedgerUnavailable
 from exportd_server.jobs.ledger.base import (
     ClaimLimits,
     JobQuery,
+    Kept,
     Lease,
     LeaseLost,
     NewJob,
     TaskKind,
+    Totals,
 )
 from exportd_server.jobs.ledger.codec import span_to_micros
 from exportd_server.jobs.ledger.statements import (
+    pinning,
     reading,
     submitting,
     tidying,
@@ -30,12 +33,18 @@ from exportd_server.jobs.model import (
     CancelOutcome,
     Job,
     JobState,
+    Manifest,
     ManifestColumn,
     PartRecord,
 )
 from exportd_server.sources.base import Shard
+from exportd_server.store.key import JobPrefix
 
 _NO_LIMITS = ClaimLimits()
+
+_RENEWALS = 5
+_LOCKED_PAUSE = 0.02
+"""Seconds until a lease is tried again whose task somebody has locked for a moment."""
 
 L = TypeVar("L", Lease, Lease | None)
 
@@ -54,7 +63,7 @@ class SqlLedger:
     ) -> tuple[Job, bool]:
         """See `Ledger`."""
         return await self._database.write(
-            lambda tx: submitting.create_job(tx, new, max_active)
+            lambda tx: submitting.create_job(tx, new, max_active), line=new.tenant
         )
 
     async def get_job(self, tenant: str, job_id: str) -> Job | None:
@@ -79,13 +88,13 @@ class SqlLedger:
     ) -> tuple[Job, CancelOutcome] | None:
         """See `Ledger`."""
         return await self._database.write(
-            lambda tx: submitting.cancel_job(tx, tenant, job_id)
+            lambda tx: submitting.cancel_job(tx, tenant, job_id), line=job_id
         )
 
     async def delete_job(self, tenant: str, job_id: str) -> JobState | None:
         """See `Ledger`."""
         return await self._database.write(
-            lambda tx: submitting.delete_job(tx, tenant, job_id)
+            lambda tx: submitting.delete_job(tx, tenant, job_id), line=job_id
         )
 
     async def finished_parts(self, tenant: str, job_id: str) -> list[PartRecord]:
@@ -123,16 +132,30 @@ class SqlLedger:
         """See `Ledger`."""
         length = span_to_micros(lease)
 
-        def renew(one: Lease) -> Callable[[Transaction], bool]:
+        def renew(one: Lease) -> Callable[[Transaction], bool | None]:
             return lambda tx: working.renew(tx, one, length)
 
         # Each on its own: whoever ends a job locks several of its tasks, in another order
         # perhaps.
-        return [one for one in leases if not await self._database.write_apart(renew(one))]
+        lost, left = [], list(leases)
+        for _ in range(_RENEWALS):
+            locked = []
+            for one in left:
+                renewed = await self._database.write_apart(renew(one))
+                if renewed is None:
+                    locked.append(one)
+                elif not renewed:
+                    lost.append(one)
+            if not locked:
+                break
+            left = locked
+            await asyncio.sleep(_LOCKED_PAUSE)
+        # What is locked still is not known to be lost, and is renewed next time.
+        return [one for one in leases if one in lost]
 
     async def release(self, lease: Lease) -> None:
         """See `Ledger`."""
-        await self._database.write(lambda tx: working.release(tx, lease))
+        await self._database.write(lambda tx: working.release(tx, lease), line=lease.job_id)
 
     async def record_plan(
         self,
@@ -148,34 +171,61 @@ class SqlLedger:
                 lambda tx: (
                     working.record_plan(tx, lease, shards, columns, estimated_rows),
                     tx.now,
-                )
+                ),
+                line=lease.job_id,
             )
         )
         return first
 
     async def record_progress(
-        self, lease: Lease, *, rows: int, bytes_: int, rows_per_second: float
-    ) -> tuple[int, int]:
+        self,
+        lease: Lease,
+        *,
+        rows: int,
+        bytes_: int,
+        rows_per_second: float,
+        row_errors: int = 0,
+    ) -> Totals:
         """See `Ledger`."""
         return await self._database.write(
-            lambda tx: working.record_progress(tx, lease, rows, bytes_, rows_per_second)
+            lambda tx: working.record_progress(
+                tx, lease, rows, bytes_, row_errors, rows_per_second
+            ),
+            line=lease.job_id,
         )
 
     async def shard_parts(self, lease: Lease) -> list[PartRecord]:
         """See `Ledger`."""
-        return await self._database.write(lambda tx: working.shard_parts(tx, lease))
+        return await self._database.write(
+            lambda tx: working.shard_parts(tx, lease), line=lease.job_id
+        )
 
-    async def add_part(self, lease: Lease, part: PartRecord) -> None:
+    async def add_part(
+        self, lease: Lease, part: PartRecord, errors: PartRecord | None = None
+    ) -> None:
         """See `Ledger`."""
-        await self._database.write(lambda tx: working.add_part(tx, lease, part))
+        await self._database.write(
+            lambda tx: working.add_part(tx, lease, part, errors), line=lease.job_id
+        )
 
-    async def complete_shard(self, lease: Lease) -> bool:
+    async def complete_unless_last(self, lease: Lease) -> Manifest | None:
         """See `Ledger`."""
-        return await self._database.write(lambda tx: working.complete_shard(tx, lease))
+        return await self._database.write(
+            lambda tx: working.complete_unless_last(tx, lease), line=lease.job_id
+        )
+
+    async def complete_shard(self, lease: Lease, *, manifest: bool = False) -> bool:
+        """See `Ledger`."""
+        return await self._database.write(
+            lambda tx: working.complete_shard(tx, lease, manifest=manifest),
+            line=lease.job_id,
+        )
 
     async def restart_output(self, lease: Lease) -> None:
         """See `Ledger`."""
-        await self._database.write(lambda tx: working.restart_output(tx, lease))
+        await self._database.write(
+            lambda tx: working.restart_output(tx, lease), line=lease.job_id
+        )
 
     async def fail_attempt(
         self, lease: Lease, error: ErrorRecord, *, retry_in: timedelta | None
@@ -183,32 +233,87 @@ class SqlLedger:
         """See `Ledger`."""
         pause = None if retry_in is None else max(0, span_to_micros(retry_in))
         return await self._database.write(
-            lambda tx: working.fail_attempt(tx, lease, error, pause)
+            lambda tx: working.fail_attempt(tx, lease, error, pause),
+            line=lease.job_id,
         )
 
     # --- housekeeping
 
-    async def kept_parts(self, lease: Lease) -> list[PartRecord] | None:
+    async def kept_parts(self, lease: Lease) -> Kept | None:
         """See `Ledger`."""
-        return await self._database.write(lambda tx: tidying.kept_parts(tx, lease))
+        return await self._database.write(
+            lambda tx: tidying.kept_parts(tx, lease), line=lease.job_id
+        )
 
     async def complete_cleanup(self, lease: Lease) -> None:
         """See `Ledger`."""
-        await self._database.write(lambda tx: tidying.complete_cleanup(tx, lease))
+        await self._database.write(
+            lambda tx: tidying.complete_cleanup(tx, lease), line=lease.job_id
+        )
 
     async def expire_jobs(self, lease: Lease, *, limit: int) -> int:
         """See `Ledger`."""
-        return await self._database.write(lambda tx: tidying.expire_jobs(tx, lease, limit))
+        return await self._database.write(
+            lambda tx: tidying.expire_jobs(tx, lease, limit), line=lease.job_id
+        )
 
     async def complete_reap(self, lease: Lease, *, again_in: timedelta) -> None:
         """See `Ledger`."""
         await self._database.write(
-            lambda tx: tidying.complete_reap(tx, lease, span_to_micros(again_in))
+            lambda tx: tidying.complete_reap(tx, lease, span_to_micros(again_in)),
+            line=lease.job_id,
         )
 
     async def known_jobs(self, job_ids: Collection[str]) -> set[str]:
         """See `Ledger`."""
         return await self._database.read(lambda tx: reading.known_jobs(tx, list(job_ids)))
+
+    async def note_orphans(
+        self, lease: Lease, found: Collection[JobPrefix], *, after: timedelta
+    ) -> list[JobPrefix]:
+        """See `Ledger`."""
+        return await self._database.write(
+            lambda tx: tidying.note_orphans(tx, lease, list(found), span_to_micros(after)),
+            line=lease.job_id,
+        )
+
+    async def complete_sweep(self, lease: Lease, *, again_in: timedelta) -> None:
+        """See `Ledger`."""
+        await self._database.write(
+            lambda tx: tidying.complete_sweep(tx, lease, span_to_micros(again_in)),
+            line=lease.job_id,
+        )
+
+    async def identity(self) -> str:
+        """See `Ledger`."""
+        return await self._database.read(reading.ledger_id)
+
+    # --- readers of outputs
+
+    async def pin_output(
+        self, tenant: str, job_id: str, reader: str, *, length: timedelta
+    ) -> bool:
+        """See `Ledger`."""
+        return await self._database.write(
+            lambda tx: pinning.pin_output(
+                tx, tenant, job_id, reader, span_to_micros(length)
+            ),
+            line=job_id,
+        )
+
+    async def unpin_output(self, job_id: str, reader: str) -> None:
+        """See `Ledger`."""
+        await self._database.write(
+            lambda tx: pinning.unpin_output(tx, job_id, reader), line=job_id
+        )
+
+    async def is_cut(self, job_id: str, reader: str) -> bool:
+        """See `Ledger`."""
+        return await self._database.read(lambda tx: pinning.is_cut(tx, job_id, reader))
+
+    def on_cut(self, job_id: str, tell: Callable[[], None]) -> AbstractContextManager[None]:
+        """See `Ledger`."""
+        return self._database.signals.on_cut(job_id, tell)
 
     # --- waiting
 
@@ -252,8 +357,10 @@ class SqlLedger:
 
     async def close(self) -> None:
         """See `Ledger`."""
-        await asyncio.gather(*self._giving_back)
-        await self._database.close()
+        try:
+            await asyncio.gather(*self._giving_back, return_exceptions=True)
+        finally:
+            await self._database.close()
 
     # --- leases that nobody waits for any more
 
@@ -275,5 +382,6 @@ class SqlLedger:
             return
         lease, _ = running.result()
         if lease is not None:
-            with suppress(LeaseLost):
+            # What cannot be told runs out by itself.
+            with suppress(LeaseLost, LedgerUnavailable):
                 await self.release(lease)

@@ -78,6 +78,10 @@ class SqliteDialect:
         ).scalar_one()
         return token
 
+    def alone_with_tenant(self, connection: Connection, tenant: str) -> bool:  # noqa: ARG002 - see below
+        """There is one writer."""
+        return True
+
     def ensure_tenant(self, connection: Connection, tenant: str) -> None:
         """Insert the row unless it is there."""
         connection.execute(
@@ -109,7 +113,12 @@ class SqliteDatabase:
             await self.close()
             raise
 
-    async def write(self, work: Callable[[Transaction], T]) -> T:
+    async def write(
+        self,
+        work: Callable[[Transaction], T],
+        *,
+        line: str = "",  # noqa: ARG002 - all stand in one line anyway
+    ) -> T:
         """See `Database`."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._write_thread, self._write, work)
@@ -202,6 +211,7 @@ class SqliteDatabase:
     def _tell(self, changes: Changes) -> None:
         self.signals.jobs(changes.revisions | dict.fromkeys(changes.gone, math.inf))
         self.signals.fenced(changes.fenced)
+        self.signals.cut(changes.cut)
         if changes.work:
             self.signals.work()
 

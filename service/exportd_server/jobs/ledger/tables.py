@@ -86,6 +86,8 @@ jobs = sa.Table(
     sa.Column("untidy", sa.SmallInteger, nullable=False),
     # Until then a worker that lost its lease may still write.
     sa.Column("writers_until", sa.BigInteger, nullable=False),
+    # Under which token the manifest of a succeeded job lies in the store.
+    sa.Column("manifest_token", sa.BigInteger),
 )
 sa.Index("jobs_request", jobs.c.tenant, jobs.c.request_id, unique=True)
 sa.Index("jobs_created", jobs.c.tenant, jobs.c.create_time, jobs.c.job_id)
@@ -160,6 +162,10 @@ tasks = sa.Table(
     sa.Column("parts", sa.Integer, nullable=False, server_default="0"),
     sa.Column("part_rows", sa.BigInteger, nullable=False, server_default="0"),
     sa.Column("part_bytes", sa.BigInteger, nullable=False, server_default="0"),
+    # Rows left out, as last told; and of finished parts alone, which tell them.
+    sa.Column("row_errors", sa.BigInteger, nullable=False, server_default="0"),
+    sa.Column("error_parts", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("part_row_errors", sa.BigInteger, nullable=False, server_default="0"),
 )
 sa.Index(
     "tasks_ready",
@@ -208,4 +214,35 @@ parts = sa.Table(
     sa.Column("body_crc32c", sa.BigInteger, nullable=False),
     sa.Column("suffix_crc32c", sa.BigInteger, nullable=False),
     sa.Column("sha256", sa.LargeBinary, nullable=False),
+    # An `OutputKind`.
+    sa.Column("kind", sa.Text, primary_key=True, server_default="output"),
 )
+
+pins = sa.Table(
+    "pins",
+    METADATA,
+    sa.Column(
+        "job_id",
+        sa.Text,
+        sa.ForeignKey("jobs.job_id", ondelete="CASCADE"),
+        primary_key=True,
+    ),
+    sa.Column("reader", sa.Text, primary_key=True),
+    sa.Column("expires", sa.BigInteger, nullable=False),
+)
+"""Processes that are reading an output which expires before they may have done."""
+
+orphans = sa.Table(
+    "orphans",
+    METADATA,
+    sa.Column("tenant", sa.Text, primary_key=True),
+    sa.Column("job_id", sa.Text, primary_key=True),
+    # When it was found first.
+    sa.Column("seen_time", sa.BigInteger, nullable=False),
+    # The token of the sweep that found it last.
+    sa.Column("look", sa.BigInteger, nullable=False),
+)
+"""What the store holds of jobs that the ledger does not know."""
+
+identity = sa.Table("identity", METADATA, sa.Column("ledger_id", sa.Text, primary_key=True))
+"""One row: a UUID, which also stands in the store that holds this ledger's outputs."""

@@ -22,6 +22,8 @@ class Changes:
     gone: set[str] = field(default_factory=set)
     fenced: set[str] = field(default_factory=set)
     """Jobs whose leases are lost."""
+    cut: set[str] = field(default_factory=set)
+    """Jobs whose output nobody may go on reading."""
     work: bool = False
 
 
@@ -39,6 +41,11 @@ class Dialect(Protocol):
 
     def next_token(self, connection: Connection) -> int:
         """A fencing token above every one that a transaction ended with before."""
+        ...
+
+    def alone_with_tenant(self, connection: Connection, tenant: str) -> bool:
+        """Whether nobody creates jobs for the tenant until the transaction ends; False
+        when somebody is about to."""
         ...
 
     def ensure_tenant(self, connection: Connection, tenant: str) -> None:
@@ -64,8 +71,9 @@ class Database(Protocol):
 
     signals: Signals
 
-    async def write(self, work: Callable[[Transaction], T]) -> T:
-        """Run `work` in a transaction that may write. It is durable when this returns,
+    async def write(self, work: Callable[[Transaction], T], *, line: str = "") -> T:
+        """Run `work` in a transaction that may write. Those of one `line`, say of a job,
+        would wait for each other in the database. It is durable when this returns,
         and only then do waiters hear of it. An exception undoes all of it."""
         ...
 

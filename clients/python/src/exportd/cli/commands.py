@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar, get_args
 
 import click
@@ -20,7 +22,12 @@ from exportd._connection import DEFAULT_ADDRESS
 from exportd._download import Download
 from exportd._files import refuse_existing, safe_name
 from exportd._model import JobInfo, JobState, counted
-from exportd._request import CompressionName, ExportOptions, FormatName
+from exportd._request import (
+    CompressionName,
+    ExportOptions,
+    FormatName,
+    RowErrorPolicyName,
+)
 from exportd.cli import _malloc, show
 from exportd.cli.progress import Reporter
 from exportd.cli.where import parse_duration, parse_moment, parse_where
@@ -205,6 +212,19 @@ def datasets(settings: Settings, name: str | None, as_json: bool) -> None:
 @click.option("--priority", type=click.IntRange(-100, 100), default=0)
 @click.option("-l", "--label", multiple=True, metavar="K=V", help="Mark; may be repeated.")
 @click.option("--request-id", metavar="UUID", help="The same id again finds the same job.")
+@click.option(
+    "--on-row-error",
+    type=click.Choice(get_args(RowErrorPolicyName)),
+    default="fail",
+    show_default=True,
+    help="What a row does that cannot be exported: fail the job, or be left out and told; "
+    "'exportd errors' shows them.",
+)
+@click.option(
+    "--max-row-errors",
+    type=click.IntRange(min=1),
+    help="With --on-row-error skip: most rows that may be left out.",
+)
 @click.option("--validate-only", is_flag=True, help="Check and estimate, start nothing.")
 @click.option("--wait", is_flag=True, help="Wait until it has finished.")
 @click.option(
@@ -367,6 +387,72 @@ def download(settings: Settings, /, job_id: str, path: str | None, **given: Any)
         )
 
 
+@cli.command()
+@click.argument("job_id", metavar="JOB")
+@click.option("--part", type=click.IntRange(min=0), help="Only this part.")
+@click.option("--joined", is_flag=True, help="Of all parts joined into one file.")
+@click.option("--lifetime", metavar="1h", help="How long the URLs are to work.")
+@json_option
+@click.pass_obj
+def urls(settings: Settings, /, job_id: str, as_json: bool, **given: Any) -> None:
+    """Print URLs of the output of JOB, one a line for each part: any HTTP client can
+    download by them until they expire. Who has them has the data."""
+    text = given["lifetime"]
+    lifetime = parse_duration("--lifetime", text) if text else None
+    if given["joined"] and given["part"] is not None:
+        raise click.UsageError("--joined does not go with --part")
+    with settings.client() as client:
+        found = client.job(job_id).download_urls(lifetime=lifetime, part=given["part"])
+    if as_json:
+        show.print_json(show.as_json(found.proto))
+        return
+    chosen = found.parts
+    if given["joined"]:
+        if found.joined is None:
+            raise errors.PartsNotJoinable(
+                f"there is no URL of all {counted(len(found.parts), 'part')} joined; "
+                "leave out --joined for one of each"
+            )
+        chosen = (found.joined,)
+    for url in chosen:
+        click.echo(url.url)
+    if chosen and not settings.quiet:
+        first = min(url.expire_time for url in chosen)
+        show.note(f"they work until {first:%Y-%m-%d %H:%M:%S} UTC")
+
+
+@cli.command("errors")
+@click.argument("job_id", metavar="JOB")
+@click.argument("path", required=False, type=click.Path())
+@click.option("--force", is_flag=True, help="Replace a file that is there.")
+@json_option
+@click.pass_obj
+def row_errors(
+    settings: Settings, job_id: str, path: str | None, force: bool, as_json: bool
+) -> None:
+    """Show the rows that were left out of the output of JOB, with the reasons, as JSON
+    Lines; with PATH, a file or a directory, download them there instead."""
+    with settings.client() as client:
+        job = client.job(job_id)
+        manifest = job.info.raise_unless_succeeded()
+        if not settings.quiet:
+            show.note(f"{counted(manifest.row_errors, 'row')} left out")
+        if not manifest.error_parts:
+            return
+        if path is None:
+            with TemporaryDirectory() as directory:
+                for file in job.download_errors(directory).files:
+                    with file.open(encoding="utf-8") as lines:
+                        for line in lines:
+                            show.print_json(json.loads(line))
+            return
+        done = job.download_errors(path, overwrite=force)
+        if as_json:
+            show.print_json(_download_json(job, done))
+        else:
+            click.echo(str(done.path))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with a code that means something."""
     _malloc.tune()
@@ -424,6 +510,8 @@ def _export_options(client: Client, name: str, given: dict[str, Any]) -> ExportO
         priority=given["priority"],
         labels=_labels(given["label"]),
         request_id=given["request_id"],
+        on_row_error=given["on_row_error"],
+        max_row_errors=given["max_row_errors"],
         validate_only=given["validate_only"],
     )
     if given["since"]:

@@ -157,6 +157,7 @@ def show_job(job: JobInfo) -> None:
             "labels": ", ".join(f"{k}={v}" for k, v in sorted(job.labels.items())),
             "error": str(job.error or ""),
             "rows": _count(manifest.rows) if manifest else "",
+            "left out": _left_out(job) if job.progress.row_errors else "",
             "size": size_text(manifest.size) if manifest else "",
             "parts": str(len(manifest.parts)) if manifest else "",
             "file": manifest.file_name if manifest else "",
@@ -218,6 +219,10 @@ def _facts(facts: dict[str, str]) -> None:
 
 def _count(value: int | None, prefix: str = "") -> str:
     return "" if value is None else f"{prefix}{value:,}"
+
+
+def _left_out(job: JobInfo) -> str:
+    return f"{counted(job.progress.row_errors, 'row')}: exportd errors {job.id}"
 
 
 def _moment(moment: datetime | None) -> str:

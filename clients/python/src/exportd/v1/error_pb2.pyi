@@ -105,6 +105,14 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     to ask again. Whether a change was made is not known: a `request_id` makes
     CreateExport safe to repeat, and the other calls are as they are.
     """
+    ERROR_REASON_DOWNLOAD_URLS_UNAVAILABLE: _ErrorReason.ValueType  # 28
+    """FAILED_PRECONDITION. This server has no way to give download URLs: its outputs are
+    not on S3 and it has no HTTP port (`http.listen`). Use StreamDownload.
+    """
+    ERROR_REASON_TOO_MANY_ROW_ERRORS: _ErrorReason.ValueType  # 29
+    """Of a job: DATA_LOSS. More rows than `max_row_errors` hold a value that the format
+    cannot carry; metadata has `cap`, `limit` and `count`.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call or a job failed. The name without its `ERROR_REASON_` prefix is the
@@ -195,5 +203,13 @@ ERROR_REASON_LEDGER_UNAVAILABLE: ErrorReason.ValueType  # 27
 """UNAVAILABLE. The service cannot reach its database; `google.rpc.RetryInfo` says when
 to ask again. Whether a change was made is not known: a `request_id` makes
 CreateExport safe to repeat, and the other calls are as they are.
+"""
+ERROR_REASON_DOWNLOAD_URLS_UNAVAILABLE: ErrorReason.ValueType  # 28
+"""FAILED_PRECONDITION. This server has no way to give download URLs: its outputs are
+not on S3 and it has no HTTP port (`http.listen`). Use StreamDownload.
+"""
+ERROR_REASON_TOO_MANY_ROW_ERRORS: ErrorReason.ValueType  # 29
+"""Of a job: DATA_LOSS. More rows than `max_row_errors` hold a value that the format
+cannot carry; metadata has `cap`, `limit` and `count`.
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

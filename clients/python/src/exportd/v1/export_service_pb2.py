@@ -24,10 +24,11 @@ _sym_db = _symbol_database.Default()
 
 from exportd.v1 import dataset_pb2 as exportd_dot_v1_dot_dataset__pb2
 from exportd.v1 import job_pb2 as exportd_dot_v1_dot_job__pb2
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x65xportd/v1/export_service.proto\x12\nexportd.v1\x1a\x18\x65xportd/v1/dataset.proto\x1a\x14\x65xportd/v1/job.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"<\n\x13ListDatasetsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"V\n\x14ListDatasetsResponse\x12%\n\x08\x64\x61tasets\x18\x01 \x03(\x0b\x32\x13.exportd.v1.Dataset\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"!\n\x11GetDatasetRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\":\n\x12GetDatasetResponse\x12$\n\x07\x64\x61taset\x18\x01 \x01(\x0b\x32\x13.exportd.v1.Dataset\"4\n\x14\x43reateExportResponse\x12\x1c\n\x03job\x18\x01 \x01(\x0b\x32\x0f.exportd.v1.Job\"\x1f\n\rGetJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\".\n\x0eGetJobResponse\x12\x1c\n\x03job\x18\x01 \x01(\x0b\x32\x0f.exportd.v1.Job\"\xbd\x02\n\x0fListJobsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12$\n\x06states\x18\x03 \x03(\x0e\x32\x14.exportd.v1.JobState\x12\x0f\n\x07\x64\x61taset\x18\x04 \x01(\t\x12\x37\n\x06labels\x18\x05 \x03(\x0b\x32\'.exportd.v1.ListJobsRequest.LabelsEntry\x12\x30\n\x0c\x63reated_from\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x32\n\x0e\x63reated_before\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"J\n\x10ListJobsResponse\x12\x1d\n\x04jobs\x18\x01 \x03(\x0b\x32\x0f.exportd.v1.Job\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"!\n\x0fWatchJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"0\n\x10WatchJobResponse\x12\x1c\n\x03job\x18\x01 \x01(\x0b\x32\x0f.exportd.v1.Job\"\"\n\x10\x43\x61ncelJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"]\n\x11\x43\x61ncelJobResponse\x12\x1c\n\x03job\x18\x01 \x01(\x0b\x32\x0f.exportd.v1.Job\x12*\n\x07outcome\x18\x02 \x01(\x0e\x32\x19.exportd.v1.CancelOutcome\"\"\n\x10\x44\x65leteJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"\x13\n\x11\x44\x65leteJobResponse\"\xa5\x01\n\x15StreamDownloadRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x17\n\npart_index\x18\x02 \x01(\x05H\x00\x88\x01\x01\x12\x13\n\x0bread_offset\x18\x03 \x01(\x03\x12\x12\n\nread_limit\x18\x04 \x01(\x03\x12\x1b\n\x13if_generation_match\x18\x05 \x01(\x03\x12\x0e\n\x06\x66ollow\x18\x06 \x01(\x08\x42\r\n\x0b_part_index\"v\n\x16StreamDownloadResponse\x12.\n\x08metadata\x18\x01 \x01(\x0b\x32\x1c.exportd.v1.DownloadMetadata\x12\x0e\n\x06offset\x18\x02 \x01(\x03\x12\x0e\n\x06\x63rc32c\x18\x03 \x01(\x07\x12\x0c\n\x04\x64\x61ta\x18\x0f \x01(\x0c\"\xe0\x01\n\x10\x44ownloadMetadata\x12\x11\n\tfile_name\x18\x01 \x01(\t\x12\x14\n\x0c\x63ontent_type\x18\x02 \x01(\t\x12\x18\n\x10\x63ontent_encoding\x18\x03 \x01(\t\x12\x18\n\x0btotal_bytes\x18\x04 \x01(\x03H\x00\x88\x01\x01\x12\x12\n\ngeneration\x18\x05 \x01(\x03\x12\x13\n\x06\x63rc32c\x18\x06 \x01(\x07H\x01\x88\x01\x01\x12\x0e\n\x06sha256\x18\x07 \x01(\x0c\x12\x1b\n\x13\x63ontent_disposition\x18\x08 \x01(\tB\x0e\n\x0c_total_bytesB\t\n\x07_crc32c*\x98\x01\n\rCancelOutcome\x12\x1e\n\x1a\x43\x41NCEL_OUTCOME_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x43\x41NCEL_OUTCOME_CANCELLED\x10\x01\x12$\n CANCEL_OUTCOME_ALREADY_CANCELLED\x10\x02\x12#\n\x1f\x43\x41NCEL_OUTCOME_ALREADY_FINISHED\x10\x03\x32\xc2\x05\n\rExportService\x12Q\n\x0cListDatasets\x12\x1f.exportd.v1.ListDatasetsRequest\x1a .exportd.v1.ListDatasetsResponse\x12K\n\nGetDataset\x12\x1d.exportd.v1.GetDatasetRequest\x1a\x1e.exportd.v1.GetDatasetResponse\x12Q\n\x0c\x43reateExport\x12\x1f.exportd.v1.CreateExportRequest\x1a .exportd.v1.CreateExportResponse\x12?\n\x06GetJob\x12\x19.exportd.v1.GetJobRequest\x1a\x1a.exportd.v1.GetJobResponse\x12\x45\n\x08ListJobs\x12\x1b.exportd.v1.ListJobsRequest\x1a\x1c.exportd.v1.ListJobsResponse\x12G\n\x08WatchJob\x12\x1b.exportd.v1.WatchJobRequest\x1a\x1c.exportd.v1.WatchJobResponse0\x01\x12H\n\tCancelJob\x12\x1c.exportd.v1.CancelJobRequest\x1a\x1d.exportd.v1.CancelJobResponse\x12H\n\tDeleteJob\x12\x1c.exportd.v1.DeleteJobRequest\x1a\x1d.exportd.v1.DeleteJobResponse\x12Y\n\x0eStreamDownload\x12!.exportd.v1.StreamDownloadRequest\x1a\".exportd.v1.StreamDownloadResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x65xportd/v1/export_service.proto\x12\nexportd.v1\x1a\x18\x65xportd/v1/dataset.proto\x1a\x14\x65xportd/v1/job.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"<\n\x13ListDatasetsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"V\n\x14ListDatasetsResponse\x12%\n\x08\x64\x61tasets\x18\x01 \x03(\x0b\x32\x13.exportd.v1.Dataset\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"!\n\x11GetDatasetRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\":\n\x12GetDatasetResponse\x12$\n\x07\x64\x61taset\x18\x01 \x01(\x0b\x32\x13.exportd.v1.Dataset\"4\n\x14\x43reateExportResponse\x12\x1c\n\x03job\x18\x01 \x01(\x0b\x32\x0f.exportd.v1.Job\"\x1f\n\rGetJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\".\n\x0eGetJobResponse\x12\x1c\n\x03job\x18\x01 \x01(\x0b\x32\x0f.exportd.v1.Job\"\xbd\x02\n\x0fListJobsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12$\n\x06states\x18\x03 \x03(\x0e\x32\x14.exportd.v1.JobState\x12\x0f\n\x07\x64\x61taset\x18\x04 \x01(\t\x12\x37\n\x06labels\x18\x05 \x03(\x0b\x32\'.exportd.v1.ListJobsRequest.LabelsEntry\x12\x30\n\x0c\x63reated_from\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x32\n\x0e\x63reated_before\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"J\n\x10ListJobsResponse\x12\x1d\n\x04jobs\x18\x01 \x03(\x0b\x32\x0f.exportd.v1.Job\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"!\n\x0fWatchJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"0\n\x10WatchJobResponse\x12\x1c\n\x03job\x18\x01 \x01(\x0b\x32\x0f.exportd.v1.Job\"\"\n\x10\x43\x61ncelJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"]\n\x11\x43\x61ncelJobResponse\x12\x1c\n\x03job\x18\x01 \x01(\x0b\x32\x0f.exportd.v1.Job\x12*\n\x07outcome\x18\x02 \x01(\x0e\x32\x19.exportd.v1.CancelOutcome\"\"\n\x10\x44\x65leteJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"\x13\n\x11\x44\x65leteJobResponse\"\xd9\x01\n\x15StreamDownloadRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x17\n\npart_index\x18\x02 \x01(\x05H\x00\x88\x01\x01\x12\x13\n\x0bread_offset\x18\x03 \x01(\x03\x12\x12\n\nread_limit\x18\x04 \x01(\x03\x12\x1b\n\x13if_generation_match\x18\x05 \x01(\x03\x12\x0e\n\x06\x66ollow\x18\x06 \x01(\x08\x12\x1d\n\x10\x65rror_part_index\x18\x07 \x01(\x05H\x01\x88\x01\x01\x42\r\n\x0b_part_indexB\x13\n\x11_error_part_index\"v\n\x16StreamDownloadResponse\x12.\n\x08metadata\x18\x01 \x01(\x0b\x32\x1c.exportd.v1.DownloadMetadata\x12\x0e\n\x06offset\x18\x02 \x01(\x03\x12\x0e\n\x06\x63rc32c\x18\x03 \x01(\x07\x12\x0c\n\x04\x64\x61ta\x18\x0f \x01(\x0c\"\xe0\x01\n\x10\x44ownloadMetadata\x12\x11\n\tfile_name\x18\x01 \x01(\t\x12\x14\n\x0c\x63ontent_type\x18\x02 \x01(\t\x12\x18\n\x10\x63ontent_encoding\x18\x03 \x01(\t\x12\x18\n\x0btotal_bytes\x18\x04 \x01(\x03H\x00\x88\x01\x01\x12\x12\n\ngeneration\x18\x05 \x01(\x03\x12\x13\n\x06\x63rc32c\x18\x06 \x01(\x07H\x01\x88\x01\x01\x12\x0e\n\x06sha256\x18\x07 \x01(\x0c\x12\x1b\n\x13\x63ontent_disposition\x18\x08 \x01(\tB\x0e\n\x0c_total_bytesB\t\n\x07_crc32c\"\xa4\x01\n\x16GetDownloadUrlsRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x17\n\npart_index\x18\x02 \x01(\x05H\x00\x88\x01\x01\x12+\n\x08lifetime\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x11\n\tpage_size\x18\x04 \x01(\x05\x12\x12\n\npage_token\x18\x05 \x01(\tB\r\n\x0b_part_index\"\x96\x01\n\x17GetDownloadUrlsResponse\x12%\n\x04urls\x18\x01 \x03(\x0b\x32\x17.exportd.v1.DownloadUrl\x12\'\n\x06joined\x18\x02 \x01(\x0b\x32\x17.exportd.v1.DownloadUrl\x12\x12\n\ngeneration\x18\x03 \x01(\x03\x12\x17\n\x0fnext_page_token\x18\x04 \x01(\t\"\xea\x01\n\x0b\x44ownloadUrl\x12\x17\n\npart_index\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x0b\n\x03url\x18\x02 \x01(\t\x12/\n\x0b\x65xpire_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1d\n\x15requires_access_token\x18\x04 \x01(\x08\x12\x11\n\tfile_name\x18\x05 \x01(\t\x12\r\n\x05\x62ytes\x18\x06 \x01(\x03\x12\x0e\n\x06\x63rc32c\x18\x07 \x01(\x07\x12\x0e\n\x06sha256\x18\x08 \x01(\x0c\x12\x14\n\x0c\x63ontent_type\x18\t \x01(\tB\r\n\x0b_part_index*\x98\x01\n\rCancelOutcome\x12\x1e\n\x1a\x43\x41NCEL_OUTCOME_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x43\x41NCEL_OUTCOME_CANCELLED\x10\x01\x12$\n CANCEL_OUTCOME_ALREADY_CANCELLED\x10\x02\x12#\n\x1f\x43\x41NCEL_OUTCOME_ALREADY_FINISHED\x10\x03\x32\x9e\x06\n\rExportService\x12Q\n\x0cListDatasets\x12\x1f.exportd.v1.ListDatasetsRequest\x1a .exportd.v1.ListDatasetsResponse\x12K\n\nGetDataset\x12\x1d.exportd.v1.GetDatasetRequest\x1a\x1e.exportd.v1.GetDatasetResponse\x12Q\n\x0c\x43reateExport\x12\x1f.exportd.v1.CreateExportRequest\x1a .exportd.v1.CreateExportResponse\x12?\n\x06GetJob\x12\x19.exportd.v1.GetJobRequest\x1a\x1a.exportd.v1.GetJobResponse\x12\x45\n\x08ListJobs\x12\x1b.exportd.v1.ListJobsRequest\x1a\x1c.exportd.v1.ListJobsResponse\x12G\n\x08WatchJob\x12\x1b.exportd.v1.WatchJobRequest\x1a\x1c.exportd.v1.WatchJobResponse0\x01\x12H\n\tCancelJob\x12\x1c.exportd.v1.CancelJobRequest\x1a\x1d.exportd.v1.CancelJobResponse\x12H\n\tDeleteJob\x12\x1c.exportd.v1.DeleteJobRequest\x1a\x1d.exportd.v1.DeleteJobResponse\x12Y\n\x0eStreamDownload\x12!.exportd.v1.StreamDownloadRequest\x1a\".exportd.v1.StreamDownloadResponse0\x01\x12Z\n\x0fGetDownloadUrls\x12\".exportd.v1.GetDownloadUrlsRequest\x1a#.exportd.v1.GetDownloadUrlsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,46 +37,52 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_LISTJOBSREQUEST_LABELSENTRY']._loaded_options = None
   _globals['_LISTJOBSREQUEST_LABELSENTRY']._serialized_options = b'8\001'
-  _globals['_CANCELOUTCOME']._serialized_start=1693
-  _globals['_CANCELOUTCOME']._serialized_end=1845
-  _globals['_LISTDATASETSREQUEST']._serialized_start=128
-  _globals['_LISTDATASETSREQUEST']._serialized_end=188
-  _globals['_LISTDATASETSRESPONSE']._serialized_start=190
-  _globals['_LISTDATASETSRESPONSE']._serialized_end=276
-  _globals['_GETDATASETREQUEST']._serialized_start=278
-  _globals['_GETDATASETREQUEST']._serialized_end=311
-  _globals['_GETDATASETRESPONSE']._serialized_start=313
-  _globals['_GETDATASETRESPONSE']._serialized_end=371
-  _globals['_CREATEEXPORTRESPONSE']._serialized_start=373
-  _globals['_CREATEEXPORTRESPONSE']._serialized_end=425
-  _globals['_GETJOBREQUEST']._serialized_start=427
-  _globals['_GETJOBREQUEST']._serialized_end=458
-  _globals['_GETJOBRESPONSE']._serialized_start=460
-  _globals['_GETJOBRESPONSE']._serialized_end=506
-  _globals['_LISTJOBSREQUEST']._serialized_start=509
-  _globals['_LISTJOBSREQUEST']._serialized_end=826
-  _globals['_LISTJOBSREQUEST_LABELSENTRY']._serialized_start=781
-  _globals['_LISTJOBSREQUEST_LABELSENTRY']._serialized_end=826
-  _globals['_LISTJOBSRESPONSE']._serialized_start=828
-  _globals['_LISTJOBSRESPONSE']._serialized_end=902
-  _globals['_WATCHJOBREQUEST']._serialized_start=904
-  _globals['_WATCHJOBREQUEST']._serialized_end=937
-  _globals['_WATCHJOBRESPONSE']._serialized_start=939
-  _globals['_WATCHJOBRESPONSE']._serialized_end=987
-  _globals['_CANCELJOBREQUEST']._serialized_start=989
-  _globals['_CANCELJOBREQUEST']._serialized_end=1023
-  _globals['_CANCELJOBRESPONSE']._serialized_start=1025
-  _globals['_CANCELJOBRESPONSE']._serialized_end=1118
-  _globals['_DELETEJOBREQUEST']._serialized_start=1120
-  _globals['_DELETEJOBREQUEST']._serialized_end=1154
-  _globals['_DELETEJOBRESPONSE']._serialized_start=1156
-  _globals['_DELETEJOBRESPONSE']._serialized_end=1175
-  _globals['_STREAMDOWNLOADREQUEST']._serialized_start=1178
-  _globals['_STREAMDOWNLOADREQUEST']._serialized_end=1343
-  _globals['_STREAMDOWNLOADRESPONSE']._serialized_start=1345
-  _globals['_STREAMDOWNLOADRESPONSE']._serialized_end=1463
-  _globals['_DOWNLOADMETADATA']._serialized_start=1466
-  _globals['_DOWNLOADMETADATA']._serialized_end=1690
-  _globals['_EXPORTSERVICE']._serialized_start=1848
-  _globals['_EXPORTSERVICE']._serialized_end=2554
+  _globals['_CANCELOUTCOME']._serialized_start=2334
+  _globals['_CANCELOUTCOME']._serialized_end=2486
+  _globals['_LISTDATASETSREQUEST']._serialized_start=160
+  _globals['_LISTDATASETSREQUEST']._serialized_end=220
+  _globals['_LISTDATASETSRESPONSE']._serialized_start=222
+  _globals['_LISTDATASETSRESPONSE']._serialized_end=308
+  _globals['_GETDATASETREQUEST']._serialized_start=310
+  _globals['_GETDATASETREQUEST']._serialized_end=343
+  _globals['_GETDATASETRESPONSE']._serialized_start=345
+  _globals['_GETDATASETRESPONSE']._serialized_end=403
+  _globals['_CREATEEXPORTRESPONSE']._serialized_start=405
+  _globals['_CREATEEXPORTRESPONSE']._serialized_end=457
+  _globals['_GETJOBREQUEST']._serialized_start=459
+  _globals['_GETJOBREQUEST']._serialized_end=490
+  _globals['_GETJOBRESPONSE']._serialized_start=492
+  _globals['_GETJOBRESPONSE']._serialized_end=538
+  _globals['_LISTJOBSREQUEST']._serialized_start=541
+  _globals['_LISTJOBSREQUEST']._serialized_end=858
+  _globals['_LISTJOBSREQUEST_LABELSENTRY']._serialized_start=813
+  _globals['_LISTJOBSREQUEST_LABELSENTRY']._serialized_end=858
+  _globals['_LISTJOBSRESPONSE']._serialized_start=860
+  _globals['_LISTJOBSRESPONSE']._serialized_end=934
+  _globals['_WATCHJOBREQUEST']._serialized_start=936
+  _globals['_WATCHJOBREQUEST']._serialized_end=969
+  _globals['_WATCHJOBRESPONSE']._serialized_start=971
+  _globals['_WATCHJOBRESPONSE']._serialized_end=1019
+  _globals['_CANCELJOBREQUEST']._serialized_start=1021
+  _globals['_CANCELJOBREQUEST']._serialized_end=1055
+  _globals['_CANCELJOBRESPONSE']._serialized_start=1057
+  _globals['_CANCELJOBRESPONSE']._serialized_end=1150
+  _globals['_DELETEJOBREQUEST']._serialized_start=1152
+  _globals['_DELETEJOBREQUEST']._serialized_end=1186
+  _globals['_DELETEJOBRESPONSE']._serialized_start=1188
+  _globals['_DELETEJOBRESPONSE']._serialized_end=1207
+  _globals['_STREAMDOWNLOADREQUEST']._serialized_start=1210
+  _globals['_STREAMDOWNLOADREQUEST']._serialized_end=1427
+  _globals['_STREAMDOWNLOADRESPONSE']._serialized_start=1429
+  _globals['_STREAMDOWNLOADRESPONSE']._serialized_end=1547
+  _globals['_DOWNLOADMETADATA']._serialized_start=1550
+  _globals['_DOWNLOADMETADATA']._serialized_end=1774
+  _globals['_GETDOWNLOADURLSREQUEST']._serialized_start=1777
+  _globals['_GETDOWNLOADURLSREQUEST']._serialized_end=1941
+  _globals['_GETDOWNLOADURLSRESPONSE']._serialized_start=1944
+  _globals['_GETDOWNLOADURLSRESPONSE']._serialized_end=2094
+  _globals['_DOWNLOADURL']._serialized_start=2097
+  _globals['_DOWNLOADURL']._serialized_end=2331
+  _globals['_EXPORTSERVICE']._serialized_start=2489
+  _globals['_EXPORTSERVICE']._serialized_end=3287
 # @@protoc_insertion_point(module_scope)

@@ -7,6 +7,7 @@ from collections import abc as _abc
 from exportd.v1 import dataset_pb2 as _dataset_pb2
 from exportd.v1 import job_pb2 as _job_pb2
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
@@ -471,6 +472,7 @@ class StreamDownloadRequest(_message.Message):
     READ_LIMIT_FIELD_NUMBER: _builtins.int
     IF_GENERATION_MATCH_FIELD_NUMBER: _builtins.int
     FOLLOW_FIELD_NUMBER: _builtins.int
+    ERROR_PART_INDEX_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """Id of the job. Required."""
     part_index: _builtins.int
@@ -488,6 +490,10 @@ class StreamDownloadRequest(_message.Message):
     the job does. If the job fails or is cancelled, so does the call, and what was sent
     must be thrown away. Refused with `read_limit`.
     """
+    error_part_index: _builtins.int
+    """Only this error part, instead of the output; see `Manifest.error_parts`. Refused
+    with `part_index` and `follow`.
+    """
     def __init__(
         self,
         *,
@@ -497,13 +503,19 @@ class StreamDownloadRequest(_message.Message):
         read_limit: _builtins.int = ...,
         if_generation_match: _builtins.int = ...,
         follow: _builtins.bool = ...,
+        error_part_index: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_part_index", b"_part_index", "part_index", b"part_index"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_error_part_index", b"_error_part_index", "_part_index", b"_part_index", "error_part_index", b"error_part_index", "part_index", b"part_index"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_part_index", b"_part_index", "follow", b"follow", "if_generation_match", b"if_generation_match", "job_id", b"job_id", "part_index", b"part_index", "read_limit", b"read_limit", "read_offset", b"read_offset"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_error_part_index", b"_error_part_index", "_part_index", b"_part_index", "error_part_index", b"error_part_index", "follow", b"follow", "if_generation_match", b"if_generation_match", "job_id", b"job_id", "part_index", b"part_index", "read_limit", b"read_limit", "read_offset", b"read_offset"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__error_part_index: _TypeAlias = _typing.Literal["error_part_index"]  # noqa: Y015
+    _WhichOneofArgType__error_part_index: _TypeAlias = _typing.Literal["_error_part_index", b"_error_part_index"]  # noqa: Y015
     _WhichOneofReturnType__part_index: _TypeAlias = _typing.Literal["part_index"]  # noqa: Y015
     _WhichOneofArgType__part_index: _TypeAlias = _typing.Literal["_part_index", b"_part_index"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__error_part_index) -> _WhichOneofReturnType__error_part_index | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__part_index) -> _WhichOneofReturnType__part_index | None: ...
 
 Global___StreamDownloadRequest: _TypeAlias = StreamDownloadRequest  # noqa: Y015
@@ -604,3 +616,155 @@ class DownloadMetadata(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__total_bytes) -> _WhichOneofReturnType__total_bytes | None: ...
 
 Global___DownloadMetadata: _TypeAlias = DownloadMetadata  # noqa: Y015
+
+@_typing.final
+class GetDownloadUrlsRequest(_message.Message):
+    """Asks for download URLs."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    PART_INDEX_FIELD_NUMBER: _builtins.int
+    LIFETIME_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    """Id of the job. Required."""
+    part_index: _builtins.int
+    """Only the URL of this part; absent: of every part."""
+    page_size: _builtins.int
+    """Most URLs in the answer; 0: 1 000. At most 1 000."""
+    page_token: _builtins.str
+    """`next_page_token` of the page before; empty: the first page."""
+    @_builtins.property
+    def lifetime(self) -> _duration_pb2.Duration:
+        """How long the URLs are to work, from 1 s up to the server's maximum (24 h unless
+        configured); absent: the server's default (1 h unless configured). They work shorter
+        where less is left of the output's retention, or of the credentials that sign them:
+        see `DownloadUrl.expire_time`.
+        """
+
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+        part_index: _builtins.int | None = ...,
+        lifetime: _duration_pb2.Duration | None = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_part_index", b"_part_index", "lifetime", b"lifetime", "part_index", b"part_index"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_part_index", b"_part_index", "job_id", b"job_id", "lifetime", b"lifetime", "page_size", b"page_size", "page_token", b"page_token", "part_index", b"part_index"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__part_index: _TypeAlias = _typing.Literal["part_index"]  # noqa: Y015
+    _WhichOneofArgType__part_index: _TypeAlias = _typing.Literal["_part_index", b"_part_index"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__part_index) -> _WhichOneofReturnType__part_index | None: ...
+
+Global___GetDownloadUrlsRequest: _TypeAlias = GetDownloadUrlsRequest  # noqa: Y015
+
+@_typing.final
+class GetDownloadUrlsResponse(_message.Message):
+    """A page of download URLs."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    URLS_FIELD_NUMBER: _builtins.int
+    JOINED_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    generation: _builtins.int
+    """Generation of the output."""
+    next_page_token: _builtins.str
+    """Token of the next page; empty on the last one."""
+    @_builtins.property
+    def urls(self) -> _containers.RepeatedCompositeFieldContainer[Global___DownloadUrl]:
+        """One for each part, by ascending `part_index`."""
+
+    @_builtins.property
+    def joined(self) -> Global___DownloadUrl:
+        """All parts joined into one file: on the first page, unless `part_index` was given.
+        Absent when the parts do not join, and when there are several and the server has no
+        HTTP port that could join them.
+        """
+
+    def __init__(
+        self,
+        *,
+        urls: _abc.Iterable[Global___DownloadUrl] | None = ...,
+        joined: Global___DownloadUrl | None = ...,
+        generation: _builtins.int = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["joined", b"joined"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "joined", b"joined", "next_page_token", b"next_page_token", "urls", b"urls"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetDownloadUrlsResponse: _TypeAlias = GetDownloadUrlsResponse  # noqa: Y015
+
+@_typing.final
+class DownloadUrl(_message.Message):
+    """Where to download one file of an output by HTTP GET. Single byte ranges are served, so
+    a download that broke off can be resumed. The bytes are those of StreamDownload: a
+    compressed file is sent as it is stored, without a `Content-Encoding`.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PART_INDEX_FIELD_NUMBER: _builtins.int
+    URL_FIELD_NUMBER: _builtins.int
+    EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    REQUIRES_ACCESS_TOKEN_FIELD_NUMBER: _builtins.int
+    FILE_NAME_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    CRC32C_FIELD_NUMBER: _builtins.int
+    SHA256_FIELD_NUMBER: _builtins.int
+    CONTENT_TYPE_FIELD_NUMBER: _builtins.int
+    part_index: _builtins.int
+    """Index of the part; absent for the joined file."""
+    url: _builtins.str
+    """The URL. Treat it as a secret."""
+    requires_access_token: _builtins.bool
+    """Whether the caller's access token must be sent along as `authorization: Bearer`.
+    When false it must not be: the URL carries all it needs, and may lead elsewhere.
+    """
+    file_name: _builtins.str
+    """A safe name for the file; the answer's `Content-Disposition` has it, too."""
+    bytes: _builtins.int
+    """Size of the file."""
+    crc32c: _builtins.int
+    """CRC32C of the file."""
+    sha256: _builtins.bytes
+    """SHA-256 of the file, 32 bytes; empty for several parts joined."""
+    content_type: _builtins.str
+    """Media type of the file as the answer's `Content-Type` has it: that of the compression
+    where there is one around the file.
+    """
+    @_builtins.property
+    def expire_time(self) -> _timestamp_pb2.Timestamp:
+        """From this moment on the URL is refused. A download that has begun goes on."""
+
+    def __init__(
+        self,
+        *,
+        part_index: _builtins.int | None = ...,
+        url: _builtins.str = ...,
+        expire_time: _timestamp_pb2.Timestamp | None = ...,
+        requires_access_token: _builtins.bool = ...,
+        file_name: _builtins.str = ...,
+        bytes: _builtins.int = ...,
+        crc32c: _builtins.int = ...,
+        sha256: _builtins.bytes = ...,
+        content_type: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_part_index", b"_part_index", "expire_time", b"expire_time", "part_index", b"part_index"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_part_index", b"_part_index", "bytes", b"bytes", "content_type", b"content_type", "crc32c", b"crc32c", "expire_time", b"expire_time", "file_name", b"file_name", "part_index", b"part_index", "requires_access_token", b"requires_access_token", "sha256", b"sha256", "url", b"url"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__part_index: _TypeAlias = _typing.Literal["part_index"]  # noqa: Y015
+    _WhichOneofArgType__part_index: _TypeAlias = _typing.Literal["_part_index", b"_part_index"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__part_index) -> _WhichOneofReturnType__part_index | None: ...
+
+Global___DownloadUrl: _TypeAlias = DownloadUrl  # noqa: Y015

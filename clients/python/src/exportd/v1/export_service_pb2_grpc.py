@@ -85,6 +85,11 @@ class ExportServiceStub:
                 request_serializer=exportd_dot_v1_dot_export__service__pb2.StreamDownloadRequest.SerializeToString,
                 response_deserializer=exportd_dot_v1_dot_export__service__pb2.StreamDownloadResponse.FromString,
                 _registered_method=True)
+        self.GetDownloadUrls = channel.unary_unary(
+                '/exportd.v1.ExportService/GetDownloadUrls',
+                request_serializer=exportd_dot_v1_dot_export__service__pb2.GetDownloadUrlsRequest.SerializeToString,
+                response_deserializer=exportd_dot_v1_dot_export__service__pb2.GetDownloadUrlsResponse.FromString,
+                _registered_method=True)
 
 
 class ExportServiceServicer:
@@ -190,6 +195,20 @@ class ExportServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetDownloadUrls(self, request, context):
+        """Gives URLs that a browser or any HTTP client can download a finished output by,
+        without calling this service: one for each part, in order.
+
+        Who has such a URL has the data until it expires, so pass it on with care. It dies
+        with the output: at `expire_time` of the job, or when the job is deleted. Errors:
+        INVALID_ARGUMENT; NOT_FOUND `JOB_NOT_FOUND`, `PART_NOT_FOUND`, `OUTPUT_EXPIRED`;
+        FAILED_PRECONDITION `JOB_NOT_FINISHED`, `JOB_FAILED`, `JOB_CANCELLED`,
+        `DOWNLOAD_URLS_UNAVAILABLE`; UNAVAILABLE `STORE_FAILED`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ExportServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -237,6 +256,11 @@ def add_ExportServiceServicer_to_server(servicer, server):
                     servicer.StreamDownload,
                     request_deserializer=exportd_dot_v1_dot_export__service__pb2.StreamDownloadRequest.FromString,
                     response_serializer=exportd_dot_v1_dot_export__service__pb2.StreamDownloadResponse.SerializeToString,
+            ),
+            'GetDownloadUrls': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetDownloadUrls,
+                    request_deserializer=exportd_dot_v1_dot_export__service__pb2.GetDownloadUrlsRequest.FromString,
+                    response_serializer=exportd_dot_v1_dot_export__service__pb2.GetDownloadUrlsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -487,6 +511,33 @@ class ExportService:
             '/exportd.v1.ExportService/StreamDownload',
             exportd_dot_v1_dot_export__service__pb2.StreamDownloadRequest.SerializeToString,
             exportd_dot_v1_dot_export__service__pb2.StreamDownloadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetDownloadUrls(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/exportd.v1.ExportService/GetDownloadUrls',
+            exportd_dot_v1_dot_export__service__pb2.GetDownloadUrlsRequest.SerializeToString,
+            exportd_dot_v1_dot_export__service__pb2.GetDownloadUrlsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -98,6 +98,16 @@ class ExportServiceStub:
     OUT_OF_RANGE `OFFSET_OUT_OF_RANGE`; RESOURCE_EXHAUSTED `READER_STALLED`; DATA_LOSS
     `CHECKSUM_MISMATCH`.
     """
+    GetDownloadUrls: _grpc.UnaryUnaryMultiCallable[_export_service_pb2.GetDownloadUrlsRequest, _export_service_pb2.GetDownloadUrlsResponse]
+    """Gives URLs that a browser or any HTTP client can download a finished output by,
+    without calling this service: one for each part, in order.
+
+    Who has such a URL has the data until it expires, so pass it on with care. It dies
+    with the output: at `expire_time` of the job, or when the job is deleted. Errors:
+    INVALID_ARGUMENT; NOT_FOUND `JOB_NOT_FOUND`, `PART_NOT_FOUND`, `OUTPUT_EXPIRED`;
+    FAILED_PRECONDITION `JOB_NOT_FINISHED`, `JOB_FAILED`, `JOB_CANCELLED`,
+    `DOWNLOAD_URLS_UNAVAILABLE`; UNAVAILABLE `STORE_FAILED`.
+    """
 
 @_typing.type_check_only
 class ExportServiceAsyncStub(ExportServiceStub):
@@ -167,6 +177,16 @@ class ExportServiceAsyncStub(ExportServiceStub):
     `JOB_FAILED`, `JOB_CANCELLED`, `GENERATION_MISMATCH`, `PARTS_NOT_JOINABLE`;
     OUT_OF_RANGE `OFFSET_OUT_OF_RANGE`; RESOURCE_EXHAUSTED `READER_STALLED`; DATA_LOSS
     `CHECKSUM_MISMATCH`.
+    """
+    GetDownloadUrls: _aio.UnaryUnaryMultiCallable[_export_service_pb2.GetDownloadUrlsRequest, _export_service_pb2.GetDownloadUrlsResponse]  # type: ignore[assignment]
+    """Gives URLs that a browser or any HTTP client can download a finished output by,
+    without calling this service: one for each part, in order.
+
+    Who has such a URL has the data until it expires, so pass it on with care. It dies
+    with the output: at `expire_time` of the job, or when the job is deleted. Errors:
+    INVALID_ARGUMENT; NOT_FOUND `JOB_NOT_FOUND`, `PART_NOT_FOUND`, `OUTPUT_EXPIRED`;
+    FAILED_PRECONDITION `JOB_NOT_FINISHED`, `JOB_FAILED`, `JOB_CANCELLED`,
+    `DOWNLOAD_URLS_UNAVAILABLE`; UNAVAILABLE `STORE_FAILED`.
     """
 
 class ExportServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -288,6 +308,22 @@ class ExportServiceServicer(metaclass=_abc_1.ABCMeta):
         `JOB_FAILED`, `JOB_CANCELLED`, `GENERATION_MISMATCH`, `PARTS_NOT_JOINABLE`;
         OUT_OF_RANGE `OFFSET_OUT_OF_RANGE`; RESOURCE_EXHAUSTED `READER_STALLED`; DATA_LOSS
         `CHECKSUM_MISMATCH`.
+        """
+
+    @_abc_1.abstractmethod
+    def GetDownloadUrls(
+        self,
+        request: _export_service_pb2.GetDownloadUrlsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_export_service_pb2.GetDownloadUrlsResponse, _abc.Awaitable[_export_service_pb2.GetDownloadUrlsResponse]]:
+        """Gives URLs that a browser or any HTTP client can download a finished output by,
+        without calling this service: one for each part, in order.
+
+        Who has such a URL has the data until it expires, so pass it on with care. It dies
+        with the output: at `expire_time` of the job, or when the job is deleted. Errors:
+        INVALID_ARGUMENT; NOT_FOUND `JOB_NOT_FOUND`, `PART_NOT_FOUND`, `OUTPUT_EXPIRED`;
+        FAILED_PRECONDITION `JOB_NOT_FINISHED`, `JOB_FAILED`, `JOB_CANCELLED`,
+        `DOWNLOAD_URLS_UNAVAILABLE`; UNAVAILABLE `STORE_FAILED`.
         """
 
 def add_ExportServiceServicer_to_server(servicer: ExportServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -23,6 +23,38 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _RowErrorPolicy:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _RowErrorPolicyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RowErrorPolicy.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ROW_ERROR_POLICY_UNSPECIFIED: _RowErrorPolicy.ValueType  # 0
+    """The same as `FAIL`."""
+    ROW_ERROR_POLICY_FAIL: _RowErrorPolicy.ValueType  # 1
+    """The job fails with `VALUE_NOT_ENCODABLE`."""
+    ROW_ERROR_POLICY_SKIP_AND_REPORT: _RowErrorPolicy.ValueType  # 2
+    """The row is left out of the output and told in an error part, with the reason; see
+    `Manifest.error_parts`. Such rows count as read: against `limit`, and against the
+    dataset's cap on rows. Where the source fails without telling the row, the job fails
+    all the same.
+    """
+
+class RowErrorPolicy(_RowErrorPolicy, metaclass=_RowErrorPolicyEnumTypeWrapper):
+    """What happens to a row that cannot be exported without loss."""
+
+ROW_ERROR_POLICY_UNSPECIFIED: RowErrorPolicy.ValueType  # 0
+"""The same as `FAIL`."""
+ROW_ERROR_POLICY_FAIL: RowErrorPolicy.ValueType  # 1
+"""The job fails with `VALUE_NOT_ENCODABLE`."""
+ROW_ERROR_POLICY_SKIP_AND_REPORT: RowErrorPolicy.ValueType  # 2
+"""The row is left out of the output and told in an error part, with the reason; see
+`Manifest.error_parts`. Such rows count as read: against `limit`, and against the
+dataset's cap on rows. Where the source fails without telling the row, the job fails
+all the same.
+"""
+Global___RowErrorPolicy: _TypeAlias = RowErrorPolicy  # noqa: Y015
+
 class _CsvDialect:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -220,6 +252,8 @@ class CreateExportRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
     VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    ON_ROW_ERROR_FIELD_NUMBER: _builtins.int
+    MAX_ROW_ERRORS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """A UUID of the caller's that makes the call safe to repeat for as long as the job is
     kept. Empty: every call makes a job.
@@ -252,6 +286,15 @@ class CreateExportRequest(_message.Message):
     """
     validate_only: _builtins.bool
     """Check everything, estimate the rows where the source can, and record nothing."""
+    on_row_error: Global___RowErrorPolicy.ValueType
+    """What happens to a row with a value that cannot be read, or that the format cannot
+    carry. Default `FAIL`.
+    """
+    max_row_errors: _builtins.int
+    """Most rows that may be left out; with one more the job fails with
+    `TOO_MANY_ROW_ERRORS`. 0: 10 000. At most 1 000 000. Refused unless `on_row_error` is
+    `SKIP_AND_REPORT`.
+    """
     @_builtins.property
     def time_range(self) -> Global___TimeRange:
         """Keep only rows whose time lies in this range."""
@@ -310,10 +353,12 @@ class CreateExportRequest(_message.Message):
         priority: _builtins.int = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         validate_only: _builtins.bool = ...,
+        on_row_error: Global___RowErrorPolicy.ValueType = ...,
+        max_row_errors: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_limit", b"_limit", "_max_part_bytes", b"_max_part_bytes", "_max_part_rows", b"_max_part_rows", "arrow_options", b"arrow_options", "csv_options", b"csv_options", "limit", b"limit", "max_part_bytes", b"max_part_bytes", "max_part_rows", b"max_part_rows", "parquet_options", b"parquet_options", "time_range", b"time_range", "ttl", b"ttl"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_limit", b"_limit", "_max_part_bytes", b"_max_part_bytes", "_max_part_rows", b"_max_part_rows", "arrow_options", b"arrow_options", "columns", b"columns", "compression", b"compression", "csv_options", b"csv_options", "dataset", b"dataset", "filters", b"filters", "format", b"format", "labels", b"labels", "limit", b"limit", "max_part_bytes", b"max_part_bytes", "max_part_rows", b"max_part_rows", "network", b"network", "parquet_options", b"parquet_options", "priority", b"priority", "request_id", b"request_id", "target_id", b"target_id", "time_range", b"time_range", "ttl", b"ttl", "validate_only", b"validate_only"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_limit", b"_limit", "_max_part_bytes", b"_max_part_bytes", "_max_part_rows", b"_max_part_rows", "arrow_options", b"arrow_options", "columns", b"columns", "compression", b"compression", "csv_options", b"csv_options", "dataset", b"dataset", "filters", b"filters", "format", b"format", "labels", b"labels", "limit", b"limit", "max_part_bytes", b"max_part_bytes", "max_part_rows", b"max_part_rows", "max_row_errors", b"max_row_errors", "network", b"network", "on_row_error", b"on_row_error", "parquet_options", b"parquet_options", "priority", b"priority", "request_id", b"request_id", "target_id", b"target_id", "time_range", b"time_range", "ttl", b"ttl", "validate_only", b"validate_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__limit: _TypeAlias = _typing.Literal["limit"]  # noqa: Y015
     _WhichOneofArgType__limit: _TypeAlias = _typing.Literal["_limit", b"_limit"]  # noqa: Y015
@@ -632,10 +677,11 @@ class Progress(_message.Message):
     FRACTION_FIELD_NUMBER: _builtins.int
     QUEUE_POSITION_FIELD_NUMBER: _builtins.int
     ROWS_PER_SECOND_FIELD_NUMBER: _builtins.int
+    ROW_ERRORS_FIELD_NUMBER: _builtins.int
     rows: _builtins.int
     """Rows written so far. Falls back when unfinished work is done again."""
     bytes: _builtins.int
-    """Stored bytes written so far; falls back likewise."""
+    """Stored bytes written so far, those of error parts among them; falls back likewise."""
     parts_done: _builtins.int
     """Parts that are finished."""
     parts_total: _builtins.int
@@ -648,6 +694,8 @@ class Progress(_message.Message):
     """How many jobs stand before this one in the caller's queue; only while `PENDING`."""
     rows_per_second: _builtins.float
     """Rows a second over the last few seconds; only while `RUNNING`."""
+    row_errors: _builtins.int
+    """Rows left out so far because they cannot be exported; falls back like `rows`."""
     def __init__(
         self,
         *,
@@ -659,10 +707,11 @@ class Progress(_message.Message):
         fraction: _builtins.float | None = ...,
         queue_position: _builtins.int | None = ...,
         rows_per_second: _builtins.float | None = ...,
+        row_errors: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_estimated_rows", b"_estimated_rows", "_fraction", b"_fraction", "_parts_total", b"_parts_total", "_queue_position", b"_queue_position", "_rows_per_second", b"_rows_per_second", "estimated_rows", b"estimated_rows", "fraction", b"fraction", "parts_total", b"parts_total", "queue_position", b"queue_position", "rows_per_second", b"rows_per_second"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_estimated_rows", b"_estimated_rows", "_fraction", b"_fraction", "_parts_total", b"_parts_total", "_queue_position", b"_queue_position", "_rows_per_second", b"_rows_per_second", "bytes", b"bytes", "estimated_rows", b"estimated_rows", "fraction", b"fraction", "parts_done", b"parts_done", "parts_total", b"parts_total", "queue_position", b"queue_position", "rows", b"rows", "rows_per_second", b"rows_per_second"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_estimated_rows", b"_estimated_rows", "_fraction", b"_fraction", "_parts_total", b"_parts_total", "_queue_position", b"_queue_position", "_rows_per_second", b"_rows_per_second", "bytes", b"bytes", "estimated_rows", b"estimated_rows", "fraction", b"fraction", "parts_done", b"parts_done", "parts_total", b"parts_total", "queue_position", b"queue_position", "row_errors", b"row_errors", "rows", b"rows", "rows_per_second", b"rows_per_second"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__estimated_rows: _TypeAlias = _typing.Literal["estimated_rows"]  # noqa: Y015
     _WhichOneofArgType__estimated_rows: _TypeAlias = _typing.Literal["_estimated_rows", b"_estimated_rows"]  # noqa: Y015
@@ -703,6 +752,8 @@ class Manifest(_message.Message):
     CONTENT_TYPE_FIELD_NUMBER: _builtins.int
     CONTENT_ENCODING_FIELD_NUMBER: _builtins.int
     FILE_NAME_FIELD_NUMBER: _builtins.int
+    ROW_ERRORS_FIELD_NUMBER: _builtins.int
+    ERROR_PARTS_FIELD_NUMBER: _builtins.int
     rows: _builtins.int
     """Rows in all."""
     bytes: _builtins.int
@@ -725,6 +776,8 @@ class Manifest(_message.Message):
     """`gzip`, `zstd`, or empty."""
     file_name: _builtins.str
     """A safe name for the joined file."""
+    row_errors: _builtins.int
+    """Rows left out of the output because they cannot be exported; told in `error_parts`."""
     @_builtins.property
     def columns(self) -> _containers.RepeatedCompositeFieldContainer[_dataset_pb2.Column]:
         """Columns of the output, in their order."""
@@ -732,6 +785,12 @@ class Manifest(_message.Message):
     @_builtins.property
     def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Part]:
         """The parts, by ascending `index`."""
+
+    @_builtins.property
+    def error_parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___ErrorPart]:
+        """Where the rows that were left out are told, by ascending `index`. Not part of the
+        output, nor of `rows` and `bytes`. Empty when no row was left out.
+        """
 
     def __init__(
         self,
@@ -746,14 +805,65 @@ class Manifest(_message.Message):
         content_type: _builtins.str = ...,
         content_encoding: _builtins.str = ...,
         file_name: _builtins.str = ...,
+        row_errors: _builtins.int = ...,
+        error_parts: _abc.Iterable[Global___ErrorPart] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "columns", b"columns", "content_encoding", b"content_encoding", "content_type", b"content_type", "crc32c", b"crc32c", "file_name", b"file_name", "joinable", b"joinable", "parts", b"parts", "rows", b"rows", "sha256", b"sha256"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "columns", b"columns", "content_encoding", b"content_encoding", "content_type", b"content_type", "crc32c", b"crc32c", "error_parts", b"error_parts", "file_name", b"file_name", "joinable", b"joinable", "parts", b"parts", "row_errors", b"row_errors", "rows", b"rows", "sha256", b"sha256"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Manifest: _TypeAlias = Manifest  # noqa: Y015
+
+@_typing.final
+class ErrorPart(_message.Message):
+    """One immutable file that tells rows which were left out: JSON Lines (`application/jsonl`,
+    not compressed), one object for each row, in the order of the source. StreamDownload
+    gives it by `error_part_index`.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: _builtins.int
+    PART_INDEX_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    CRC32C_FIELD_NUMBER: _builtins.int
+    SHA256_FIELD_NUMBER: _builtins.int
+    FILE_NAME_FIELD_NUMBER: _builtins.int
+    index: _builtins.int
+    """Position, from 0."""
+    part_index: _builtins.int
+    """Index of the output part that the rows are missing from."""
+    rows: _builtins.int
+    """Rows told in it."""
+    bytes: _builtins.int
+    """Its size."""
+    crc32c: _builtins.int
+    """CRC32C of the file."""
+    sha256: _builtins.bytes
+    """SHA-256 of the file, 32 bytes."""
+    file_name: _builtins.str
+    """A safe name for the file."""
+    def __init__(
+        self,
+        *,
+        index: _builtins.int = ...,
+        part_index: _builtins.int = ...,
+        rows: _builtins.int = ...,
+        bytes: _builtins.int = ...,
+        crc32c: _builtins.int = ...,
+        sha256: _builtins.bytes = ...,
+        file_name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "crc32c", b"crc32c", "file_name", b"file_name", "index", b"index", "part_index", b"part_index", "rows", b"rows", "sha256", b"sha256"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ErrorPart: _TypeAlias = ErrorPart  # noqa: Y015
 
 @_typing.final
 class Part(_message.Message):

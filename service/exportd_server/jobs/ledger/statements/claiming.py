@@ -119,18 +119,31 @@ def _promote(tx: Transaction) -> None:
 
 def fail_exhausted(tx: Transaction) -> None:
     """Fail the jobs whose last attempt was lost."""
-    exhausted = sa.select(tasks.c.job_id).where(
+    for job_id in exhausted_jobs(tx):
+        bury(tx, job_id)
+
+
+def exhausted_jobs(tx: Transaction) -> list[str]:
+    """The jobs whose last attempt was lost."""
+    return sorted(set(tx.connection.scalars(_exhausted(tx))))
+
+
+def bury(tx: Transaction, job_id: str) -> None:
+    """Fail such a job, unless that has changed or somebody else is at it."""
+    job = lifecycle.lock_job(tx, job_id, wait=False)
+    # Now that nothing changes any more: the lease may have been renewed meanwhile.
+    again = _exhausted(tx).where(tasks.c.job_id == job_id).limit(1)
+    if job is not None and tx.connection.execute(again).first() is not None:
+        fail_exhausted_job(tx, job)
+
+
+def _exhausted(tx: Transaction) -> sa.Select[tuple[str]]:
+    return sa.select(tasks.c.job_id).where(
         tasks.c.state == TaskState.LEASED.sql,
         tasks.c.lease_expires <= tx.now,
         tasks.c.kind.in_(EXPORT_KINDS),
         tasks.c.attempts >= tx.max_attempts,
     )
-    for job_id in sorted(set(tx.connection.scalars(exhausted))):
-        job = lifecycle.lock_job(tx, job_id)
-        # Now that nothing changes any more: the lease may have been renewed meanwhile.
-        again = exhausted.where(tasks.c.job_id == job_id).limit(1)
-        if job is not None and tx.connection.execute(again).first() is not None:
-            fail_exhausted_job(tx, job)
 
 
 def fail_exhausted_job(tx: Transaction, job: Row[Any]) -> None:
@@ -157,6 +170,13 @@ def choice(kinds: frozenset[TaskKind], *, limited: bool) -> sa.Select[Any]:
         .where(jobs.c.state == RUNNING)
         .group_by(jobs.c.tenant)
         .cte("running")
+    )
+
+    at_work = (
+        sa.select(tasks.c.tenant, sa.func.count().label("tasks"))
+        .where(tasks.c.state == TaskState.LEASED.sql, tasks.c.kind.in_(EXPORT_KINDS))
+        .group_by(tasks.c.tenant)
+        .cte("at_work")
     )
 
     # Every (kind, tenant) that has a ready task, by hopping along the index.
@@ -229,10 +249,10 @@ def choice(kinds: frozenset[TaskKind], *, limited: bool) -> sa.Select[Any]:
         sa.select(tasks.c.task_id, tasks.c.token, tasks.c.job_id, tasks.c.state)
         .select_from(found)
         .join(tasks, tasks.c.task_id == found.c.task_id)
-        .outerjoin(running, running.c.tenant == tasks.c.tenant)
+        .outerjoin(at_work, at_work.c.tenant == tasks.c.tenant)
         .outerjoin(tenants, tenants.c.tenant == tasks.c.tenant)
         .order_by(
-            sa.func.coalesce(running.c.jobs, 0),
+            sa.func.coalesce(at_work.c.tasks, 0),
             sa.func.coalesce(tenants.c.served, 0),
             *_order(tasks),
         )

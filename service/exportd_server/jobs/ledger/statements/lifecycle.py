@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -22,6 +23,9 @@ HOUSEKEEPING_PRIORITY = 1_000
 LATE_WRITER_GRACE = timedelta(seconds=5) // timedelta(microseconds=1)
 """How long after its lease a worker may take to stop, in microseconds."""
 
+_WAITED = 0.01
+"""Seconds after which a lock was waited for."""
+
 _OPEN = (TaskState.READY.sql, TaskState.SCHEDULED.sql, TaskState.LEASED.sql)
 
 
@@ -29,11 +33,17 @@ class IllegalTransition(RuntimeError):
     """A state change that `TRANSITIONS` does not have; the transaction is undone."""
 
 
-def lock_job(tx: Transaction, job_id: str) -> Row[Any] | None:
-    """The job's row, ours until the transaction ends."""
-    return tx.connection.execute(
-        sa.select(jobs).where(jobs.c.job_id == job_id).with_for_update()
+def lock_job(tx: Transaction, job_id: str, *, wait: bool = True) -> Row[Any] | None:
+    """The job's row, ours until the transaction ends; without `wait` None as well when
+    somebody else has it."""
+    began = time.monotonic()
+    job = tx.connection.execute(
+        sa.select(jobs).where(jobs.c.job_id == job_id).with_for_update(skip_locked=not wait)
     ).first()
+    if time.monotonic() - began > _WAITED:
+        # What is decided now is decided now, not when the wait began.
+        tx.now = tx.dialect.now(tx.connection)
+    return job
 
 
 def move(tx: Transaction, job_id: str, to: JobState, **values: Any) -> None:
@@ -86,19 +96,26 @@ def settle(tx: Transaction, job_id: str, **values: Any) -> None:
 
 def last_writer(tx: Transaction, job: Row[Any]) -> int:
     """Until when a worker of the job may still write, its leases lost just now."""
-    newest: int | None = tx.connection.execute(
-        sa.select(sa.func.max(tasks.c.lease_expires)).where(
-            tasks.c.job_id == job.job_id, tasks.c.state == TaskState.LEASED.sql
-        )
-    ).scalar_one()
-    if newest is None:
+    # Locked, so that none of them is renewed any more.
+    leased: Sequence[int] = tx.connection.scalars(
+        sa.select(tasks.c.lease_expires)
+        .where(tasks.c.job_id == job.job_id, tasks.c.state == TaskState.LEASED.sql)
+        .order_by(tasks.c.task_id)
+        .with_for_update()
+    ).all()
+    if not leased:
         return int(job.writers_until)
     # A lease that has run out says nothing about when its holder will notice.
-    return max(int(job.writers_until), max(newest, tx.now) + LATE_WRITER_GRACE)
+    return max(int(job.writers_until), max(*leased, tx.now) + LATE_WRITER_GRACE)
 
 
 def end(
-    tx: Transaction, job: Row[Any], state: JobState, *, error: str | None = None
+    tx: Transaction,
+    job: Row[Any],
+    state: JobState,
+    *,
+    error: str | None = None,
+    manifest_token: int | None = None,
 ) -> None:
     """Turn a job terminal: fence its workers, set its expiry, have what it must not
     leave behind cleaned up."""
@@ -111,6 +128,7 @@ def end(
         expire_time=tx.now + job.ttl,
         writers_until=writers_until,
         error=error,
+        manifest_token=manifest_token,
     )
     tx.connection.execute(
         sa.update(tasks)
@@ -126,6 +144,8 @@ def end(
         moments = [tx.now, writers_until] if writers_until > tx.now else [tx.now]
     _add_tasks(tx, [_cleanup(tx, job, at=moment) for moment in moments])
     tx.changes.fenced.add(job.job_id)
+    if state is JobState.CANCELLED:
+        tx.changes.cut.add(job.job_id)
     # A slot of the tenant is free.
     tx.changes.work = True
 

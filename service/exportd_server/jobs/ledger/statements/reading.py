@@ -16,6 +16,7 @@ from exportd_server.jobs.ledger.statements.lifecycle import EXPORT_KINDS
 from exportd_server.jobs.ledger.tables import (
     PENDING,
     TaskState,
+    identity,
     jobs,
     labels,
     parts,
@@ -23,6 +24,7 @@ from exportd_server.jobs.ledger.tables import (
 )
 from exportd_server.jobs.ledger.transaction import Transaction
 from exportd_server.jobs.model import Job, JobState, Manifest, PartRecord, Progress
+from exportd_server.store.key import OutputKind
 
 _MOST_VARIABLES = 10_000
 
@@ -41,6 +43,7 @@ _PART_COLUMNS = tuple(
         "body_crc32c",
         "suffix_crc32c",
         "sha256",
+        "kind",
     )
 )
 
@@ -50,6 +53,8 @@ _TASK_SUMS = (
         sa.func.sum(tasks.c.rows).label("rows"),
         sa.func.sum(tasks.c.bytes).label("bytes"),
         sa.func.sum(tasks.c.parts).label("parts"),
+        sa.func.sum(tasks.c.row_errors).label("row_errors"),
+        sa.func.sum(tasks.c.error_parts).label("error_parts"),
         sa.func.sum(tasks.c.rows_per_second).label("rows_per_second"),
         sa.func.max(tasks.c.attempts).label("attempts"),
     )
@@ -113,13 +118,18 @@ def get_job(tx: Transaction, tenant: str, job_id: str) -> Job | None:
 
 def to_job(tx: Transaction, row: Row[Any]) -> Job:
     """The whole job of a row."""
-    manifest = None
-    if row.state == JobState.SUCCEEDED:
-        manifest = Manifest(
-            columns=codec.load_columns(row.columns),
-            parts=tuple(parts_of(tx, row.job_id, row.generation)),
-        )
+    manifest = manifest_of(tx, row) if row.state == JobState.SUCCEEDED else None
     return _to_jobs(tx, row.tenant, [row], manifest)[0]
+
+
+def manifest_of(tx: Transaction, row: Row[Any]) -> Manifest:
+    """What the job publishes, or has published."""
+    found = parts_of(tx, row.job_id, row.generation)
+    return Manifest(
+        columns=codec.load_columns(row.columns),
+        parts=tuple(part for part in found if part.kind is OutputKind.OUTPUT),
+        error_parts=tuple(part for part in found if part.kind is OutputKind.ERROR),
+    )
 
 
 def _to_jobs(
@@ -149,6 +159,7 @@ def _to_job(
         finish_time=codec.to_moment_or_none(row.finish_time),
         expire_time=codec.to_moment_or_none(row.expire_time),
         expired=row.expire_time is not None and row.expire_time <= now,
+        read_time=codec.to_moment(now),
         generation=row.generation,
         attempt=sums["attempts"],
         revision=row.revision,
@@ -160,6 +171,8 @@ def _to_job(
             estimated_rows=row.estimated_rows,
             queue_position=place,
             rows_per_second=sums["rows_per_second"] if state is JobState.RUNNING else None,
+            row_errors=int(sums["row_errors"]),
+            error_parts=int(sums["error_parts"]),
         ),
         error=codec.load_error(row.error),
         manifest=manifest,
@@ -256,14 +269,14 @@ def _page(
 
 
 def parts_of(tx: Transaction, job_id: str, generation: int) -> list[PartRecord]:
-    """Every part of a generation, in the order of the output."""
+    """Every part of a generation, error parts too, in the order of the output."""
     return _parts(tx, parts.c.job_id == job_id, parts.c.generation == generation)
 
 
 def parts_of_shard(
     tx: Transaction, job_id: str, generation: int, shard: int
 ) -> list[PartRecord]:
-    """The parts of one shard, by sequence."""
+    """The parts of one shard, error parts too, by sequence."""
     return _parts(
         tx,
         parts.c.job_id == job_id,
@@ -276,9 +289,11 @@ def _parts(tx: Transaction, *conditions: sa.ColumnElement[bool]) -> list[PartRec
     rows = tx.connection.execute(
         sa.select(*_PART_COLUMNS)
         .where(*conditions)
-        .order_by(parts.c.shard, parts.c.sequence)
+        .order_by(parts.c.shard, parts.c.sequence, parts.c.kind)
     )
-    return [PartRecord(*row) for row in rows]
+    return [
+        PartRecord(**{**row, "kind": OutputKind(row["kind"])}) for row in rows.mappings()
+    ]
 
 
 def finished_parts(tx: Transaction, tenant: str, job_id: str) -> list[PartRecord]:
@@ -287,7 +302,7 @@ def finished_parts(tx: Transaction, tenant: str, job_id: str) -> list[PartRecord
     if job is None or job.state in (JobState.FAILED, JobState.CANCELLED):
         return []
     if job.state == JobState.SUCCEEDED:
-        return parts_of(tx, job_id, job.generation)
+        return list(manifest_of(tx, job).parts)
     first_open: int | None = tx.connection.execute(
         sa.select(sa.func.min(tasks.c.shard)).where(
             tasks.c.job_id == job_id,
@@ -303,6 +318,7 @@ def finished_parts(tx: Transaction, tenant: str, job_id: str) -> list[PartRecord
         parts.c.job_id == job_id,
         parts.c.generation == job.generation,
         parts.c.shard <= first_open,
+        parts.c.kind == OutputKind.OUTPUT.value,
     )
 
 
@@ -315,6 +331,12 @@ def known_jobs(tx: Transaction, job_ids: Sequence[str]) -> set[str]:
             tx.connection.scalars(sa.select(jobs.c.job_id).where(jobs.c.job_id.in_(chunk)))
         )
     return known
+
+
+def ledger_id(tx: Transaction) -> str:
+    """Which ledger this is."""
+    found: str = tx.connection.execute(sa.select(identity.c.ledger_id)).scalar_one()
+    return found
 
 
 def revision_of(tx: Transaction, job_id: str) -> int | None:

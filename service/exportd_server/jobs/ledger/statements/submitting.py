@@ -11,7 +11,7 @@ from exportd_server.jobs.ledger.base import (
     TaskKind,
     TooManyActiveJobs,
 )
-from exportd_server.jobs.ledger.statements import lifecycle, reading
+from exportd_server.jobs.ledger.statements import lifecycle, pinning, reading
 from exportd_server.jobs.ledger.tables import TaskState, jobs, labels, tasks
 from exportd_server.jobs.ledger.transaction import Transaction
 from exportd_server.jobs.model import CancelOutcome, Job, JobState
@@ -124,4 +124,5 @@ def delete_job(tx: Transaction, tenant: str, job_id: str) -> JobState | None:
     state = JobState(job.state)
     if state.terminal:
         lifecycle.hide(tx, [job])
+        pinning.cut(tx, job_id)
     return state

@@ -11,17 +11,23 @@ from sqlalchemy.engine import Row
 
 from exportd_server.errors import TABLE, ErrorReason, ErrorRecord
 from exportd_server.jobs.ledger import codec
-from exportd_server.jobs.ledger.base import Lease, LeaseLost, TaskKind
+from exportd_server.jobs.ledger.base import Lease, LeaseLost, TaskKind, Totals
 from exportd_server.jobs.ledger.statements import lifecycle, reading
 from exportd_server.jobs.ledger.statements.claiming import fail_exhausted_job, to_lease
 from exportd_server.jobs.ledger.statements.lifecycle import EXPORT_KINDS, due
 from exportd_server.jobs.ledger.tables import TaskState, parts, tasks
 from exportd_server.jobs.ledger.transaction import Transaction
-from exportd_server.jobs.model import JobState, ManifestColumn, PartRecord
+from exportd_server.jobs.model import JobState, Manifest, ManifestColumn, PartRecord
 from exportd_server.sources.base import Shard
+from exportd_server.store.key import OutputKind
+
+MOST_GENERATIONS = 10
+"""How often an output may be begun: a source that changes each time is no source."""
 
 _HOUSEKEEPING_RETRY = 10_000_000
 """Microseconds until housekeeping that failed without a word is tried again."""
+
+_UNFINISHED = (TaskState.READY.sql, TaskState.SCHEDULED.sql, TaskState.LEASED.sql)
 
 _GIVEN_UP: dict[str, Any] = {"owner": "", "lease_expires": None, "rows_per_second": None}
 
@@ -58,18 +64,22 @@ def _exporting(
     return task, job
 
 
-def renew(tx: Transaction, held: Lease, lease: int) -> bool:
-    """Extend to `lease` microseconds from now; False when it is lost."""
-    renewed = tx.connection.execute(
+def renew(tx: Transaction, held: Lease, lease: int) -> bool | None:
+    """Extend to `lease` microseconds from now; False when it is lost, None when the task
+    is locked by somebody, who must not hold up the other leases."""
+    good = sa.select(tasks.c.task_id).where(
+        tasks.c.task_id == held.task_id,
+        tasks.c.token == held.token,
+        tasks.c.state == TaskState.LEASED.sql,
+    )
+    if tx.connection.execute(good.with_for_update(skip_locked=True)).first() is None:
+        return False if tx.connection.execute(good).first() is None else None
+    tx.connection.execute(
         sa.update(tasks)
-        .where(
-            tasks.c.task_id == held.task_id,
-            tasks.c.token == held.token,
-            tasks.c.state == TaskState.LEASED.sql,
-        )
+        .where(tasks.c.task_id == held.task_id)
         .values(lease_expires=tx.now + lease)
-    ).rowcount
-    return renewed > 0
+    )
+    return True
 
 
 def release(tx: Transaction, lease: Lease) -> None:
@@ -152,22 +162,34 @@ def record_plan(
 
 
 def record_progress(
-    tx: Transaction, lease: Lease, rows: int, bytes_: int, rows_per_second: float
-) -> tuple[int, int]:
+    tx: Transaction,
+    lease: Lease,
+    rows: int,
+    bytes_: int,
+    row_errors: int,
+    rows_per_second: float,
+) -> Totals:
     """Note how far the shard is; sum up the job."""
     task, job = _exporting(tx, lease, TaskKind.SHARD)
     tx.connection.execute(
         sa.update(tasks)
         .where(tasks.c.task_id == task.task_id)
-        .values(rows=rows, bytes=bytes_, rows_per_second=rows_per_second)
+        .values(
+            rows=rows,
+            bytes=bytes_,
+            row_errors=row_errors,
+            rows_per_second=rows_per_second,
+        )
     )
     lifecycle.touch(tx, job.job_id)
     total = tx.connection.execute(
-        sa.select(sa.func.sum(tasks.c.rows), sa.func.sum(tasks.c.bytes)).where(
-            tasks.c.job_id == job.job_id, tasks.c.kind == TaskKind.SHARD.value
-        )
+        sa.select(
+            sa.func.sum(tasks.c.rows),
+            sa.func.sum(tasks.c.bytes),
+            sa.func.sum(tasks.c.row_errors),
+        ).where(tasks.c.job_id == job.job_id, tasks.c.kind == TaskKind.SHARD.value)
     ).one()
-    return int(total[0]), int(total[1])
+    return Totals(*map(int, total))
 
 
 def shard_parts(tx: Transaction, lease: Lease) -> list[PartRecord]:
@@ -176,25 +198,31 @@ def shard_parts(tx: Transaction, lease: Lease) -> list[PartRecord]:
     return reading.parts_of_shard(tx, job.job_id, task.generation, task.shard)
 
 
-def add_part(tx: Transaction, lease: Lease, part: PartRecord) -> None:
-    """Record the shard's next part, unless it is the one recorded last."""
+def add_part(
+    tx: Transaction, lease: Lease, part: PartRecord, errors: PartRecord | None
+) -> None:
+    """Record the shard's next part, with its error part, unless they are the ones
+    recorded last."""
     task, job = _exporting(tx, lease, TaskKind.SHARD)
+    new = [part] if errors is None else [errors, part]
+    _check_kinds(part, errors)
     if part.sequence == task.parts - 1:
-        last = reading.parts_of_shard(tx, job.job_id, task.generation, task.shard)[-1]
-        if last == part:
+        had = reading.parts_of_shard(tx, job.job_id, task.generation, task.shard)
+        if [each for each in had if each.sequence == part.sequence] == new:
             return
     if (part.shard, part.sequence, part.token) != (task.shard, task.parts, task.token):
         raise ValueError(
             f"part {part.shard}/{part.sequence} of token {part.token} is not the next "
             f"one: that is {task.shard}/{task.parts} of token {task.token}"
         )
+    common = {"job_id": job.job_id, "generation": task.generation}
     tx.connection.execute(
-        sa.insert(parts).values(
-            job_id=job.job_id, generation=task.generation, **asdict(part)
-        )
+        sa.insert(parts),
+        [{**common, **asdict(each), "kind": each.kind.value} for each in new],
     )
     part_rows = task.part_rows + part.rows
-    part_bytes = task.part_bytes + part.bytes
+    part_bytes = task.part_bytes + sum(each.bytes for each in new)
+    part_row_errors = task.part_row_errors + (0 if errors is None else errors.rows)
     tx.connection.execute(
         sa.update(tasks)
         .where(tasks.c.task_id == task.task_id)
@@ -202,14 +230,43 @@ def add_part(tx: Transaction, lease: Lease, part: PartRecord) -> None:
             parts=task.parts + 1,
             part_rows=part_rows,
             part_bytes=part_bytes,
+            error_parts=task.error_parts + len(new) - 1,
+            part_row_errors=part_row_errors,
             rows=max(task.rows, part_rows),
             bytes=max(task.bytes, part_bytes),
+            row_errors=max(task.row_errors, part_row_errors),
         )
     )
     lifecycle.touch(tx, job.job_id)
 
 
-def complete_shard(tx: Transaction, lease: Lease) -> bool:
+def _check_kinds(part: PartRecord, errors: PartRecord | None) -> None:
+    if part.kind is not OutputKind.OUTPUT:
+        raise ValueError("an error part is recorded together with its output part")
+    if errors is None:
+        return
+    if errors.kind is not OutputKind.ERROR or (
+        (errors.shard, errors.sequence, errors.token)
+        != (part.shard, part.sequence, part.token)
+    ):
+        raise ValueError("the error part is not that of the output part")
+
+
+def complete_unless_last(tx: Transaction, lease: Lease) -> Manifest | None:
+    """End the shard; of the last one only tell what it will publish."""
+    task, job = _exporting(tx, lease, TaskKind.SHARD)
+    other = sa.select(tasks.c.task_id).where(
+        tasks.c.job_id == job.job_id,
+        tasks.c.task_id != task.task_id,
+        tasks.c.state.in_(_UNFINISHED),
+    )
+    if tx.connection.execute(other.limit(1)).first() is None:
+        return reading.manifest_of(tx, job)
+    complete_shard(tx, lease)
+    return None
+
+
+def complete_shard(tx: Transaction, lease: Lease, *, manifest: bool = False) -> bool:
     """End the shard, and with the last one the job."""
     task, job = _exporting(tx, lease, TaskKind.SHARD)
     tx.connection.execute(
@@ -219,6 +276,7 @@ def complete_shard(tx: Transaction, lease: Lease) -> bool:
             state=TaskState.DONE.value,
             rows=task.part_rows,
             bytes=task.part_bytes,
+            row_errors=task.part_row_errors,
             **_GIVEN_UP,
         )
     )
@@ -226,14 +284,13 @@ def complete_shard(tx: Transaction, lease: Lease) -> bool:
         sa.select(tasks.c.task_id)
         .where(
             tasks.c.job_id == job.job_id,
-            tasks.c.state.in_(
-                (TaskState.READY.sql, TaskState.SCHEDULED.sql, TaskState.LEASED.sql)
-            ),
+            tasks.c.state.in_(_UNFINISHED),
         )
         .limit(1)
     ).first()
     if unfinished is None:
-        lifecycle.end(tx, job, JobState.SUCCEEDED)
+        token = lease.token if manifest else None
+        lifecycle.end(tx, job, JobState.SUCCEEDED, manifest_token=token)
         return True
     lifecycle.settle(tx, job.job_id)
     return False
@@ -247,7 +304,7 @@ def restart_output(tx: Transaction, lease: Lease) -> None:
             tasks.c.job_id == job.job_id, tasks.c.kind.in_(EXPORT_KINDS)
         )
     ).scalar_one()
-    if attempts >= tx.max_attempts:
+    if job.generation >= MOST_GENERATIONS:
         changed = ErrorRecord(
             ErrorReason.SOURCE_CHANGED, TABLE[ErrorReason.SOURCE_CHANGED].text
         )
@@ -266,7 +323,9 @@ def restart_output(tx: Transaction, lease: Lease) -> None:
             priority=job.priority,
             since=job.create_time,
             run_at=tx.now,
-            attempts=attempts,
+            # Nobody failed: whoever plans anew makes the same attempt. An attempt that a
+            # dead worker cost stays counted, so a job that kills them comes to its end.
+            attempts=max(0, attempts - 1),
         )
     )
     tx.changes.fenced.add(job.job_id)

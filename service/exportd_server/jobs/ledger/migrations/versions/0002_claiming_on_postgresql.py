@@ -53,7 +53,6 @@ BEGIN
     PERFORM pg_advisory_xact_lock('tasks'::regclass::oid::int, 1);
     -- Read once the lock is had, so that time never runs backwards from claim to claim.
     o_now := coalesce(p_now, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint);
-    o_busy := false;
 
     WITH come AS (
         SELECT task_id FROM tasks WHERE state = 'scheduled' AND run_at <= o_now
@@ -61,6 +60,10 @@ BEGIN
     )
     UPDATE tasks SET state = 'ready' FROM come WHERE tasks.task_id = come.task_id;
     o_promoted := FOUND;
+    -- One that is locked at the moment comes due all the same.
+    o_busy := EXISTS (
+        SELECT FROM tasks WHERE state = 'scheduled' AND run_at <= o_now
+    );
 
     o_exhausted := EXISTS (
         SELECT FROM tasks
@@ -72,6 +75,9 @@ BEGIN
         WITH RECURSIVE running AS MATERIALIZED (
             SELECT tenant, count(*)::int AS jobs FROM jobs
             WHERE state = 'RUNNING' GROUP BY tenant
+        ), at_work AS MATERIALIZED (
+            SELECT tenant, count(*)::int AS tasks FROM tasks
+            WHERE state = 'leased' AND kind = ANY (exports) GROUP BY tenant
         ), waiting AS (
             -- Every (kind, tenant) that has a ready task, by hopping along the index.
             SELECT wanted.kind, (
@@ -118,9 +124,9 @@ BEGIN
         SELECT t.task_id, t.token, t.job_id, t.state
         FROM found
         JOIN tasks t ON t.task_id = found.task_id
-        LEFT JOIN running ON running.tenant = t.tenant
+        LEFT JOIN at_work ON at_work.tenant = t.tenant
         LEFT JOIN tenants ON tenants.tenant = t.tenant
-        ORDER BY coalesce(running.jobs, 0), coalesce(tenants.served, 0),
+        ORDER BY coalesce(at_work.tasks, 0), coalesce(tenants.served, 0),
                  t.priority DESC, t.since, t.job_id, t.task_id
         LIMIT 64
     LOOP

@@ -1,0 +1,204 @@
+"""Threads with a connection each, and who waits for whom.
+
+A server that hangs answers nothing and closes nothing. So each call has a time limit of
+this process's own, after which its connection is cut and the thread comes free.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import Any, TypeVar
+
+import psycopg
+import sqlalchemy as sa
+from psycopg import pq
+from psycopg.rows import namedtuple_row
+from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.pool import QueuePool
+
+from exportd_server.errors import LedgerUnavailable
+from exportd_server.jobs.ledger.postgres_server import Address
+
+T = TypeVar("T")
+
+CALL_SECONDS = 40.0
+"""Longest call: above the server's own limits for a statement and for a lock, which tell
+better what is wrong."""
+_CLOSE_SECONDS = 5.0
+_FRESH_SECONDS = 1.0
+"""A connection used so short a time ago is taken to be good."""
+
+
+class Lines:
+    """Calls that would wait for each other in the database wait here instead, where it
+    costs no connection. For one event loop."""
+
+    def __init__(self) -> None:
+        self._locks: dict[str, tuple[asyncio.Lock, int]] = {}
+
+    @contextlib.asynccontextmanager
+    async def turn(self, line: str) -> AsyncIterator[None]:
+        """Wait for the turn in a line; an empty name is none."""
+        if not line:
+            yield
+            return
+        lock, users = self._locks.get(line, (asyncio.Lock(), 0))
+        self._locks[line] = (lock, users + 1)
+        try:
+            async with lock:
+                yield
+        finally:
+            lock, users = self._locks[line]
+            if users == 1:
+                del self._locks[line]
+            else:
+                self._locks[line] = (lock, users - 1)
+
+
+class _Call:
+    """What a thread is at, and how to end it from outside."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._connection: psycopg.Connection[Any] | None = None
+
+    def uses(self, connection: psycopg.Connection[Any] | None) -> None:
+        """The call goes on with this connection, or with none."""
+        with self._lock:
+            self._connection = connection
+
+    def cut(self) -> None:
+        """Cut the connection under the call, which then fails."""
+        with self._lock, contextlib.suppress(OSError, psycopg.Error):
+            if self._connection is not None and not self._connection.closed:
+                with socket.socket(fileno=os.dup(self._connection.fileno())) as link:
+                    link.shutdown(socket.SHUT_RDWR)
+
+
+class Lane:
+    """So many threads, each with a connection. Who finds all of them busy waits."""
+
+    def __init__(self, address: Address, connections: int, name: str) -> None:
+        self._connections = connections
+        self._threads = ThreadPoolExecutor(connections, name)
+        self._own = threading.local()
+        self._calls: dict[_Call, Any] = {}
+        self._engine: Engine = sa.create_engine(
+            "postgresql+psycopg://",
+            creator=address.connect,
+            poolclass=QueuePool,
+            pool_size=connections,
+            max_overflow=0,
+            # A connection comes back as it was lent: outside of any transaction, or it
+            # is undone then.
+            pool_reset_on_return="rollback",
+        )
+
+    async def run(self, call: Callable[..., T], *arguments: Any) -> T:
+        """Run in one of the threads. Raises `LedgerUnavailable` when that takes too long;
+        the call then ends by itself, and what it does is not known."""
+        mark = _Call()
+        future = self._threads.submit(self._enter, mark, call, arguments)
+        self._calls[mark] = future
+        future.add_done_callback(lambda _: self._calls.pop(mark, None))
+        try:
+            async with asyncio.timeout(CALL_SECONDS):
+                return await asyncio.wrap_future(future)
+        except TimeoutError:
+            mark.cut()
+            raise LedgerUnavailable from None
+
+    def _enter(self, mark: _Call, call: Callable[..., T], arguments: Any) -> T:
+        self._own.call = mark
+        try:
+            return call(*arguments)
+        finally:
+            mark.uses(None)
+
+    # --- in the threads
+
+    def ask(self, text: str) -> tuple[Connection, Any]:
+        """Run statements that may be repeated on a connection, and return it with the row
+        they end with. Connections that broke while nobody used them are replaced."""
+        # Each of them may have broken.
+        for left in reversed(range(self._connections + 1)):
+            connection = self._engine.connect()
+            try:
+                row = self._execute(connection, text, None)
+            except psycopg.Error as error:
+                broken = self._broken(connection)
+                self._give_up(connection)
+                if not left or not broken:
+                    raise
+                del error
+            except BaseException:
+                self._give_up(connection)
+                raise
+            else:
+                return connection, row
+        raise AssertionError("unreachable")
+
+    def ask_once(self, text: str, parameters: Any) -> Any:
+        """Run a statement that must not be repeated without need; returns its row."""
+        connection = self._engine.connect()
+        used: float = connection.info.get("used", 0.0)
+        if time.monotonic() - used > _FRESH_SECONDS:
+            connection.close()
+            connection, _ = self.ask("SELECT 1")
+        try:
+            row = self._execute(connection, text, parameters)
+        except BaseException:
+            self._give_up(connection)
+            raise
+        connection.close()
+        return row
+
+    def _execute(self, connection: Connection, text: str, parameters: Any) -> Any:
+        raw = _raw(connection)
+        self._own.call.uses(raw)
+        with raw.cursor(row_factory=namedtuple_row) as cursor:
+            cursor.execute(text.encode(), parameters)
+            while cursor.nextset():
+                pass
+            row = cursor.fetchone()
+        connection.info["used"] = time.monotonic()
+        return row
+
+    @staticmethod
+    def _broken(connection: Connection) -> bool:
+        raw = _raw(connection)
+        return raw.broken or raw.closed
+
+    def _give_up(self, connection: Connection) -> None:
+        if self._broken(connection):
+            connection.invalidate()
+        elif _raw(connection).info.transaction_status != pq.TransactionStatus.IDLE:
+            with contextlib.suppress(psycopg.Error):
+                _raw(connection).rollback()
+        connection.close()
+
+    # ---
+
+    async def close(self) -> None:
+        """Let what runs end, but not for long; close the connections."""
+        await asyncio.to_thread(self._close)
+
+    def _close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        wait(list(self._calls.values()), _CLOSE_SECONDS)
+        for call in list(self._calls):
+            call.cut()
+        self._threads.shutdown()
+        self._engine.dispose()
+
+
+def _raw(connection: Connection) -> psycopg.Connection[Any]:
+    raw: psycopg.Connection[Any] = connection.connection.driver_connection  # type: ignore[assignment] # typed as any driver's
+    return raw
