@@ -131,7 +131,8 @@ class Checker:
         for name, count in rows:
             if count:
                 self._history.violation("rows are left", table=name, rows=count)
-        left = [path for path in self._store.rglob("*") if path.name != "default"]
+        own = ("default", ".owner")
+        left = [path for path in self._store.rglob("*") if path.name not in own]
         for path in left[:5]:
             self._history.violation("something is left in the store", path=path)
 
@@ -150,17 +151,24 @@ class Checker:
 
     async def _named(self) -> set[str]:
         rows = await self._query(
-            "SELECT j.tenant, j.job_id, p.shard, p.sequence, p.token "
+            "SELECT j.tenant, j.job_id, p.kind, p.shard, p.sequence, p.token "
             "FROM exportd.jobs j JOIN exportd.parts p USING (job_id, generation) "
-            "WHERE j.state = 'SUCCEEDED'"
+            "WHERE j.state = 'SUCCEEDED' UNION ALL "
+            "SELECT tenant, job_id, 'manifest', 0, 0, manifest_token "
+            "FROM exportd.jobs WHERE manifest_token IS NOT NULL"
         )
         return {
-            f"{tenant}/{job_id}/output/{shard:06d}-{sequence:06d}.{token}"
-            for tenant, job_id, shard, sequence, token in rows
+            f"{tenant}/{job_id}/{kind}/{shard:06d}-{sequence:06d}.{token}"
+            for tenant, job_id, kind, shard, sequence, token in rows
         }
 
     def _files(self) -> list[Path]:
-        return [path for path in self._store.rglob("*") if path.is_file()]
+        """All but the mark of whose outputs these are."""
+        return [
+            path
+            for path in self._store.rglob("*")
+            if path.is_file() and path.name != ".owner"
+        ]
 
     async def _query(self, text: str) -> list[tuple[Any, ...]]:
         async with await psycopg.AsyncConnection.connect(
