@@ -136,7 +136,9 @@ async def _until_told(stop: asyncio.Event, ready: str) -> None:
     await stop.wait()
     # A second signal does not wait for the drain.
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.remove_signal_handler(number)
+        # As a crash would: tearing everything down from under the calls and threads that
+        # are under way is what a process does not always live through.
+        loop.add_signal_handler(number, os._exit, 128 + number)
 
 
 @main.command()

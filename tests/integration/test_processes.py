@@ -159,6 +159,26 @@ app._open_catalogue = lambda _: catalogue_of(gated=Blocking())
 """
 
 
+async def test_a_second_signal_ends_the_process_at_once(tmp_path: Path) -> None:
+    """Whatever still runs."""
+    with process(
+        *("-c", BLOCKING.format(method="open") + MAIN, "serve"),
+        *("--listen", "127.0.0.1:0", "--data-dir", str(tmp_path)),
+    ) as server:
+        assert server.stdout is not None
+        port = server.stdout.readline().rsplit(":", 1)[1]
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port.strip()}") as channel:
+            await rpc.create(export_service_pb2_grpc.ExportServiceStub(channel), "gated")
+            assert await asyncio.to_thread(server.stdout.readline) == "blocked\n"
+            server.terminate()
+            await asyncio.sleep(0.5)  # both at once would count as one
+            started = time.monotonic()
+            server.terminate()
+            await asyncio.to_thread(server.communicate, timeout=30)
+        assert server.returncode == 128 + signal.SIGTERM
+        assert time.monotonic() - started < 5.0
+
+
 @pytest.mark.parametrize("method", ["plan", "open", "count"])
 async def test_a_process_whose_source_blocks_ends_within_its_bound(
     tmp_path: Path, method: str
