@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -124,10 +125,25 @@ class Processes:
         ((last,),) = self.ledger("SELECT max(token) FROM tasks")
         return int(last)
 
-    def holder(self) -> Member | None:
-        """A process that holds a lease on a plan or shard now."""
-        pids = {int(owner.split(":")[-2]) for owner in self.owners()}
-        return next((one for one in self.members if one.process.pid in pids), None)
+    def kill_a_holder(self, timeout: float = 60.0) -> None:
+        """Kill a process that holds a lease on a plan or shard. It is stopped first, so
+        that it cannot end its work just then."""
+        end = time.monotonic() + timeout
+        while time.monotonic() < end:
+            for member in self.members:
+                if member.process.pid not in self._holding():
+                    continue
+                member.process.send_signal(signal.SIGSTOP)
+                # What it had told the ledger by then has arrived.
+                time.sleep(0.05)
+                if member.process.pid in self._holding():
+                    member.kill()
+                    return
+                member.process.send_signal(signal.SIGCONT)
+        raise AssertionError("no process holds a lease")
+
+    def _holding(self) -> set[int]:
+        return {int(owner.split(":")[-2]) for owner in self.owners()}
 
     def files_of(self, job_id: str) -> list[Path]:
         """Every file that the output store has of a job, whatever its state."""
