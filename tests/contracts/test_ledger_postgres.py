@@ -25,8 +25,8 @@ from exportd_server.jobs.ledger.postgres import (
     open_postgres_ledger,
 )
 from exportd_server.jobs.ledger.postgres_server import OLDEST, Address, require_version
+from exportd_server.jobs.ledger.signals import Changes
 from exportd_server.jobs.ledger.sql import SqlLedger
-from exportd_server.jobs.ledger.transaction import Changes
 from exportd_server.jobs.model import JobState
 from tests.support.ledger import (
     CLEANUP,

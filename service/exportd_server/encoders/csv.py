@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import re
-from collections.abc import Callable, Iterator
 from typing import IO, Literal, cast
 
 import polars as pl
@@ -13,12 +11,10 @@ import pyarrow.compute as pc
 import pyarrow.types as pat
 
 from exportd_server.encoders.base import ByteSink, CsvDialect, CsvOptions, OutputFormat
-from exportd_server.encoders.compress import open_output
 from exportd_server.encoders.json_text import json_text
+from exportd_server.encoders.text import TextEncoder
 from exportd_server.encoders.values import (
     Chunks,
-    Slicer,
-    conform,
     encoding,
     is_text,
     polars_frame,
@@ -36,14 +32,12 @@ _TYPED_MARKER = re.compile(r"[-+]?[\d.].*|[-+]?inf|NaN|true|false", re.DOTALL)
 _FORMULA = r"^[=+\-@\t\r]"
 
 
-class CsvEncoder:
+class CsvEncoder(TextEncoder):
     """Writes one part as CSV."""
 
     def __init__(self, output: OutputFormat, schema: pa.Schema, sink: ByteSink) -> None:
+        super().__init__(output, schema, sink)
         self._options = output.csv
-        self._schema = schema
-        self._out = open_output(sink, output.compression)
-        self._slicer = Slicer()
         self._safe = self._options.dialect is CsvDialect.SPREADSHEET_SAFE
         self._marker = self._options.null_marker
         if not self._marker and len(schema) == 1:
@@ -55,47 +49,6 @@ class CsvEncoder:
             self._out.write(_header(schema.names, self._options))
             self._out.end_frame()
         self.prefix_bytes = self._out.written
-        self.suffix_bytes = 0
-
-    @property
-    def buffered_bytes(self) -> int:
-        """Nothing that `flush` would not push out."""
-        return 0
-
-    def write(self, batch: pa.RecordBatch) -> None:
-        """Encode one batch."""
-        for chunks in self._encoded(batch, self._slicer):
-            self._put(chunks)
-
-    def stage(self, batch: pa.RecordBatch) -> Callable[[], None]:
-        """Make the text of one batch, to be written later."""
-        slicer = copy.copy(self._slicer)
-        staged = list(self._encoded(batch, slicer))
-
-        def write() -> None:
-            self._slicer = slicer
-            for chunks in staged:
-                self._put(chunks)
-
-        return write
-
-    def flush(self) -> None:
-        """Push out what the compressor holds."""
-        self._out.flush()
-
-    def close(self) -> None:
-        """Finish the file."""
-        self._out.close()
-
-    def _encoded(self, batch: pa.RecordBatch, slicer: Slicer) -> Iterator[Chunks]:
-        for piece in slicer.slices(conform(batch, self._schema)):
-            chunks = self._encode(piece)
-            slicer.learn(piece.num_rows, chunks.size)
-            yield chunks
-
-    def _put(self, chunks: Chunks) -> None:
-        for chunk in chunks.take():
-            self._out.write(chunk)
 
     def _encode(self, piece: pa.RecordBatch) -> Chunks:
         columns = []

@@ -70,14 +70,6 @@ class Field:
 
 
 @dataclass(frozen=True, slots=True)
-class Statement:
-    """SQL, and the values of its `?` placeholders in their order."""
-
-    sql: str
-    parameters: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
 class Dialect:
     """What differs between SQL dialects, apart from how sqlglot writes them.
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from exportd_server.jobs.ledger.transaction import Changes
+from exportd_server.jobs.ledger.signals import Changes
 
 CHANNEL = "exportd"
 _MOST_JOBS = 100

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 import random
 import secrets
 import time
@@ -34,7 +33,7 @@ from exportd_server.jobs.ledger.signals import Signals
 from exportd_server.jobs.ledger.sql import SqlLedger
 from exportd_server.jobs.ledger.statements import claiming, lifecycle
 from exportd_server.jobs.ledger.tables import tenants
-from exportd_server.jobs.ledger.transaction import Changes, Transaction
+from exportd_server.jobs.ledger.transaction import Transaction
 from exportd_server.platform.clock import Clock
 from exportd_server.sources.base import Shard
 
@@ -231,7 +230,7 @@ class PostgresDatabase:
         # Told from here, so that the news spreads even if the caller has gone away. The
         # loop may be closing down, with nobody left to tell.
         with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._tell, tx.changes)
+            self._loop.call_soon_threadsafe(self.signals.spread, tx.changes)
         return result
 
     def _read(self, work: Callable[[Transaction], T]) -> T:
@@ -266,17 +265,10 @@ class PostgresDatabase:
 
     # --- news
 
-    def _tell(self, changes: Changes) -> None:
-        self.signals.jobs(changes.revisions | dict.fromkeys(changes.gone, math.inf))
-        self.signals.fenced(changes.fenced)
-        self.signals.cut(changes.cut)
-        if changes.work:
-            self.signals.work()
-
     def _told(self, text: str) -> None:
         piece = news.parse(text)
         if piece is not None and piece.sender != self._instance:
-            self._tell(piece.changes)
+            self.signals.spread(piece.changes)
 
 
 def _state(error: BaseException) -> str:

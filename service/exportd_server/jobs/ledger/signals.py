@@ -11,7 +11,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 _MOST_TICKETS = 64
 
@@ -24,6 +24,19 @@ class Ticket:
     news: int
     now: int
     claims: int = 1
+
+
+@dataclass(slots=True)
+class Changes:
+    """What a transaction changed that somebody may wait for."""
+
+    revisions: dict[str, int] = field(default_factory=dict)
+    gone: set[str] = field(default_factory=set)
+    fenced: set[str] = field(default_factory=set)
+    """Jobs whose leases are lost."""
+    cut: set[str] = field(default_factory=set)
+    """Jobs whose output nobody may go on reading."""
+    work: bool = False
 
 
 class Watcher:
@@ -57,6 +70,14 @@ class Signals:
         self._readers: dict[str, list[Callable[[], None]]] = {}
 
     # --- telling
+
+    def spread(self, changes: Changes) -> None:
+        """Tell of all that a transaction changed."""
+        self.jobs(changes.revisions | dict.fromkeys(changes.gone, math.inf))
+        self.fenced(changes.fenced)
+        self.cut(changes.cut)
+        if changes.work:
+            self.work()
 
     def work(self) -> None:
         """A task may be due that was not before."""

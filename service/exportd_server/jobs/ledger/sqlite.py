@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
-import math
 import os
 import sqlite3
 from collections.abc import Callable, Collection, Iterator
@@ -30,7 +29,7 @@ from exportd_server.jobs.ledger.signals import Signals
 from exportd_server.jobs.ledger.sql import SqlLedger
 from exportd_server.jobs.ledger.statements import claiming, working
 from exportd_server.jobs.ledger.tables import counters, tenants
-from exportd_server.jobs.ledger.transaction import Changes, Transaction
+from exportd_server.jobs.ledger.transaction import Transaction
 from exportd_server.platform.clock import Clock
 
 log = structlog.get_logger(__name__)
@@ -197,7 +196,7 @@ class SqliteDatabase:
         # Told from here, so that the news spreads even if the caller has gone away. The
         # loop may be closing down, with nobody left to tell.
         with suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._tell, tx.changes)
+            self._loop.call_soon_threadsafe(self.signals.spread, tx.changes)
         return result
 
     def _read(self, work: Callable[[Transaction], T]) -> T:
@@ -207,13 +206,6 @@ class SqliteDatabase:
     def _transaction(self, connection: Connection) -> Transaction:
         now = self._dialect.now(connection)
         return Transaction(connection, self._dialect, now, self._max_attempts)
-
-    def _tell(self, changes: Changes) -> None:
-        self.signals.jobs(changes.revisions | dict.fromkeys(changes.gone, math.inf))
-        self.signals.fenced(changes.fenced)
-        self.signals.cut(changes.cut)
-        if changes.work:
-            self.signals.work()
 
     def _close(self) -> None:
         self._write_thread.shutdown()

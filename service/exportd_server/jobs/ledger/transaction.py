@@ -9,22 +9,9 @@ from typing import Protocol, TypeVar
 from sqlalchemy.engine import Connection
 
 from exportd_server.jobs.ledger.base import Lease, TaskKind
-from exportd_server.jobs.ledger.signals import Signals
+from exportd_server.jobs.ledger.signals import Changes, Signals
 
 T = TypeVar("T")
-
-
-@dataclass(slots=True)
-class Changes:
-    """What a transaction changed that somebody may wait for."""
-
-    revisions: dict[str, int] = field(default_factory=dict)
-    gone: set[str] = field(default_factory=set)
-    fenced: set[str] = field(default_factory=set)
-    """Jobs whose leases are lost."""
-    cut: set[str] = field(default_factory=set)
-    """Jobs whose output nobody may go on reading."""
-    work: bool = False
 
 
 class Dialect(Protocol):
