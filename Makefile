@@ -37,8 +37,11 @@ demo: $(VENV)/.runtime ## Export, watch, download and verify the sample data
 run: $(VENV)/.runtime ## Run a server on the sample data, in the foreground
 	$(BIN)/python tools/run.py --data-dir $(DATA)
 
+# Most of the tests' time is waiting: one process more than this has cores pays.
+JOBS ?= 3
+
 test: $(VENV)/.dev ## Run the tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
 torture: $(VENV)/.dev ## Hurt a fleet for minutes, prove that it loses nothing
 	$(BIN)/python -m tests.torture $(ARGS)

@@ -341,19 +341,15 @@ async def test_a_slow_database_does_not_hold_up_the_event_loop(
     foreign = sqlite3.connect(tmp_path / "ledger.db", isolation_level=None)
     foreign.execute("BEGIN IMMEDIATE")
     creating = asyncio.create_task(world.create())
-    slowest = 0.0
-    begun = time.perf_counter()
-    while time.perf_counter() - begun < 0.3:
-        tick = time.perf_counter()
+    # Were the loop held, the lock would not be let go of before creating gave up.
+    for _ in range(100):
         assert (await world.job(job)).state is JobState.PENDING
         await asyncio.sleep(0)
-        slowest = max(slowest, time.perf_counter() - tick)
     assert not creating.done()
     foreign.execute("ROLLBACK")
     foreign.close()
     async with asyncio.timeout(15):
         await creating
-    assert slowest < 0.25
 
 
 # --- cost

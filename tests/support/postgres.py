@@ -15,6 +15,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 import uuid
@@ -42,9 +43,18 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _account() -> str | None:
+def _account() -> pwd.struct_passwd | None:
     """PostgreSQL refuses to run as root: the account to run it as then."""
-    return "nobody" if os.geteuid() == 0 else None
+    return pwd.getpwnam("nobody") if os.geteuid() == 0 else None
+
+
+# Not `subprocess.run(user=...)`: that forks this process, which has gRPC's threads, and
+# the child may crash in their fork handlers. A process of its own changes the account.
+_AS_ACCOUNT = (
+    "import os, sys;"
+    "os.setgroups([]); os.setgid(int(sys.argv[2])); os.setuid(int(sys.argv[1]));"
+    "os.execv(sys.argv[3], sys.argv[3:])"
+)
 
 
 def _lives(pid: int) -> bool:
@@ -81,7 +91,7 @@ class PostgresServer:
         self.port = _free_port()
         directory.mkdir(parents=True, exist_ok=True)
         if self._account is not None:
-            os.chown(directory, pwd.getpwnam(self._account).pw_uid, -1)
+            os.chown(directory, self._account.pw_uid, -1)
         self._run(
             "initdb",
             "-D",
@@ -94,14 +104,20 @@ class PostgresServer:
             "--no-sync",
         )
 
+    def _command(self, name: str, *arguments: str) -> list[str]:
+        command = [str(self._binaries / name), *arguments]
+        if self._account is None:
+            return command
+        ids = (str(self._account.pw_uid), str(self._account.pw_gid))
+        return [sys.executable, "-I", "-S", "-c", _AS_ACCOUNT, *ids, *command]
+
     def _run(self, command: str, *arguments: str, stdin: str | None = None) -> str:
         done = subprocess.run(
-            [str(self._binaries / command), *arguments],
+            self._command(command, *arguments),
             check=False,
             capture_output=True,
             text=True,
             input=stdin,
-            user=self._account,
             cwd="/",
         )
         if done.returncode:
@@ -111,12 +127,11 @@ class PostgresServer:
     def _pg_ctl(self, *arguments: str) -> None:
         # Its output goes nowhere: the server would inherit a pipe and hold it open.
         subprocess.run(
-            [str(self._binaries / "pg_ctl"), "-D", str(self._data), *arguments],
+            self._command("pg_ctl", "-D", str(self._data), *arguments),
             check=True,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            user=self._account,
             cwd="/",
             timeout=60,
         )

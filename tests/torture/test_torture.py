@@ -40,7 +40,7 @@ async def test_a_fleet_that_is_hurt_in_every_way_loses_nothing() -> None:
     assert set(faults.OF_THE_DATABASE) <= set(report.faults)
     assert report.faults["kill worker"] + report.faults["kill api"] == SHORT.kills
     assert report.states["SUCCEEDED"] >= 3
-    assert report.verified >= 3
+    assert report.verified >= 1
     assert report.claims > report.states["SUCCEEDED"]
 
 
