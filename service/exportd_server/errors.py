@@ -7,6 +7,7 @@
         ├── QuotaExceeded           with the quota that is used up
         ├── JobNotFinished          with when to ask again
         ├── LedgerUnavailable       with when to ask again
+        ├── DeliveryFailed          ends a delivery, or one attempt at it
         └── ExportFailed            ends a job, or one attempt at it
             ├── SourceFailed
             ├── ValueNotEncodable
@@ -76,6 +77,15 @@ class ErrorReason(enum.StrEnum):
     LEDGER_UNAVAILABLE = "LEDGER_UNAVAILABLE"
     DOWNLOAD_URLS_UNAVAILABLE = "DOWNLOAD_URLS_UNAVAILABLE"
     TOO_MANY_ROW_ERRORS = "TOO_MANY_ROW_ERRORS"
+    DELIVERY_FAILED = "DELIVERY_FAILED"
+    DELIVERY_REFUSED = "DELIVERY_REFUSED"
+    ENDPOINT_GONE = "ENDPOINT_GONE"
+    ENDPOINT_DISABLED = "ENDPOINT_DISABLED"
+    PARTS_NOT_DELIVERED = "PARTS_NOT_DELIVERED"
+    SINK_UNAVAILABLE = "SINK_UNAVAILABLE"
+    OUTPUT_DROPPED = "OUTPUT_DROPPED"
+    DELIVERY_NOT_FOUND = "DELIVERY_NOT_FOUND"
+    SINK_QUEUE_NOT_FOUND = "SINK_QUEUE_NOT_FOUND"
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +184,37 @@ TABLE: Mapping[ErrorReason, Answer] = MappingProxyType(
         ),
         ErrorReason.TOO_MANY_ROW_ERRORS: Answer(
             Code.DATA_LOSS, "too many rows cannot be exported"
+        ),
+        ErrorReason.DELIVERY_FAILED: Answer(
+            Code.UNAVAILABLE, "the sink could not be delivered to"
+        ),
+        ErrorReason.DELIVERY_REFUSED: Answer(
+            Code.FAILED_PRECONDITION, "the sink refused the delivery"
+        ),
+        ErrorReason.ENDPOINT_GONE: Answer(
+            Code.FAILED_PRECONDITION, "the endpoint wants no more deliveries"
+        ),
+        ErrorReason.ENDPOINT_DISABLED: Answer(
+            Code.FAILED_PRECONDITION,
+            "the endpoint is disabled because it failed for too long; mend it, then "
+            "enable it with EnableSinkQueue",
+        ),
+        ErrorReason.PARTS_NOT_DELIVERED: Answer(
+            Code.FAILED_PRECONDITION,
+            "parts of the export could not be delivered; redrive them, and this follows",
+        ),
+        ErrorReason.SINK_UNAVAILABLE: Answer(
+            Code.FAILED_PRECONDITION, "the sink is not configured on this server"
+        ),
+        ErrorReason.OUTPUT_DROPPED: Answer(
+            Code.NOT_FOUND,
+            "the output was dropped once every sink had it, as the request asked",
+        ),
+        ErrorReason.DELIVERY_NOT_FOUND: Answer(
+            Code.NOT_FOUND, "there is no such delivery; ListDeliveries names them"
+        ),
+        ErrorReason.SINK_QUEUE_NOT_FOUND: Answer(
+            Code.NOT_FOUND, "there is no such sink queue; ListSinkQueues names them"
         ),
     }
 )
@@ -343,6 +384,26 @@ class StoreFailed(ExportFailed):
     def __init__(self, *, full: bool = False) -> None:
         super().__init__(ErrorReason.STORE_FULL if full else ErrorReason.STORE_FAILED)
         self.retryable = not full
+
+
+class DeliveryFailed(ExportdError):
+    """An attempt at a delivery failed. `retryable`: another one may do better, not before
+    `retry_after` where the receiver said so. `gone`: the receiver wants nothing more,
+    ever."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        retryable: bool,
+        retry_after: timedelta | None = None,
+        gone: bool = False,
+    ) -> None:
+        reason = ErrorReason.DELIVERY_FAILED if retryable else ErrorReason.DELIVERY_REFUSED
+        super().__init__(ErrorReason.ENDPOINT_GONE if gone else reason, message)
+        self.retryable = retryable and not gone
+        self.retry_after = retry_after
+        self.gone = gone
 
 
 @dataclass(frozen=True, slots=True)

@@ -113,6 +113,30 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """Of a job: DATA_LOSS. More rows than `max_row_errors` hold a value that the format
     cannot carry; metadata has `cap`, `limit` and `count`.
     """
+    ERROR_REASON_DELIVERY_FAILED: _ErrorReason.ValueType  # 30
+    """Of a delivery: UNAVAILABLE. The sink did not take it; another attempt may do better."""
+    ERROR_REASON_DELIVERY_REFUSED: _ErrorReason.ValueType  # 31
+    """Of a delivery: FAILED_PRECONDITION. The sink refused it, and would again."""
+    ERROR_REASON_ENDPOINT_GONE: _ErrorReason.ValueType  # 32
+    """Of a delivery: FAILED_PRECONDITION. The endpoint says that it wants no more."""
+    ERROR_REASON_ENDPOINT_DISABLED: _ErrorReason.ValueType  # 33
+    """FAILED_PRECONDITION. The endpoint was disabled because it is gone or has failed for
+    too long; mend it, then call EnableSinkQueue.
+    """
+    ERROR_REASON_PARTS_NOT_DELIVERED: _ErrorReason.ValueType  # 34
+    """Of a delivery: FAILED_PRECONDITION. The completion of an export of which some parts
+    were dead-lettered; it follows once they are redriven.
+    """
+    ERROR_REASON_SINK_UNAVAILABLE: _ErrorReason.ValueType  # 35
+    """Of a delivery: FAILED_PRECONDITION. The sink's type or connection is not there any
+    more; the operator must bring it back.
+    """
+    ERROR_REASON_OUTPUT_DROPPED: _ErrorReason.ValueType  # 36
+    """NOT_FOUND. The output was dropped once every sink had it (`drop_after_delivery`)."""
+    ERROR_REASON_DELIVERY_NOT_FOUND: _ErrorReason.ValueType  # 37
+    """NOT_FOUND. There is no such delivery for this caller."""
+    ERROR_REASON_SINK_QUEUE_NOT_FOUND: _ErrorReason.ValueType  # 38
+    """NOT_FOUND. There is no such sink queue for this caller."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call or a job failed. The name without its `ERROR_REASON_` prefix is the
@@ -212,4 +236,28 @@ ERROR_REASON_TOO_MANY_ROW_ERRORS: ErrorReason.ValueType  # 29
 """Of a job: DATA_LOSS. More rows than `max_row_errors` hold a value that the format
 cannot carry; metadata has `cap`, `limit` and `count`.
 """
+ERROR_REASON_DELIVERY_FAILED: ErrorReason.ValueType  # 30
+"""Of a delivery: UNAVAILABLE. The sink did not take it; another attempt may do better."""
+ERROR_REASON_DELIVERY_REFUSED: ErrorReason.ValueType  # 31
+"""Of a delivery: FAILED_PRECONDITION. The sink refused it, and would again."""
+ERROR_REASON_ENDPOINT_GONE: ErrorReason.ValueType  # 32
+"""Of a delivery: FAILED_PRECONDITION. The endpoint says that it wants no more."""
+ERROR_REASON_ENDPOINT_DISABLED: ErrorReason.ValueType  # 33
+"""FAILED_PRECONDITION. The endpoint was disabled because it is gone or has failed for
+too long; mend it, then call EnableSinkQueue.
+"""
+ERROR_REASON_PARTS_NOT_DELIVERED: ErrorReason.ValueType  # 34
+"""Of a delivery: FAILED_PRECONDITION. The completion of an export of which some parts
+were dead-lettered; it follows once they are redriven.
+"""
+ERROR_REASON_SINK_UNAVAILABLE: ErrorReason.ValueType  # 35
+"""Of a delivery: FAILED_PRECONDITION. The sink's type or connection is not there any
+more; the operator must bring it back.
+"""
+ERROR_REASON_OUTPUT_DROPPED: ErrorReason.ValueType  # 36
+"""NOT_FOUND. The output was dropped once every sink had it (`drop_after_delivery`)."""
+ERROR_REASON_DELIVERY_NOT_FOUND: ErrorReason.ValueType  # 37
+"""NOT_FOUND. There is no such delivery for this caller."""
+ERROR_REASON_SINK_QUEUE_NOT_FOUND: ErrorReason.ValueType  # 38
+"""NOT_FOUND. There is no such sink queue for this caller."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -90,6 +90,26 @@ class ExportServiceStub:
                 request_serializer=exportd_dot_v1_dot_export__service__pb2.GetDownloadUrlsRequest.SerializeToString,
                 response_deserializer=exportd_dot_v1_dot_export__service__pb2.GetDownloadUrlsResponse.FromString,
                 _registered_method=True)
+        self.ListDeliveries = channel.unary_unary(
+                '/exportd.v1.ExportService/ListDeliveries',
+                request_serializer=exportd_dot_v1_dot_export__service__pb2.ListDeliveriesRequest.SerializeToString,
+                response_deserializer=exportd_dot_v1_dot_export__service__pb2.ListDeliveriesResponse.FromString,
+                _registered_method=True)
+        self.RedriveDeliveries = channel.unary_unary(
+                '/exportd.v1.ExportService/RedriveDeliveries',
+                request_serializer=exportd_dot_v1_dot_export__service__pb2.RedriveDeliveriesRequest.SerializeToString,
+                response_deserializer=exportd_dot_v1_dot_export__service__pb2.RedriveDeliveriesResponse.FromString,
+                _registered_method=True)
+        self.ListSinkQueues = channel.unary_unary(
+                '/exportd.v1.ExportService/ListSinkQueues',
+                request_serializer=exportd_dot_v1_dot_export__service__pb2.ListSinkQueuesRequest.SerializeToString,
+                response_deserializer=exportd_dot_v1_dot_export__service__pb2.ListSinkQueuesResponse.FromString,
+                _registered_method=True)
+        self.EnableSinkQueue = channel.unary_unary(
+                '/exportd.v1.ExportService/EnableSinkQueue',
+                request_serializer=exportd_dot_v1_dot_export__service__pb2.EnableSinkQueueRequest.SerializeToString,
+                response_deserializer=exportd_dot_v1_dot_export__service__pb2.EnableSinkQueueResponse.FromString,
+                _registered_method=True)
 
 
 class ExportServiceServicer:
@@ -209,6 +229,47 @@ class ExportServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListDeliveries(self, request, context):
+        """Lists deliveries to sinks, newest first.
+
+        Errors: INVALID_ARGUMENT for a bad filter, page size or token; NOT_FOUND
+        `JOB_NOT_FOUND`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RedriveDeliveries(self, request, context):
+        """Sends deliveries again that failed for good or were dropped, without exporting
+        again. What is waiting to be tried again is tried now.
+
+        Errors: INVALID_ARGUMENT; NOT_FOUND `JOB_NOT_FOUND`, `DELIVERY_NOT_FOUND`,
+        `OUTPUT_EXPIRED`; FAILED_PRECONDITION `JOB_FAILED`, `JOB_CANCELLED`,
+        `ENDPOINT_DISABLED`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListSinkQueues(self, request, context):
+        """Lists the queues that the caller's deliveries stand in, or stood in, by name.
+
+        Errors: INVALID_ARGUMENT for a bad page size or token.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EnableSinkQueue(self, request, context):
+        """Lets deliveries to a disabled endpoint go on. Those that were dead-lettered stay so
+        until they are redriven. An enabled one stays as it is.
+
+        Errors: NOT_FOUND `SINK_QUEUE_NOT_FOUND`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ExportServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -261,6 +322,26 @@ def add_ExportServiceServicer_to_server(servicer, server):
                     servicer.GetDownloadUrls,
                     request_deserializer=exportd_dot_v1_dot_export__service__pb2.GetDownloadUrlsRequest.FromString,
                     response_serializer=exportd_dot_v1_dot_export__service__pb2.GetDownloadUrlsResponse.SerializeToString,
+            ),
+            'ListDeliveries': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListDeliveries,
+                    request_deserializer=exportd_dot_v1_dot_export__service__pb2.ListDeliveriesRequest.FromString,
+                    response_serializer=exportd_dot_v1_dot_export__service__pb2.ListDeliveriesResponse.SerializeToString,
+            ),
+            'RedriveDeliveries': grpc.unary_unary_rpc_method_handler(
+                    servicer.RedriveDeliveries,
+                    request_deserializer=exportd_dot_v1_dot_export__service__pb2.RedriveDeliveriesRequest.FromString,
+                    response_serializer=exportd_dot_v1_dot_export__service__pb2.RedriveDeliveriesResponse.SerializeToString,
+            ),
+            'ListSinkQueues': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListSinkQueues,
+                    request_deserializer=exportd_dot_v1_dot_export__service__pb2.ListSinkQueuesRequest.FromString,
+                    response_serializer=exportd_dot_v1_dot_export__service__pb2.ListSinkQueuesResponse.SerializeToString,
+            ),
+            'EnableSinkQueue': grpc.unary_unary_rpc_method_handler(
+                    servicer.EnableSinkQueue,
+                    request_deserializer=exportd_dot_v1_dot_export__service__pb2.EnableSinkQueueRequest.FromString,
+                    response_serializer=exportd_dot_v1_dot_export__service__pb2.EnableSinkQueueResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -538,6 +619,114 @@ class ExportService:
             '/exportd.v1.ExportService/GetDownloadUrls',
             exportd_dot_v1_dot_export__service__pb2.GetDownloadUrlsRequest.SerializeToString,
             exportd_dot_v1_dot_export__service__pb2.GetDownloadUrlsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListDeliveries(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/exportd.v1.ExportService/ListDeliveries',
+            exportd_dot_v1_dot_export__service__pb2.ListDeliveriesRequest.SerializeToString,
+            exportd_dot_v1_dot_export__service__pb2.ListDeliveriesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RedriveDeliveries(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/exportd.v1.ExportService/RedriveDeliveries',
+            exportd_dot_v1_dot_export__service__pb2.RedriveDeliveriesRequest.SerializeToString,
+            exportd_dot_v1_dot_export__service__pb2.RedriveDeliveriesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListSinkQueues(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/exportd.v1.ExportService/ListSinkQueues',
+            exportd_dot_v1_dot_export__service__pb2.ListSinkQueuesRequest.SerializeToString,
+            exportd_dot_v1_dot_export__service__pb2.ListSinkQueuesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EnableSinkQueue(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/exportd.v1.ExportService/EnableSinkQueue',
+            exportd_dot_v1_dot_export__service__pb2.EnableSinkQueueRequest.SerializeToString,
+            exportd_dot_v1_dot_export__service__pb2.EnableSinkQueueResponse.FromString,
             options,
             channel_credentials,
             insecure,

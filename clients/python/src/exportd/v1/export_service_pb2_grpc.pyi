@@ -108,6 +108,31 @@ class ExportServiceStub:
     FAILED_PRECONDITION `JOB_NOT_FINISHED`, `JOB_FAILED`, `JOB_CANCELLED`,
     `DOWNLOAD_URLS_UNAVAILABLE`; UNAVAILABLE `STORE_FAILED`.
     """
+    ListDeliveries: _grpc.UnaryUnaryMultiCallable[_export_service_pb2.ListDeliveriesRequest, _export_service_pb2.ListDeliveriesResponse]
+    """Lists deliveries to sinks, newest first.
+
+    Errors: INVALID_ARGUMENT for a bad filter, page size or token; NOT_FOUND
+    `JOB_NOT_FOUND`.
+    """
+    RedriveDeliveries: _grpc.UnaryUnaryMultiCallable[_export_service_pb2.RedriveDeliveriesRequest, _export_service_pb2.RedriveDeliveriesResponse]
+    """Sends deliveries again that failed for good or were dropped, without exporting
+    again. What is waiting to be tried again is tried now.
+
+    Errors: INVALID_ARGUMENT; NOT_FOUND `JOB_NOT_FOUND`, `DELIVERY_NOT_FOUND`,
+    `OUTPUT_EXPIRED`; FAILED_PRECONDITION `JOB_FAILED`, `JOB_CANCELLED`,
+    `ENDPOINT_DISABLED`.
+    """
+    ListSinkQueues: _grpc.UnaryUnaryMultiCallable[_export_service_pb2.ListSinkQueuesRequest, _export_service_pb2.ListSinkQueuesResponse]
+    """Lists the queues that the caller's deliveries stand in, or stood in, by name.
+
+    Errors: INVALID_ARGUMENT for a bad page size or token.
+    """
+    EnableSinkQueue: _grpc.UnaryUnaryMultiCallable[_export_service_pb2.EnableSinkQueueRequest, _export_service_pb2.EnableSinkQueueResponse]
+    """Lets deliveries to a disabled endpoint go on. Those that were dead-lettered stay so
+    until they are redriven. An enabled one stays as it is.
+
+    Errors: NOT_FOUND `SINK_QUEUE_NOT_FOUND`.
+    """
 
 @_typing.type_check_only
 class ExportServiceAsyncStub(ExportServiceStub):
@@ -187,6 +212,31 @@ class ExportServiceAsyncStub(ExportServiceStub):
     INVALID_ARGUMENT; NOT_FOUND `JOB_NOT_FOUND`, `PART_NOT_FOUND`, `OUTPUT_EXPIRED`;
     FAILED_PRECONDITION `JOB_NOT_FINISHED`, `JOB_FAILED`, `JOB_CANCELLED`,
     `DOWNLOAD_URLS_UNAVAILABLE`; UNAVAILABLE `STORE_FAILED`.
+    """
+    ListDeliveries: _aio.UnaryUnaryMultiCallable[_export_service_pb2.ListDeliveriesRequest, _export_service_pb2.ListDeliveriesResponse]  # type: ignore[assignment]
+    """Lists deliveries to sinks, newest first.
+
+    Errors: INVALID_ARGUMENT for a bad filter, page size or token; NOT_FOUND
+    `JOB_NOT_FOUND`.
+    """
+    RedriveDeliveries: _aio.UnaryUnaryMultiCallable[_export_service_pb2.RedriveDeliveriesRequest, _export_service_pb2.RedriveDeliveriesResponse]  # type: ignore[assignment]
+    """Sends deliveries again that failed for good or were dropped, without exporting
+    again. What is waiting to be tried again is tried now.
+
+    Errors: INVALID_ARGUMENT; NOT_FOUND `JOB_NOT_FOUND`, `DELIVERY_NOT_FOUND`,
+    `OUTPUT_EXPIRED`; FAILED_PRECONDITION `JOB_FAILED`, `JOB_CANCELLED`,
+    `ENDPOINT_DISABLED`.
+    """
+    ListSinkQueues: _aio.UnaryUnaryMultiCallable[_export_service_pb2.ListSinkQueuesRequest, _export_service_pb2.ListSinkQueuesResponse]  # type: ignore[assignment]
+    """Lists the queues that the caller's deliveries stand in, or stood in, by name.
+
+    Errors: INVALID_ARGUMENT for a bad page size or token.
+    """
+    EnableSinkQueue: _aio.UnaryUnaryMultiCallable[_export_service_pb2.EnableSinkQueueRequest, _export_service_pb2.EnableSinkQueueResponse]  # type: ignore[assignment]
+    """Lets deliveries to a disabled endpoint go on. Those that were dead-lettered stay so
+    until they are redriven. An enabled one stays as it is.
+
+    Errors: NOT_FOUND `SINK_QUEUE_NOT_FOUND`.
     """
 
 class ExportServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -324,6 +374,55 @@ class ExportServiceServicer(metaclass=_abc_1.ABCMeta):
         INVALID_ARGUMENT; NOT_FOUND `JOB_NOT_FOUND`, `PART_NOT_FOUND`, `OUTPUT_EXPIRED`;
         FAILED_PRECONDITION `JOB_NOT_FINISHED`, `JOB_FAILED`, `JOB_CANCELLED`,
         `DOWNLOAD_URLS_UNAVAILABLE`; UNAVAILABLE `STORE_FAILED`.
+        """
+
+    @_abc_1.abstractmethod
+    def ListDeliveries(
+        self,
+        request: _export_service_pb2.ListDeliveriesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_export_service_pb2.ListDeliveriesResponse, _abc.Awaitable[_export_service_pb2.ListDeliveriesResponse]]:
+        """Lists deliveries to sinks, newest first.
+
+        Errors: INVALID_ARGUMENT for a bad filter, page size or token; NOT_FOUND
+        `JOB_NOT_FOUND`.
+        """
+
+    @_abc_1.abstractmethod
+    def RedriveDeliveries(
+        self,
+        request: _export_service_pb2.RedriveDeliveriesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_export_service_pb2.RedriveDeliveriesResponse, _abc.Awaitable[_export_service_pb2.RedriveDeliveriesResponse]]:
+        """Sends deliveries again that failed for good or were dropped, without exporting
+        again. What is waiting to be tried again is tried now.
+
+        Errors: INVALID_ARGUMENT; NOT_FOUND `JOB_NOT_FOUND`, `DELIVERY_NOT_FOUND`,
+        `OUTPUT_EXPIRED`; FAILED_PRECONDITION `JOB_FAILED`, `JOB_CANCELLED`,
+        `ENDPOINT_DISABLED`.
+        """
+
+    @_abc_1.abstractmethod
+    def ListSinkQueues(
+        self,
+        request: _export_service_pb2.ListSinkQueuesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_export_service_pb2.ListSinkQueuesResponse, _abc.Awaitable[_export_service_pb2.ListSinkQueuesResponse]]:
+        """Lists the queues that the caller's deliveries stand in, or stood in, by name.
+
+        Errors: INVALID_ARGUMENT for a bad page size or token.
+        """
+
+    @_abc_1.abstractmethod
+    def EnableSinkQueue(
+        self,
+        request: _export_service_pb2.EnableSinkQueueRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_export_service_pb2.EnableSinkQueueResponse, _abc.Awaitable[_export_service_pb2.EnableSinkQueueResponse]]:
+        """Lets deliveries to a disabled endpoint go on. Those that were dead-lettered stay so
+        until they are redriven. An enabled one stays as it is.
+
+        Errors: NOT_FOUND `SINK_QUEUE_NOT_FOUND`.
         """
 
 def add_ExportServiceServicer_to_server(servicer: ExportServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

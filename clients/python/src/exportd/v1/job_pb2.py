@@ -23,12 +23,13 @@ _sym_db = _symbol_database.Default()
 
 
 from exportd.v1 import dataset_pb2 as exportd_dot_v1_dot_dataset__pb2
+from exportd.v1 import sink_pb2 as exportd_dot_v1_dot_sink__pb2
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x65xportd/v1/job.proto\x12\nexportd.v1\x1a\x18\x65xportd/v1/dataset.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\"\xa7\x06\n\x13\x43reateExportRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x64\x61taset\x18\x02 \x01(\t\x12\x11\n\ttarget_id\x18\x03 \x01(\t\x12\x0f\n\x07network\x18\x04 \x01(\t\x12)\n\ntime_range\x18\x05 \x01(\x0b\x32\x15.exportd.v1.TimeRange\x12\x0f\n\x07\x63olumns\x18\x06 \x03(\t\x12#\n\x07\x66ilters\x18\x07 \x03(\x0b\x32\x12.exportd.v1.Filter\x12\x12\n\x05limit\x18\x08 \x01(\x03H\x00\x88\x01\x01\x12\"\n\x06\x66ormat\x18\t \x01(\x0e\x32\x12.exportd.v1.Format\x12+\n\x0b\x63sv_options\x18\n \x01(\x0b\x32\x16.exportd.v1.CsvOptions\x12\x33\n\x0fparquet_options\x18\x0b \x01(\x0b\x32\x1a.exportd.v1.ParquetOptions\x12/\n\rarrow_options\x18\x0c \x01(\x0b\x32\x18.exportd.v1.ArrowOptions\x12,\n\x0b\x63ompression\x18\r \x01(\x0e\x32\x17.exportd.v1.Compression\x12\x1a\n\rmax_part_rows\x18\x0e \x01(\x03H\x01\x88\x01\x01\x12\x1b\n\x0emax_part_bytes\x18\x0f \x01(\x03H\x02\x88\x01\x01\x12&\n\x03ttl\x18\x10 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x10\n\x08priority\x18\x11 \x01(\x05\x12;\n\x06labels\x18\x12 \x03(\x0b\x32+.exportd.v1.CreateExportRequest.LabelsEntry\x12\x15\n\rvalidate_only\x18\x13 \x01(\x08\x12\x30\n\x0con_row_error\x18\x14 \x01(\x0e\x32\x1a.exportd.v1.RowErrorPolicy\x12\x16\n\x0emax_row_errors\x18\x15 \x01(\x03\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x08\n\x06_limitB\x10\n\x0e_max_part_rowsB\x11\n\x0f_max_part_bytes\"i\n\tTimeRange\x12.\n\nstart_time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"o\n\x06\x46ilter\x12\x0e\n\x06\x63olumn\x18\x01 \x01(\t\x12,\n\x08operator\x18\x02 \x01(\x0e\x32\x1a.exportd.v1.FilterOperator\x12\'\n\x06values\x18\x03 \x03(\x0b\x32\x17.exportd.v1.FilterValue\"\xbe\x01\n\x0b\x46ilterValue\x12\x16\n\x0cstring_value\x18\x01 \x01(\tH\x00\x12\x13\n\tint_value\x18\x02 \x01(\x03H\x00\x12\x16\n\x0c\x64ouble_value\x18\x03 \x01(\x01H\x00\x12\x14\n\nbool_value\x18\x04 \x01(\x08H\x00\x12\x35\n\x0ftimestamp_value\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampH\x00\x12\x15\n\x0b\x62ytes_value\x18\x06 \x01(\x0cH\x00\x42\x06\n\x04kind\"}\n\nCsvOptions\x12\x11\n\tdelimiter\x18\x01 \x01(\t\x12\x13\n\x06header\x18\x02 \x01(\x08H\x00\x88\x01\x01\x12\x13\n\x0bnull_marker\x18\x03 \x01(\t\x12\'\n\x07\x64ialect\x18\x04 \x01(\x0e\x32\x16.exportd.v1.CsvDialectB\t\n\x07_header\"]\n\x0eParquetOptions\x12\x16\n\x0erow_group_rows\x18\x01 \x01(\x03\x12\x33\n\x0b\x63ompression\x18\x02 \x01(\x0e\x32\x1e.exportd.v1.ParquetCompression\"A\n\x0c\x41rrowOptions\x12\x31\n\x0b\x63ompression\x18\x01 \x01(\x0e\x32\x1c.exportd.v1.ArrowCompression\"\xd9\x03\n\x03Job\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12#\n\x05state\x18\x02 \x01(\x0e\x32\x14.exportd.v1.JobState\x12\x30\n\x07request\x18\x03 \x01(\x0b\x32\x1f.exportd.v1.CreateExportRequest\x12&\n\x08progress\x18\x04 \x01(\x0b\x32\x14.exportd.v1.Progress\x12/\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nstart_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x66inish_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\ngeneration\x18\t \x01(\x03\x12\x0f\n\x07\x61ttempt\x18\n \x01(\x05\x12!\n\x05\x65rror\x18\x0b \x01(\x0b\x32\x12.google.rpc.Status\x12&\n\x08manifest\x18\x0c \x01(\x0b\x32\x14.exportd.v1.Manifest\x12\x10\n\x08revision\x18\r \x01(\x03\"\xaf\x02\n\x08Progress\x12\x0c\n\x04rows\x18\x01 \x01(\x03\x12\r\n\x05\x62ytes\x18\x02 \x01(\x03\x12\x12\n\nparts_done\x18\x03 \x01(\x03\x12\x18\n\x0bparts_total\x18\x04 \x01(\x03H\x00\x88\x01\x01\x12\x1b\n\x0e\x65stimated_rows\x18\x05 \x01(\x03H\x01\x88\x01\x01\x12\x15\n\x08\x66raction\x18\x06 \x01(\x01H\x02\x88\x01\x01\x12\x1b\n\x0equeue_position\x18\x07 \x01(\x03H\x03\x88\x01\x01\x12\x1c\n\x0frows_per_second\x18\x08 \x01(\x01H\x04\x88\x01\x01\x12\x12\n\nrow_errors\x18\t \x01(\x03\x42\x0e\n\x0c_parts_totalB\x11\n\x0f_estimated_rowsB\x0b\n\t_fractionB\x11\n\x0f_queue_positionB\x12\n\x10_rows_per_second\"\xa2\x02\n\x08Manifest\x12#\n\x07\x63olumns\x18\x01 \x03(\x0b\x32\x12.exportd.v1.Column\x12\x1f\n\x05parts\x18\x02 \x03(\x0b\x32\x10.exportd.v1.Part\x12\x0c\n\x04rows\x18\x03 \x01(\x03\x12\r\n\x05\x62ytes\x18\x04 \x01(\x03\x12\x10\n\x08joinable\x18\x05 \x01(\x08\x12\x0e\n\x06\x63rc32c\x18\x06 \x01(\x07\x12\x0e\n\x06sha256\x18\x07 \x01(\x0c\x12\x14\n\x0c\x63ontent_type\x18\x08 \x01(\t\x12\x18\n\x10\x63ontent_encoding\x18\t \x01(\t\x12\x11\n\tfile_name\x18\n \x01(\t\x12\x12\n\nrow_errors\x18\x0b \x01(\x03\x12*\n\x0b\x65rror_parts\x18\x0c \x03(\x0b\x32\x15.exportd.v1.ErrorPart\"~\n\tErrorPart\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x12\n\npart_index\x18\x02 \x01(\x05\x12\x0c\n\x04rows\x18\x03 \x01(\x03\x12\r\n\x05\x62ytes\x18\x04 \x01(\x03\x12\x0e\n\x06\x63rc32c\x18\x05 \x01(\x07\x12\x0e\n\x06sha256\x18\x06 \x01(\x0c\x12\x11\n\tfile_name\x18\x07 \x01(\t\"\x91\x01\n\x04Part\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x0c\n\x04rows\x18\x02 \x01(\x03\x12\r\n\x05\x62ytes\x18\x03 \x01(\x03\x12\x0e\n\x06\x63rc32c\x18\x04 \x01(\x07\x12\x0e\n\x06sha256\x18\x05 \x01(\x0c\x12\x11\n\tfile_name\x18\x06 \x01(\t\x12\x14\n\x0cprefix_bytes\x18\x07 \x01(\x03\x12\x14\n\x0csuffix_bytes\x18\x08 \x01(\x03*s\n\x0eRowErrorPolicy\x12 \n\x1cROW_ERROR_POLICY_UNSPECIFIED\x10\x00\x12\x19\n\x15ROW_ERROR_POLICY_FAIL\x10\x01\x12$\n ROW_ERROR_POLICY_SKIP_AND_REPORT\x10\x02*`\n\nCsvDialect\x12\x1b\n\x17\x43SV_DIALECT_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x43SV_DIALECT_RAW\x10\x01\x12 \n\x1c\x43SV_DIALECT_SPREADSHEET_SAFE\x10\x02*\xba\x01\n\x12ParquetCompression\x12#\n\x1fPARQUET_COMPRESSION_UNSPECIFIED\x10\x00\x12$\n PARQUET_COMPRESSION_UNCOMPRESSED\x10\x01\x12\x1e\n\x1aPARQUET_COMPRESSION_SNAPPY\x10\x02\x12\x1c\n\x18PARQUET_COMPRESSION_ZSTD\x10\x03\x12\x1b\n\x17PARQUET_COMPRESSION_LZ4\x10\x04*\x90\x01\n\x10\x41rrowCompression\x12!\n\x1d\x41RROW_COMPRESSION_UNSPECIFIED\x10\x00\x12\"\n\x1e\x41RROW_COMPRESSION_UNCOMPRESSED\x10\x01\x12\x19\n\x15\x41RROW_COMPRESSION_LZ4\x10\x02\x12\x1a\n\x16\x41RROW_COMPRESSION_ZSTD\x10\x03*l\n\x0b\x43ompression\x12\x1b\n\x17\x43OMPRESSION_UNSPECIFIED\x10\x00\x12\x14\n\x10\x43OMPRESSION_NONE\x10\x01\x12\x14\n\x10\x43OMPRESSION_GZIP\x10\x02\x12\x14\n\x10\x43OMPRESSION_ZSTD\x10\x03*\x9b\x01\n\x08JobState\x12\x19\n\x15JOB_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11JOB_STATE_PENDING\x10\x01\x12\x15\n\x11JOB_STATE_RUNNING\x10\x02\x12\x17\n\x13JOB_STATE_SUCCEEDED\x10\x03\x12\x14\n\x10JOB_STATE_FAILED\x10\x04\x12\x17\n\x13JOB_STATE_CANCELLED\x10\x05\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x65xportd/v1/job.proto\x12\nexportd.v1\x1a\x18\x65xportd/v1/dataset.proto\x1a\x15\x65xportd/v1/sink.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\"\xe5\x06\n\x13\x43reateExportRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x64\x61taset\x18\x02 \x01(\t\x12\x11\n\ttarget_id\x18\x03 \x01(\t\x12\x0f\n\x07network\x18\x04 \x01(\t\x12)\n\ntime_range\x18\x05 \x01(\x0b\x32\x15.exportd.v1.TimeRange\x12\x0f\n\x07\x63olumns\x18\x06 \x03(\t\x12#\n\x07\x66ilters\x18\x07 \x03(\x0b\x32\x12.exportd.v1.Filter\x12\x12\n\x05limit\x18\x08 \x01(\x03H\x00\x88\x01\x01\x12\"\n\x06\x66ormat\x18\t \x01(\x0e\x32\x12.exportd.v1.Format\x12+\n\x0b\x63sv_options\x18\n \x01(\x0b\x32\x16.exportd.v1.CsvOptions\x12\x33\n\x0fparquet_options\x18\x0b \x01(\x0b\x32\x1a.exportd.v1.ParquetOptions\x12/\n\rarrow_options\x18\x0c \x01(\x0b\x32\x18.exportd.v1.ArrowOptions\x12,\n\x0b\x63ompression\x18\r \x01(\x0e\x32\x17.exportd.v1.Compression\x12\x1a\n\rmax_part_rows\x18\x0e \x01(\x03H\x01\x88\x01\x01\x12\x1b\n\x0emax_part_bytes\x18\x0f \x01(\x03H\x02\x88\x01\x01\x12&\n\x03ttl\x18\x10 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x10\n\x08priority\x18\x11 \x01(\x05\x12;\n\x06labels\x18\x12 \x03(\x0b\x32+.exportd.v1.CreateExportRequest.LabelsEntry\x12\x15\n\rvalidate_only\x18\x13 \x01(\x08\x12\x30\n\x0con_row_error\x18\x14 \x01(\x0e\x32\x1a.exportd.v1.RowErrorPolicy\x12\x16\n\x0emax_row_errors\x18\x15 \x01(\x03\x12\x1f\n\x05sinks\x18\x16 \x03(\x0b\x32\x10.exportd.v1.Sink\x12\x1b\n\x13\x64rop_after_delivery\x18\x17 \x01(\x08\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x08\n\x06_limitB\x10\n\x0e_max_part_rowsB\x11\n\x0f_max_part_bytes\"i\n\tTimeRange\x12.\n\nstart_time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"o\n\x06\x46ilter\x12\x0e\n\x06\x63olumn\x18\x01 \x01(\t\x12,\n\x08operator\x18\x02 \x01(\x0e\x32\x1a.exportd.v1.FilterOperator\x12\'\n\x06values\x18\x03 \x03(\x0b\x32\x17.exportd.v1.FilterValue\"\xbe\x01\n\x0b\x46ilterValue\x12\x16\n\x0cstring_value\x18\x01 \x01(\tH\x00\x12\x13\n\tint_value\x18\x02 \x01(\x03H\x00\x12\x16\n\x0c\x64ouble_value\x18\x03 \x01(\x01H\x00\x12\x14\n\nbool_value\x18\x04 \x01(\x08H\x00\x12\x35\n\x0ftimestamp_value\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampH\x00\x12\x15\n\x0b\x62ytes_value\x18\x06 \x01(\x0cH\x00\x42\x06\n\x04kind\"}\n\nCsvOptions\x12\x11\n\tdelimiter\x18\x01 \x01(\t\x12\x13\n\x06header\x18\x02 \x01(\x08H\x00\x88\x01\x01\x12\x13\n\x0bnull_marker\x18\x03 \x01(\t\x12\'\n\x07\x64ialect\x18\x04 \x01(\x0e\x32\x16.exportd.v1.CsvDialectB\t\n\x07_header\"]\n\x0eParquetOptions\x12\x16\n\x0erow_group_rows\x18\x01 \x01(\x03\x12\x33\n\x0b\x63ompression\x18\x02 \x01(\x0e\x32\x1e.exportd.v1.ParquetCompression\"A\n\x0c\x41rrowOptions\x12\x31\n\x0b\x63ompression\x18\x01 \x01(\x0e\x32\x1c.exportd.v1.ArrowCompression\"\x81\x05\n\x03Job\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12#\n\x05state\x18\x02 \x01(\x0e\x32\x14.exportd.v1.JobState\x12\x30\n\x07request\x18\x03 \x01(\x0b\x32\x1f.exportd.v1.CreateExportRequest\x12&\n\x08progress\x18\x04 \x01(\x0b\x32\x14.exportd.v1.Progress\x12/\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nstart_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x66inish_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\ngeneration\x18\t \x01(\x03\x12\x0f\n\x07\x61ttempt\x18\n \x01(\x05\x12!\n\x05\x65rror\x18\x0b \x01(\x0b\x32\x12.google.rpc.Status\x12&\n\x08manifest\x18\x0c \x01(\x0b\x32\x14.exportd.v1.Manifest\x12\x10\n\x08revision\x18\r \x01(\x03\x12\x33\n\x0f\x64\x65livery_status\x18\x0e \x01(\x0e\x32\x1a.exportd.v1.DeliveryStatus\x12\x14\n\x0c\x64\x65livered_to\x18\x0f \x03(\t\x12,\n\ndeliveries\x18\x10 \x03(\x0b\x32\x18.exportd.v1.SinkDelivery\x12-\n\tdrop_time\x18\x11 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xaf\x02\n\x08Progress\x12\x0c\n\x04rows\x18\x01 \x01(\x03\x12\r\n\x05\x62ytes\x18\x02 \x01(\x03\x12\x12\n\nparts_done\x18\x03 \x01(\x03\x12\x18\n\x0bparts_total\x18\x04 \x01(\x03H\x00\x88\x01\x01\x12\x1b\n\x0e\x65stimated_rows\x18\x05 \x01(\x03H\x01\x88\x01\x01\x12\x15\n\x08\x66raction\x18\x06 \x01(\x01H\x02\x88\x01\x01\x12\x1b\n\x0equeue_position\x18\x07 \x01(\x03H\x03\x88\x01\x01\x12\x1c\n\x0frows_per_second\x18\x08 \x01(\x01H\x04\x88\x01\x01\x12\x12\n\nrow_errors\x18\t \x01(\x03\x42\x0e\n\x0c_parts_totalB\x11\n\x0f_estimated_rowsB\x0b\n\t_fractionB\x11\n\x0f_queue_positionB\x12\n\x10_rows_per_second\"\xa2\x02\n\x08Manifest\x12#\n\x07\x63olumns\x18\x01 \x03(\x0b\x32\x12.exportd.v1.Column\x12\x1f\n\x05parts\x18\x02 \x03(\x0b\x32\x10.exportd.v1.Part\x12\x0c\n\x04rows\x18\x03 \x01(\x03\x12\r\n\x05\x62ytes\x18\x04 \x01(\x03\x12\x10\n\x08joinable\x18\x05 \x01(\x08\x12\x0e\n\x06\x63rc32c\x18\x06 \x01(\x07\x12\x0e\n\x06sha256\x18\x07 \x01(\x0c\x12\x14\n\x0c\x63ontent_type\x18\x08 \x01(\t\x12\x18\n\x10\x63ontent_encoding\x18\t \x01(\t\x12\x11\n\tfile_name\x18\n \x01(\t\x12\x12\n\nrow_errors\x18\x0b \x01(\x03\x12*\n\x0b\x65rror_parts\x18\x0c \x03(\x0b\x32\x15.exportd.v1.ErrorPart\"~\n\tErrorPart\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x12\n\npart_index\x18\x02 \x01(\x05\x12\x0c\n\x04rows\x18\x03 \x01(\x03\x12\r\n\x05\x62ytes\x18\x04 \x01(\x03\x12\x0e\n\x06\x63rc32c\x18\x05 \x01(\x07\x12\x0e\n\x06sha256\x18\x06 \x01(\x0c\x12\x11\n\tfile_name\x18\x07 \x01(\t\"\x91\x01\n\x04Part\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x0c\n\x04rows\x18\x02 \x01(\x03\x12\r\n\x05\x62ytes\x18\x03 \x01(\x03\x12\x0e\n\x06\x63rc32c\x18\x04 \x01(\x07\x12\x0e\n\x06sha256\x18\x05 \x01(\x0c\x12\x11\n\tfile_name\x18\x06 \x01(\t\x12\x14\n\x0cprefix_bytes\x18\x07 \x01(\x03\x12\x14\n\x0csuffix_bytes\x18\x08 \x01(\x03*s\n\x0eRowErrorPolicy\x12 \n\x1cROW_ERROR_POLICY_UNSPECIFIED\x10\x00\x12\x19\n\x15ROW_ERROR_POLICY_FAIL\x10\x01\x12$\n ROW_ERROR_POLICY_SKIP_AND_REPORT\x10\x02*`\n\nCsvDialect\x12\x1b\n\x17\x43SV_DIALECT_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x43SV_DIALECT_RAW\x10\x01\x12 \n\x1c\x43SV_DIALECT_SPREADSHEET_SAFE\x10\x02*\xba\x01\n\x12ParquetCompression\x12#\n\x1fPARQUET_COMPRESSION_UNSPECIFIED\x10\x00\x12$\n PARQUET_COMPRESSION_UNCOMPRESSED\x10\x01\x12\x1e\n\x1aPARQUET_COMPRESSION_SNAPPY\x10\x02\x12\x1c\n\x18PARQUET_COMPRESSION_ZSTD\x10\x03\x12\x1b\n\x17PARQUET_COMPRESSION_LZ4\x10\x04*\x90\x01\n\x10\x41rrowCompression\x12!\n\x1d\x41RROW_COMPRESSION_UNSPECIFIED\x10\x00\x12\"\n\x1e\x41RROW_COMPRESSION_UNCOMPRESSED\x10\x01\x12\x19\n\x15\x41RROW_COMPRESSION_LZ4\x10\x02\x12\x1a\n\x16\x41RROW_COMPRESSION_ZSTD\x10\x03*l\n\x0b\x43ompression\x12\x1b\n\x17\x43OMPRESSION_UNSPECIFIED\x10\x00\x12\x14\n\x10\x43OMPRESSION_NONE\x10\x01\x12\x14\n\x10\x43OMPRESSION_GZIP\x10\x02\x12\x14\n\x10\x43OMPRESSION_ZSTD\x10\x03*\x9b\x01\n\x08JobState\x12\x19\n\x15JOB_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11JOB_STATE_PENDING\x10\x01\x12\x15\n\x11JOB_STATE_RUNNING\x10\x02\x12\x17\n\x13JOB_STATE_SUCCEEDED\x10\x03\x12\x14\n\x10JOB_STATE_FAILED\x10\x04\x12\x17\n\x13JOB_STATE_CANCELLED\x10\x05\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,42 +38,42 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_CREATEEXPORTREQUEST_LABELSENTRY']._loaded_options = None
   _globals['_CREATEEXPORTREQUEST_LABELSENTRY']._serialized_options = b'8\001'
-  _globals['_ROWERRORPOLICY']._serialized_start=3015
-  _globals['_ROWERRORPOLICY']._serialized_end=3130
-  _globals['_CSVDIALECT']._serialized_start=3132
-  _globals['_CSVDIALECT']._serialized_end=3228
-  _globals['_PARQUETCOMPRESSION']._serialized_start=3231
-  _globals['_PARQUETCOMPRESSION']._serialized_end=3417
-  _globals['_ARROWCOMPRESSION']._serialized_start=3420
-  _globals['_ARROWCOMPRESSION']._serialized_end=3564
-  _globals['_COMPRESSION']._serialized_start=3566
-  _globals['_COMPRESSION']._serialized_end=3674
-  _globals['_JOBSTATE']._serialized_start=3677
-  _globals['_JOBSTATE']._serialized_end=3832
-  _globals['_CREATEEXPORTREQUEST']._serialized_start=153
-  _globals['_CREATEEXPORTREQUEST']._serialized_end=960
-  _globals['_CREATEEXPORTREQUEST_LABELSENTRY']._serialized_start=868
-  _globals['_CREATEEXPORTREQUEST_LABELSENTRY']._serialized_end=913
-  _globals['_TIMERANGE']._serialized_start=962
-  _globals['_TIMERANGE']._serialized_end=1067
-  _globals['_FILTER']._serialized_start=1069
-  _globals['_FILTER']._serialized_end=1180
-  _globals['_FILTERVALUE']._serialized_start=1183
-  _globals['_FILTERVALUE']._serialized_end=1373
-  _globals['_CSVOPTIONS']._serialized_start=1375
-  _globals['_CSVOPTIONS']._serialized_end=1500
-  _globals['_PARQUETOPTIONS']._serialized_start=1502
-  _globals['_PARQUETOPTIONS']._serialized_end=1595
-  _globals['_ARROWOPTIONS']._serialized_start=1597
-  _globals['_ARROWOPTIONS']._serialized_end=1662
-  _globals['_JOB']._serialized_start=1665
-  _globals['_JOB']._serialized_end=2138
-  _globals['_PROGRESS']._serialized_start=2141
-  _globals['_PROGRESS']._serialized_end=2444
-  _globals['_MANIFEST']._serialized_start=2447
-  _globals['_MANIFEST']._serialized_end=2737
-  _globals['_ERRORPART']._serialized_start=2739
-  _globals['_ERRORPART']._serialized_end=2865
-  _globals['_PART']._serialized_start=2868
-  _globals['_PART']._serialized_end=3013
+  _globals['_ROWERRORPOLICY']._serialized_start=3268
+  _globals['_ROWERRORPOLICY']._serialized_end=3383
+  _globals['_CSVDIALECT']._serialized_start=3385
+  _globals['_CSVDIALECT']._serialized_end=3481
+  _globals['_PARQUETCOMPRESSION']._serialized_start=3484
+  _globals['_PARQUETCOMPRESSION']._serialized_end=3670
+  _globals['_ARROWCOMPRESSION']._serialized_start=3673
+  _globals['_ARROWCOMPRESSION']._serialized_end=3817
+  _globals['_COMPRESSION']._serialized_start=3819
+  _globals['_COMPRESSION']._serialized_end=3927
+  _globals['_JOBSTATE']._serialized_start=3930
+  _globals['_JOBSTATE']._serialized_end=4085
+  _globals['_CREATEEXPORTREQUEST']._serialized_start=176
+  _globals['_CREATEEXPORTREQUEST']._serialized_end=1045
+  _globals['_CREATEEXPORTREQUEST_LABELSENTRY']._serialized_start=953
+  _globals['_CREATEEXPORTREQUEST_LABELSENTRY']._serialized_end=998
+  _globals['_TIMERANGE']._serialized_start=1047
+  _globals['_TIMERANGE']._serialized_end=1152
+  _globals['_FILTER']._serialized_start=1154
+  _globals['_FILTER']._serialized_end=1265
+  _globals['_FILTERVALUE']._serialized_start=1268
+  _globals['_FILTERVALUE']._serialized_end=1458
+  _globals['_CSVOPTIONS']._serialized_start=1460
+  _globals['_CSVOPTIONS']._serialized_end=1585
+  _globals['_PARQUETOPTIONS']._serialized_start=1587
+  _globals['_PARQUETOPTIONS']._serialized_end=1680
+  _globals['_ARROWOPTIONS']._serialized_start=1682
+  _globals['_ARROWOPTIONS']._serialized_end=1747
+  _globals['_JOB']._serialized_start=1750
+  _globals['_JOB']._serialized_end=2391
+  _globals['_PROGRESS']._serialized_start=2394
+  _globals['_PROGRESS']._serialized_end=2697
+  _globals['_MANIFEST']._serialized_start=2700
+  _globals['_MANIFEST']._serialized_end=2990
+  _globals['_ERRORPART']._serialized_start=2992
+  _globals['_ERRORPART']._serialized_end=3118
+  _globals['_PART']._serialized_start=3121
+  _globals['_PART']._serialized_end=3266
 # @@protoc_insertion_point(module_scope)

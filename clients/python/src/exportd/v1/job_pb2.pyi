@@ -5,6 +5,7 @@ isort:skip_file
 
 from collections import abc as _abc
 from exportd.v1 import dataset_pb2 as _dataset_pb2
+from exportd.v1 import sink_pb2 as _sink_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
@@ -254,6 +255,8 @@ class CreateExportRequest(_message.Message):
     VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
     ON_ROW_ERROR_FIELD_NUMBER: _builtins.int
     MAX_ROW_ERRORS_FIELD_NUMBER: _builtins.int
+    SINKS_FIELD_NUMBER: _builtins.int
+    DROP_AFTER_DELIVERY_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """A UUID of the caller's that makes the call safe to repeat for as long as the job is
     kept. Empty: every call makes a job.
@@ -295,6 +298,10 @@ class CreateExportRequest(_message.Message):
     `TOO_MANY_ROW_ERRORS`. 0: 10 000. At most 1 000 000. Refused unless `on_row_error` is
     `SKIP_AND_REPORT`.
     """
+    drop_after_delivery: _builtins.bool
+    """Drop the stored output once every sink has all of it; the job stays. Refused without
+    `sinks`.
+    """
     @_builtins.property
     def time_range(self) -> Global___TimeRange:
         """Keep only rows whose time lies in this range."""
@@ -331,6 +338,12 @@ class CreateExportRequest(_message.Message):
         `[a-z][a-z0-9_.-]{0,62}`, values have up to 256 characters.
         """
 
+    @_builtins.property
+    def sinks(self) -> _containers.RepeatedCompositeFieldContainer[_sink_pb2.Sink]:
+        """Where to deliver the export, besides keeping it for download. At most 10. Secrets in
+        them are never given back.
+        """
+
     def __init__(
         self,
         *,
@@ -355,10 +368,12 @@ class CreateExportRequest(_message.Message):
         validate_only: _builtins.bool = ...,
         on_row_error: Global___RowErrorPolicy.ValueType = ...,
         max_row_errors: _builtins.int = ...,
+        sinks: _abc.Iterable[_sink_pb2.Sink] | None = ...,
+        drop_after_delivery: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_limit", b"_limit", "_max_part_bytes", b"_max_part_bytes", "_max_part_rows", b"_max_part_rows", "arrow_options", b"arrow_options", "csv_options", b"csv_options", "limit", b"limit", "max_part_bytes", b"max_part_bytes", "max_part_rows", b"max_part_rows", "parquet_options", b"parquet_options", "time_range", b"time_range", "ttl", b"ttl"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_limit", b"_limit", "_max_part_bytes", b"_max_part_bytes", "_max_part_rows", b"_max_part_rows", "arrow_options", b"arrow_options", "columns", b"columns", "compression", b"compression", "csv_options", b"csv_options", "dataset", b"dataset", "filters", b"filters", "format", b"format", "labels", b"labels", "limit", b"limit", "max_part_bytes", b"max_part_bytes", "max_part_rows", b"max_part_rows", "max_row_errors", b"max_row_errors", "network", b"network", "on_row_error", b"on_row_error", "parquet_options", b"parquet_options", "priority", b"priority", "request_id", b"request_id", "target_id", b"target_id", "time_range", b"time_range", "ttl", b"ttl", "validate_only", b"validate_only"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_limit", b"_limit", "_max_part_bytes", b"_max_part_bytes", "_max_part_rows", b"_max_part_rows", "arrow_options", b"arrow_options", "columns", b"columns", "compression", b"compression", "csv_options", b"csv_options", "dataset", b"dataset", "drop_after_delivery", b"drop_after_delivery", "filters", b"filters", "format", b"format", "labels", b"labels", "limit", b"limit", "max_part_bytes", b"max_part_bytes", "max_part_rows", b"max_part_rows", "max_row_errors", b"max_row_errors", "network", b"network", "on_row_error", b"on_row_error", "parquet_options", b"parquet_options", "priority", b"priority", "request_id", b"request_id", "sinks", b"sinks", "target_id", b"target_id", "time_range", b"time_range", "ttl", b"ttl", "validate_only", b"validate_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__limit: _TypeAlias = _typing.Literal["limit"]  # noqa: Y015
     _WhichOneofArgType__limit: _TypeAlias = _typing.Literal["_limit", b"_limit"]  # noqa: Y015
@@ -590,6 +605,10 @@ class Job(_message.Message):
     ERROR_FIELD_NUMBER: _builtins.int
     MANIFEST_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
+    DELIVERY_STATUS_FIELD_NUMBER: _builtins.int
+    DELIVERED_TO_FIELD_NUMBER: _builtins.int
+    DELIVERIES_FIELD_NUMBER: _builtins.int
+    DROP_TIME_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """UUID (version 7), made by the server. Empty in the answer to `validate_only`."""
     state: Global___JobState.ValueType
@@ -604,6 +623,8 @@ class Job(_message.Message):
     """
     revision: _builtins.int
     """Counts up with each change to the job."""
+    delivery_status: _sink_pb2.DeliveryStatus.ValueType
+    """How its delivery to all sinks stands; unspecified when it has none."""
     @_builtins.property
     def request(self) -> Global___CreateExportRequest:
         """The request as accepted, with the server's defaults filled in."""
@@ -638,6 +659,20 @@ class Job(_message.Message):
     def manifest(self) -> Global___Manifest:
         """What there is to download; absent unless `SUCCEEDED`."""
 
+    @_builtins.property
+    def delivered_to(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of the sinks that have all of it."""
+
+    @_builtins.property
+    def deliveries(self) -> _containers.RepeatedCompositeFieldContainer[_sink_pb2.SinkDelivery]:
+        """How its delivery to each sink stands, in the order of the request. Left out by
+        ListJobs.
+        """
+
+    @_builtins.property
+    def drop_time(self) -> _timestamp_pb2.Timestamp:
+        """When the output was dropped because every sink had it; absent otherwise."""
+
     def __init__(
         self,
         *,
@@ -654,10 +689,14 @@ class Job(_message.Message):
         error: _status_pb2.Status | None = ...,
         manifest: Global___Manifest | None = ...,
         revision: _builtins.int = ...,
+        delivery_status: _sink_pb2.DeliveryStatus.ValueType = ...,
+        delivered_to: _abc.Iterable[_builtins.str] | None = ...,
+        deliveries: _abc.Iterable[_sink_pb2.SinkDelivery] | None = ...,
+        drop_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "error", b"error", "expire_time", b"expire_time", "finish_time", b"finish_time", "manifest", b"manifest", "progress", b"progress", "request", b"request", "start_time", b"start_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "drop_time", b"drop_time", "error", b"error", "expire_time", b"expire_time", "finish_time", b"finish_time", "manifest", b"manifest", "progress", b"progress", "request", b"request", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "create_time", b"create_time", "error", b"error", "expire_time", b"expire_time", "finish_time", b"finish_time", "generation", b"generation", "job_id", b"job_id", "manifest", b"manifest", "progress", b"progress", "request", b"request", "revision", b"revision", "start_time", b"start_time", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "create_time", b"create_time", "delivered_to", b"delivered_to", "deliveries", b"deliveries", "delivery_status", b"delivery_status", "drop_time", b"drop_time", "error", b"error", "expire_time", b"expire_time", "finish_time", b"finish_time", "generation", b"generation", "job_id", b"job_id", "manifest", b"manifest", "progress", b"progress", "request", b"request", "revision", b"revision", "start_time", b"start_time", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
