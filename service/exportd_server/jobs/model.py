@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import builtins
 import enum
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 from exportd_server.encoders.base import OutputFormat
 from exportd_server.errors import ErrorRecord
+from exportd_server.sinks.base import Takes
 from exportd_server.sources.base import FilterOperator
 from exportd_server.store.key import OutputKind
 
@@ -84,6 +85,42 @@ class RowErrorPolicy(enum.StrEnum):
     SKIP_AND_REPORT = "SKIP_AND_REPORT"
 
 
+class OnFull(enum.StrEnum):
+    """What happens when a delivery becomes due and its queue is full."""
+
+    BLOCK = "BLOCK"
+    """The export waits before its next part."""
+    DROP = "DROP"
+    """The delivery is dropped."""
+
+
+@dataclass(frozen=True, slots=True)
+class QueuePolicy:
+    """What the operator allows for a queue: deliveries under way at a time, over all
+    processes, and deliveries that stand in it before it is full. Those that failed and
+    wait to be tried again do not count. `tenant` is empty for a queue that all share."""
+
+    queue: str
+    tenant: str = ""
+    concurrency: int = 4
+    depth: int = 1000
+    on_full: OnFull = OnFull.BLOCK
+
+
+@dataclass(frozen=True, slots=True)
+class SinkSpec:
+    """A sink of a job as accepted. `config` is what the caller said without its secrets,
+    which are in `sealed`, encrypted; empty without any."""
+
+    name: str
+    type: str
+    connection: str
+    config: Mapping[str, Any]
+    queue: str
+    takes: Takes
+    sealed: str = ""
+
+
 @dataclass(frozen=True, slots=True)
 class ExportSpec:
     """A request as accepted: what to export and how, defaults filled in."""
@@ -105,6 +142,8 @@ class ExportSpec:
     ttl: timedelta = timedelta(days=1)
     priority: int = 0
     labels: Mapping[str, str] = field(default_factory=dict)
+    sinks: tuple[SinkSpec, ...] = ()
+    drop_after_delivery: bool = False
 
     @property
     def on_row_error(self) -> RowErrorPolicy:
@@ -173,6 +212,80 @@ class Progress:
     error_parts: int = 0
 
 
+class DeliveryState(enum.StrEnum):
+    """States of a delivery, as the contract names them."""
+
+    PENDING = "PENDING"
+    DELIVERED = "DELIVERED"
+    DROPPED = "DROPPED"
+    DEAD_LETTERED = "DEAD_LETTERED"
+    FAILED = "FAILED"
+
+
+class DeliveryStatus(enum.StrEnum):
+    """Where the delivery to a sink, or to all of a job, stands."""
+
+    PENDING = "PENDING"
+    DELIVERED = "DELIVERED"
+    DROPPED = "DROPPED"
+    FAILED = "FAILED"
+
+    @staticmethod
+    def joined(statuses: Collection[DeliveryStatus]) -> DeliveryStatus | None:
+        """That of several together: the worst of them once all have ended."""
+        order = ("PENDING", "FAILED", "DROPPED", "DELIVERED")
+        return min(statuses, key=lambda each: order.index(each.value), default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class SinkDelivery:
+    """How the delivery to one sink stands; see `sink.proto`."""
+
+    sink: str
+    status: DeliveryStatus
+    pending: int = 0
+    delivered: int = 0
+    dropped: int = 0
+    dead_lettered: int = 0
+    attempts: int = 0
+    last_error: ErrorRecord | None = None
+    receipt: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class DeliveryRecord:
+    """One delivery at one moment. `part` is (shard, sequence); None: the completion."""
+
+    delivery_id: str
+    tenant: str
+    job_id: str
+    sink: str
+    queue: str
+    generation: int
+    part: tuple[int, int] | None
+    state: DeliveryState
+    attempts: int
+    create_time: datetime
+    last_error: ErrorRecord | None = None
+    receipt: str = ""
+    finish_time: datetime | None = None
+    next_attempt_time: datetime | None = None
+    """Set while it waits to be tried again."""
+
+
+@dataclass(frozen=True, slots=True)
+class SinkQueue:
+    """A queue as one tenant sees it."""
+
+    queue: str
+    waiting: int = 0
+    retrying: int = 0
+    dead_lettered: int = 0
+    failing_since: datetime | None = None
+    disabled_time: datetime | None = None
+    disabled_reason: ErrorRecord | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
     """A job at one moment."""
@@ -196,6 +309,20 @@ class Job:
     progress: Progress = field(default_factory=Progress)
     error: ErrorRecord | None = None
     manifest: Manifest | None = None
+    deliveries: tuple[SinkDelivery, ...] = ()
+    """One for each sink, in the order of the spec."""
+    drop_time: datetime | None = None
+    """When the output was dropped because every sink had it."""
+
+    @property
+    def delivery_status(self) -> DeliveryStatus | None:
+        """Where the delivery to all sinks stands; None without sinks."""
+        return DeliveryStatus.joined([each.status for each in self.deliveries])
+
+    @property
+    def settled(self) -> bool:
+        """Whether it has ended and so have its deliveries."""
+        return self.state.terminal and self.delivery_status is not DeliveryStatus.PENDING
 
 
 class CancelOutcome(enum.StrEnum):

@@ -17,12 +17,17 @@ from typing import NamedTuple, Protocol
 from exportd_server.errors import ErrorRecord
 from exportd_server.jobs.model import (
     CancelOutcome,
+    DeliveryRecord,
+    DeliveryState,
     ExportSpec,
     Job,
     JobState,
     Manifest,
     ManifestColumn,
     PartRecord,
+    QueuePolicy,
+    SinkQueue,
+    SinkSpec,
 )
 from exportd_server.sources.base import Shard
 from exportd_server.store.key import JobPrefix
@@ -41,6 +46,8 @@ class TaskKind(enum.StrEnum):
     """Find expired jobs; one such task exists, and it returns for ever."""
     SWEEP = "sweep"
     """Find output that belongs to no job; likewise."""
+    DELIVER = "deliver"
+    """Bring a part, or the completion, to a sink."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +59,8 @@ class NewJob:
     spec: ExportSpec
     request_id: str = ""
     fingerprint: str = ""
+    queues: tuple[QueuePolicy, ...] = ()
+    """What the operator allows for the queues of its sinks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,12 +114,51 @@ class Kept:
     """The output has expired and is still being read: leave all of it and come again."""
 
 
+@dataclass(frozen=True, slots=True)
+class DeliveryQuery:
+    """Conditions on deliveries that must all hold; empty ones hold always. `sink` is the
+    name inside the job, and needs `job_id`."""
+
+    delivery_id: str = ""
+    job_id: str = ""
+    sink: str = ""
+    queue: str = ""
+    states: frozenset[DeliveryState] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class DeliveryWork:
+    """What a delivery needs. `parts` is the one part, or for a completion all that the
+    sink has been given, in the order of the output; `dropped` were not. `attempt` counts
+    from 1, over every drive."""
+
+    delivery_id: str
+    attempt: int
+    job: Job
+    sink: SinkSpec
+    parts: tuple[PartRecord, ...]
+    columns: tuple[ManifestColumn, ...]
+    completion: bool
+    dropped: int = 0
+    disabled: bool = False
+    """The endpoint is disabled: do not try."""
+
+
 class Totals(NamedTuple):
     """How far a job is: rows written, stored bytes, rows left out."""
 
     rows: int
     bytes: int
     row_errors: int
+
+
+class DeliveryFailure(NamedTuple):
+    """What a failed attempt came to."""
+
+    dead: bool
+    """The delivery is a dead letter."""
+    disabled: bool
+    """The endpoint was disabled by it."""
 
 
 class LeaseLost(Exception):
@@ -124,6 +172,15 @@ class RequestIdConflict(Exception):
     def __init__(self, job_id: str) -> None:
         self.job_id = job_id
         super().__init__(f"request_id belongs to job {job_id}")
+
+
+class EndpointDisabled(Exception):
+    """A sink's endpoint is disabled."""
+
+    def __init__(self, sink: int, queue: str) -> None:
+        self.sink = sink
+        self.queue = queue
+        super().__init__(f"queue {queue} is disabled")
 
 
 class TooManyActiveJobs(Exception):
@@ -156,7 +213,8 @@ class Ledger(Protocol):
 
         With a request_id that the tenant's jobs have: the same fingerprint answers with
         that job, whatever the quota; another one raises `RequestIdConflict`. Else more
-        than `max_active` unfinished jobs of the tenant raise `TooManyActiveJobs`.
+        than `max_active` unfinished jobs of the tenant raise `TooManyActiveJobs`, and a
+        sink whose queue is disabled raises `EndpointDisabled`.
         """
         ...
 
@@ -334,6 +392,70 @@ class Ledger(Protocol):
 
     async def identity(self) -> str:
         """A UUID of this ledger, which no other one has."""
+        ...
+
+    # --- deliveries
+    #
+    # A sink that takes parts has a delivery for each part from the moment it is recorded.
+    # Each sink has one more, the completion, from the moment the job succeeds: due once
+    # the sink has all its parts, and dead-lettered with them.
+
+    async def has_room(self, lease: Lease) -> bool:
+        """Whether the export may go on to its next part: False while a queue of one of
+        its sinks is full and says `BLOCK`."""
+        ...
+
+    async def delivery_work(self, lease: Lease) -> DeliveryWork:
+        """What the delivery of a lease needs."""
+        ...
+
+    async def complete_delivery(self, lease: Lease, receipt: str) -> None:
+        """The sink has it, durably. The last one of a job that asks for it drops the
+        job's output."""
+        ...
+
+    async def fail_delivery(
+        self,
+        lease: Lease,
+        error: ErrorRecord,
+        *,
+        retry_in: timedelta | None,
+        disable_after: timedelta | None = None,
+        gone: bool = False,
+    ) -> DeliveryFailure:
+        """End an attempt: with `retry_in` the delivery is due again after it, else it is
+        a dead letter. An endpoint that is `gone`, or has failed for `disable_after` since
+        its last success, is disabled: no delivery of its queue is tried any more."""
+        ...
+
+    async def list_deliveries(
+        self,
+        tenant: str,
+        query: DeliveryQuery,
+        *,
+        limit: int,
+        before: tuple[datetime, str] | None = None,
+    ) -> list[DeliveryRecord]:
+        """Deliveries, newest first by (create_time, delivery_id); `before` is the last
+        of the page before."""
+        ...
+
+    async def redrive_deliveries(self, tenant: str, query: DeliveryQuery) -> int:
+        """Make deliveries due now that were dead-lettered or dropped, or wait to be tried
+        again, of jobs whose output is there; returns how many. A completion goes after
+        its parts. Those of disabled endpoints stay. It is done in several transactions
+        when there are many; each is looked at once."""
+        ...
+
+    async def list_queues(
+        self, tenant: str, *, limit: int, after: str = "", queue: str = ""
+    ) -> list[SinkQueue]:
+        """Queues that the tenant has deliveries in, by name, or the one."""
+        ...
+
+    async def enable_queue(self, tenant: str, queue: str) -> bool:
+        """Let deliveries to an endpoint be tried again; False when the tenant has no such
+        queue."""
         ...
 
     # --- readers of outputs

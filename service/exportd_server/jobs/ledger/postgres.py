@@ -13,7 +13,7 @@ import contextlib
 import random
 import secrets
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from typing import Any, TypeVar
 
@@ -32,7 +32,7 @@ from exportd_server.jobs.ledger.postgres_server import Address
 from exportd_server.jobs.ledger.signals import Signals
 from exportd_server.jobs.ledger.sql import SqlLedger
 from exportd_server.jobs.ledger.statements import claiming, lifecycle
-from exportd_server.jobs.ledger.tables import tenants
+from exportd_server.jobs.ledger.tables import queues, tenants
 from exportd_server.jobs.ledger.transaction import Transaction
 from exportd_server.platform.clock import Clock
 from exportd_server.sources.base import Shard
@@ -46,6 +46,7 @@ _READ = "BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY; "
 _CLOCK = "SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint"
 _NOTIFY = "SELECT pg_notify(%s, piece) FROM unnest(%s::text[]) AS piece"
 _CLAIM = "SELECT * FROM claim_task(%s, %s, %s, %s, %s, %s, %s, %s, %s)"
+_CLAIM_DELIVERY = "SELECT * FROM claim_delivery(%s, %s, %s, %s)"
 
 _IN_THE_WAY = frozenset({"40001", "40P01"})
 """Serialization failure, deadlock: the transaction was undone and may be tried again."""
@@ -124,6 +125,12 @@ class PostgresDialect:
             postgresql.insert(tenants).values(tenant=tenant).on_conflict_do_nothing()
         )
 
+    def ensure_queue(self, connection: Connection, values: Mapping[str, Any]) -> None:
+        """Insert the row unless it is there."""
+        connection.execute(
+            postgresql.insert(queues).values(**values).on_conflict_do_nothing()
+        )
+
 
 class PostgresDatabase:
     """Connections and threads of one process."""
@@ -172,12 +179,28 @@ class PostgresDatabase:
         running_per_tenant: int | None,
     ) -> tuple[Lease | None, int]:
         """See `Database`."""
-        names = sorted(kind.value for kind in kinds)
+        names = sorted(kind.value for kind in kinds if kind is not TaskKind.DELIVER)
+        claimed, now = None, 0
+        if names:
+            claimed, now = await self._claim_by(
+                owner,
+                lambda depth: self._claim(owner, names, lease, running_per_tenant, depth),
+            )
+        if claimed is None and TaskKind.DELIVER in kinds:
+            claimed, later = await self._claim_by(
+                owner, lambda depth: self._claim_delivery(owner, lease, depth)
+            )
+            # What both have looked at.
+            now = now or later
+        return claimed, now
+
+    async def _claim_by(
+        self, owner: str, ask: Callable[[int], Any]
+    ) -> tuple[Lease | None, int]:
+        """Claim, looking deeper when what was found is locked."""
         depth = 1
         while True:
-            row = await self._pool.run(
-                self._claim, owner, names, lease, running_per_tenant, depth
-            )
+            row = await self._pool.run(ask, depth)
             if row.o_exhausted:
                 await self._bury_exhausted()
             if row.o_task_id is not None or not row.o_busy:
@@ -262,6 +285,11 @@ class PostgresDatabase:
         )
         with _available():
             return self._pool.ask_once(_CLAIM, parameters)
+
+    def _claim_delivery(self, owner: str, lease: int, depth: int) -> Any:
+        now = None if self._clock is None else codec.to_micros(self._clock.now())
+        with _available():
+            return self._pool.ask_once(_CLAIM_DELIVERY, (now, owner, lease, depth))
 
     # --- news
 

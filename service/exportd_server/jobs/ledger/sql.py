@@ -7,11 +7,15 @@ import asyncio
 from collections.abc import Callable, Collection, Coroutine, Sequence
 from contextlib import AbstractContextManager, suppress
 from datetime import datetime, timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 from exportd_server.errors import ErrorRecord, LedgerUnavailable
 from exportd_server.jobs.ledger.base import (
     ClaimLimits,
+    DeliveryFailure,
+    DeliveryQuery,
+    DeliveryWork,
     JobQuery,
     Kept,
     Lease,
@@ -22,8 +26,10 @@ from exportd_server.jobs.ledger.base import (
 )
 from exportd_server.jobs.ledger.codec import span_to_micros
 from exportd_server.jobs.ledger.statements import (
+    delivering,
     pinning,
     reading,
+    redriving,
     submitting,
     tidying,
     working,
@@ -31,11 +37,13 @@ from exportd_server.jobs.ledger.statements import (
 from exportd_server.jobs.ledger.transaction import Database, Transaction
 from exportd_server.jobs.model import (
     CancelOutcome,
+    DeliveryRecord,
     Job,
     JobState,
     Manifest,
     ManifestColumn,
     PartRecord,
+    SinkQueue,
 )
 from exportd_server.sources.base import Shard
 from exportd_server.store.key import JobPrefix
@@ -45,6 +53,9 @@ _NO_LIMITS = ClaimLimits()
 _RENEWALS = 5
 _LOCKED_PAUSE = 0.02
 """Seconds until a lease is tried again whose task somebody has locked for a moment."""
+
+_REDRIVEN = 200
+"""Deliveries that one transaction makes due again, and with them as many jobs at most."""
 
 L = TypeVar("L", Lease, Lease | None)
 
@@ -231,9 +242,8 @@ class SqlLedger:
         self, lease: Lease, error: ErrorRecord, *, retry_in: timedelta | None
     ) -> bool:
         """See `Ledger`."""
-        pause = None if retry_in is None else max(0, span_to_micros(retry_in))
         return await self._database.write(
-            lambda tx: working.fail_attempt(tx, lease, error, pause),
+            lambda tx: working.fail_attempt(tx, lease, error, _micros_or_none(retry_in)),
             line=lease.job_id,
         )
 
@@ -287,6 +297,94 @@ class SqlLedger:
     async def identity(self) -> str:
         """See `Ledger`."""
         return await self._database.read(reading.ledger_id)
+
+    # --- deliveries
+
+    async def has_room(self, lease: Lease) -> bool:
+        """See `Ledger`."""
+        return await self._database.read(lambda tx: delivering.has_room(tx, lease.job_id))
+
+    async def delivery_work(self, lease: Lease) -> DeliveryWork:
+        """See `Ledger`."""
+        return await self._database.write(
+            lambda tx: delivering.delivery_work(tx, lease), line=lease.job_id
+        )
+
+    async def complete_delivery(self, lease: Lease, receipt: str) -> None:
+        """See `Ledger`."""
+        await self._database.write(
+            lambda tx: delivering.complete_delivery(tx, lease, receipt), line=lease.job_id
+        )
+
+    async def fail_delivery(
+        self,
+        lease: Lease,
+        error: ErrorRecord,
+        *,
+        retry_in: timedelta | None,
+        disable_after: timedelta | None = None,
+        gone: bool = False,
+    ) -> DeliveryFailure:
+        """See `Ledger`."""
+        return await self._database.write(
+            lambda tx: delivering.fail_delivery(
+                tx,
+                lease,
+                error,
+                retry_in=_micros_or_none(retry_in),
+                disable_after=_micros_or_none(disable_after),
+                gone=gone,
+            ),
+            line=lease.job_id,
+        )
+
+    async def list_deliveries(
+        self,
+        tenant: str,
+        query: DeliveryQuery,
+        *,
+        limit: int,
+        before: tuple[datetime, str] | None = None,
+    ) -> list[DeliveryRecord]:
+        """See `Ledger`."""
+        return await self._database.read(
+            lambda tx: redriving.list_deliveries(
+                tx, tenant, query, limit=limit, before=before
+            )
+        )
+
+    async def redrive_deliveries(self, tenant: str, query: DeliveryQuery) -> int:
+        """See `Ledger`."""
+        redriven = 0
+        place: redriving.Place | None = None
+        while True:
+            redrive = partial(
+                redriving.redrive,
+                tenant=tenant,
+                query=query,
+                limit=_REDRIVEN,
+                after=place,
+            )
+            some, place = await self._database.write(redrive)
+            redriven += some
+            if place is None:
+                return redriven
+
+    async def list_queues(
+        self, tenant: str, *, limit: int, after: str = "", queue: str = ""
+    ) -> list[SinkQueue]:
+        """See `Ledger`."""
+        return await self._database.read(
+            lambda tx: redriving.list_queues(
+                tx, tenant, limit=limit, after=after, queue=queue
+            )
+        )
+
+    async def enable_queue(self, tenant: str, queue: str) -> bool:
+        """See `Ledger`."""
+        return await self._database.write(
+            lambda tx: redriving.enable_queue(tx, tenant, queue)
+        )
 
     # --- readers of outputs
 
@@ -385,3 +483,7 @@ class SqlLedger:
             # What cannot be told runs out by itself.
             with suppress(LeaseLost, LedgerUnavailable):
                 await self.release(lease)
+
+
+def _micros_or_none(span: timedelta | None) -> int | None:
+    return None if span is None else max(0, span_to_micros(span))

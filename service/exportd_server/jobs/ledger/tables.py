@@ -88,6 +88,10 @@ jobs = sa.Table(
     sa.Column("writers_until", sa.BigInteger, nullable=False),
     # Under which token the manifest of a succeeded job lies in the store.
     sa.Column("manifest_token", sa.BigInteger),
+    # How many sinks the spec has: most jobs have none, and nobody reads it to see.
+    sa.Column("sinks", sa.SmallInteger, nullable=False, server_default="0"),
+    # When the output was dropped because every sink had it.
+    sa.Column("drop_time", sa.BigInteger),
 )
 sa.Index("jobs_request", jobs.c.tenant, jobs.c.request_id, unique=True)
 sa.Index("jobs_created", jobs.c.tenant, jobs.c.create_time, jobs.c.job_id)
@@ -166,6 +170,9 @@ tasks = sa.Table(
     sa.Column("row_errors", sa.BigInteger, nullable=False, server_default="0"),
     sa.Column("error_parts", sa.Integer, nullable=False, server_default="0"),
     sa.Column("part_row_errors", sa.BigInteger, nullable=False, server_default="0"),
+    # Of a delivery: where it stands in line, and for whom.
+    sa.Column("queue", sa.Text),
+    sa.Column("lane", sa.Text),
 )
 sa.Index(
     "tasks_ready",
@@ -191,6 +198,22 @@ sa.Index(
     postgresql_where=tasks.c.state == TaskState.LEASED.sql,
 )
 sa.Index("tasks_job", tasks.c.job_id, tasks.c.state, tasks.c.task_id)
+sa.Index(
+    "tasks_deliveries",
+    tasks.c.lane,
+    tasks.c.priority.desc(),
+    tasks.c.since,
+    tasks.c.task_id,
+    sqlite_where=(tasks.c.state == TaskState.READY.sql) & tasks.c.lane.is_not(None),
+    postgresql_where=(tasks.c.state == TaskState.READY.sql) & tasks.c.lane.is_not(None),
+)
+sa.Index(
+    "tasks_queue",
+    tasks.c.queue,
+    tasks.c.state,
+    sqlite_where=tasks.c.queue.is_not(None),
+    postgresql_where=tasks.c.queue.is_not(None),
+)
 
 parts = sa.Table(
     "parts",
@@ -246,3 +269,65 @@ orphans = sa.Table(
 
 identity = sa.Table("identity", METADATA, sa.Column("ledger_id", sa.Text, primary_key=True))
 """One row: a UUID, which also stands in the store that holds this ledger's outputs."""
+
+queues = sa.Table(
+    "queues",
+    METADATA,
+    sa.Column("queue", sa.Text, primary_key=True),
+    # Whose endpoint it is; empty: the operator's, for everybody.
+    sa.Column("tenant", sa.Text, nullable=False),
+    sa.Column("concurrency", sa.Integer, nullable=False),
+    sa.Column("depth", sa.Integer, nullable=False),
+    sa.Column("on_full", sa.Text, nullable=False),
+    # Of the first failure after the last success.
+    sa.Column("failing_since", sa.BigInteger),
+    sa.Column("disabled_time", sa.BigInteger),
+    sa.Column("disabled_reason", sa.Text),
+)
+"""What deliveries stand in, and what the operator allows for it."""
+
+deliveries = sa.Table(
+    "deliveries",
+    METADATA,
+    sa.Column("delivery_id", sa.Text, primary_key=True),
+    sa.Column("tenant", sa.Text, nullable=False),
+    sa.Column(
+        "job_id",
+        sa.Text,
+        sa.ForeignKey("jobs.job_id", ondelete="CASCADE"),
+        nullable=False,
+    ),
+    sa.Column("generation", sa.Integer, nullable=False),
+    # The sink's place in the spec.
+    sa.Column("sink", sa.SmallInteger, nullable=False),
+    sa.Column("queue", sa.Text, nullable=False),
+    # Which part; absent: the completion.
+    sa.Column("shard", sa.Integer),
+    sa.Column("sequence", sa.Integer),
+    # A `DeliveryState`.
+    sa.Column("state", sa.Text, nullable=False),
+    # Of earlier tasks; those of the task that is there are its own.
+    sa.Column("attempts", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("last_error", sa.Text),
+    sa.Column("receipt", sa.Text, nullable=False, server_default=""),
+    sa.Column("create_time", sa.BigInteger, nullable=False),
+    sa.Column("finish_time", sa.BigInteger),
+    # What does the work; absent once it has ended, and for a completion that waits.
+    sa.Column("task_id", sa.BigInteger),
+)
+sa.Index("deliveries_job", deliveries.c.job_id, deliveries.c.sink, deliveries.c.state)
+sa.Index(
+    "deliveries_created",
+    deliveries.c.tenant,
+    deliveries.c.create_time,
+    deliveries.c.delivery_id,
+)
+sa.Index(
+    "deliveries_queue",
+    deliveries.c.tenant,
+    deliveries.c.queue,
+    deliveries.c.state,
+    deliveries.c.create_time,
+    deliveries.c.delivery_id,
+)
+sa.Index("deliveries_task", deliveries.c.task_id)

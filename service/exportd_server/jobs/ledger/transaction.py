@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from sqlalchemy.engine import Connection
 
@@ -38,6 +38,10 @@ class Dialect(Protocol):
     def ensure_tenant(self, connection: Connection, tenant: str) -> None:
         """Make sure that the tenant has a row, and that until the transaction ends
         nobody else creates jobs for it."""
+        ...
+
+    def ensure_queue(self, connection: Connection, values: Mapping[str, Any]) -> None:
+        """Make sure that a delivery queue has a row; one that is there stays as it is."""
         ...
 
 

@@ -18,7 +18,14 @@ from exportd_server.jobs.ledger import codec
 from exportd_server.jobs.ledger.base import Lease, TaskKind
 from exportd_server.jobs.ledger.statements import lifecycle
 from exportd_server.jobs.ledger.statements.lifecycle import EXPORT_KINDS
-from exportd_server.jobs.ledger.tables import RUNNING, TaskState, jobs, tasks, tenants
+from exportd_server.jobs.ledger.tables import (
+    RUNNING,
+    TaskState,
+    jobs,
+    queues,
+    tasks,
+    tenants,
+)
 from exportd_server.jobs.ledger.transaction import Transaction
 from exportd_server.jobs.model import JobState
 from exportd_server.sources.base import Shard
@@ -39,11 +46,7 @@ def claim(
     """Lease the next task for `lease` microseconds."""
     _promote(tx)
     fail_exhausted(tx)
-    limited = running_per_tenant is not None
-    chosen = tx.connection.execute(
-        choice(frozenset(kinds), limited=limited),
-        {"now": tx.now} | ({"running_limit": running_per_tenant} if limited else {}),
-    ).first()
+    chosen = _choose(tx, frozenset(kinds), running_per_tenant)
     if chosen is None:
         return None
     # The job first, then its task: the order in which everybody locks them.
@@ -68,6 +71,22 @@ def claim(
     if job is not None and taken.kind in EXPORT_KINDS:
         _take_up(tx, job, token, takeover=chosen.state == TaskState.LEASED)
     return to_lease(taken)
+
+
+def _choose(
+    tx: Transaction, kinds: frozenset[TaskKind], running_per_tenant: int | None
+) -> Row[Any] | None:
+    """The next task: a delivery only when there is nothing else."""
+    limited = running_per_tenant is not None
+    chosen = None
+    if others := kinds - {TaskKind.DELIVER}:
+        chosen = tx.connection.execute(
+            choice(others, limited=limited),
+            {"now": tx.now} | ({"running_limit": running_per_tenant} if limited else {}),
+        ).first()
+    if chosen is None and TaskKind.DELIVER in kinds:
+        chosen = tx.connection.execute(delivery_choice(), {"now": tx.now}).first()
+    return chosen
 
 
 def _take_up(tx: Transaction, job: Row[Any], token: int, *, takeover: bool) -> None:
@@ -255,6 +274,73 @@ def choice(kinds: frozenset[TaskKind], *, limited: bool) -> sa.Select[Any]:
             sa.func.coalesce(at_work.c.tasks, 0),
             sa.func.coalesce(tenants.c.served, 0),
             *_order(tasks),
+        )
+        .limit(1)
+    )
+
+
+@lru_cache(maxsize=1)
+def delivery_choice() -> sa.Select[Any]:
+    """The next delivery at `now`: of the queue with the fewest under way, and there of
+    the tenant with the fewest; never more of one queue than it allows."""
+    now = sa.bindparam("now", type_=sa.BigInteger)
+    at_work = (
+        sa.select(tasks.c.queue, tasks.c.lane, sa.func.count().label("tasks"))
+        .where(tasks.c.state == TaskState.LEASED.sql, tasks.c.queue.is_not(None))
+        .group_by(tasks.c.queue, tasks.c.lane)
+        .cte("at_work")
+    )
+    busy = (
+        sa.select(at_work.c.queue, sa.func.sum(at_work.c.tasks).label("tasks"))
+        .group_by(at_work.c.queue)
+        .cte("busy")
+    )
+
+    # Every lane that has a ready task, by hopping along the index.
+    ready = tasks.alias("ready")
+    due = (ready.c.state == TaskState.READY.sql, ready.c.lane.is_not(None))
+    waiting = sa.select(
+        sa.select(sa.func.min(ready.c.lane)).where(*due).scalar_subquery().label("lane")
+    ).cte("waiting", recursive=True)
+    following = (
+        sa.select(sa.func.min(ready.c.lane))
+        .where(*due, ready.c.lane > waiting.c.lane)
+        .correlate(waiting)
+        .scalar_subquery()
+    )
+    waiting = waiting.union_all(sa.select(following).where(waiting.c.lane.is_not(None)))
+    head = (
+        sa.select(ready.c.task_id)
+        .where(*due, ready.c.lane == waiting.c.lane)
+        .order_by(ready.c.priority.desc(), ready.c.since, ready.c.task_id)
+        .limit(1)
+        .correlate(waiting)
+        .scalar_subquery()
+    )
+    heads = sa.select(head.label("task_id")).where(waiting.c.lane.is_not(None))
+    expired = sa.select(tasks.c.task_id).where(
+        tasks.c.state == TaskState.LEASED.sql,
+        tasks.c.lease_expires <= now,
+        tasks.c.kind == TaskKind.DELIVER.value,
+    )
+    found = sa.union_all(heads, expired).cte("found")
+    under_way = sa.func.coalesce(busy.c.tasks, 0)
+    return (
+        sa.select(tasks.c.task_id, tasks.c.token, tasks.c.job_id, tasks.c.state)
+        .select_from(found)
+        .join(tasks, tasks.c.task_id == found.c.task_id)
+        .join(queues, queues.c.queue == tasks.c.queue)
+        .outerjoin(busy, busy.c.queue == tasks.c.queue)
+        .outerjoin(at_work, at_work.c.lane == tasks.c.lane)
+        .where(
+            sa.or_(tasks.c.state == TaskState.LEASED.sql, under_way < queues.c.concurrency)
+        )
+        .order_by(
+            under_way,
+            sa.func.coalesce(at_work.c.tasks, 0),
+            tasks.c.priority.desc(),
+            tasks.c.since,
+            tasks.c.task_id,
         )
         .limit(1)
     )

@@ -11,9 +11,9 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Row
 
 from exportd_server.jobs.ledger.base import TaskKind
-from exportd_server.jobs.ledger.tables import TaskState, jobs, tasks
+from exportd_server.jobs.ledger.tables import TaskState, deliveries, jobs, tasks
 from exportd_server.jobs.ledger.transaction import Transaction
-from exportd_server.jobs.model import TRANSITIONS, JobState
+from exportd_server.jobs.model import TRANSITIONS, DeliveryState, JobState
 
 EXPORT_KINDS = (TaskKind.PLAN.value, TaskKind.SHARD.value)
 
@@ -74,11 +74,26 @@ def touch(tx: Transaction, job_id: str, **values: Any) -> None:
     tx.changes.revisions[job_id] = revision
 
 
+def bump(tx: Transaction, job_id: str) -> None:
+    """Tell those who watch a job of a change beside it, whatever its state."""
+    revision = tx.connection.execute(
+        sa.update(jobs)
+        .where(jobs.c.job_id == job_id)
+        .values(revision=jobs.c.revision + 1)
+        .returning(jobs.c.revision)
+    ).scalar_one()
+    tx.changes.revisions[job_id] = revision
+
+
 def settle(tx: Transaction, job_id: str, **values: Any) -> None:
     """After a task was given up: the job waits again unless a worker is left on it."""
     leased = tx.connection.execute(
         sa.select(tasks.c.task_id)
-        .where(tasks.c.job_id == job_id, tasks.c.state == TaskState.LEASED.sql)
+        .where(
+            tasks.c.job_id == job_id,
+            tasks.c.state == TaskState.LEASED.sql,
+            tasks.c.kind.in_(EXPORT_KINDS),
+        )
         .limit(1)
     ).first()
     if leased is not None:
@@ -88,6 +103,7 @@ def settle(tx: Transaction, job_id: str, **values: Any) -> None:
             sa.select(sa.func.min(tasks.c.run_at)).where(
                 tasks.c.job_id == job_id,
                 tasks.c.state.in_((TaskState.READY.sql, TaskState.SCHEDULED.sql)),
+                tasks.c.kind.in_(EXPORT_KINDS),
             )
         ).scalar_one()
         move(tx, job_id, JobState.PENDING, due_time=due, **values)
@@ -99,7 +115,11 @@ def last_writer(tx: Transaction, job: Row[Any]) -> int:
     # Locked, so that none of them is renewed any more.
     leased: Sequence[int] = tx.connection.scalars(
         sa.select(tasks.c.lease_expires)
-        .where(tasks.c.job_id == job.job_id, tasks.c.state == TaskState.LEASED.sql)
+        .where(
+            tasks.c.job_id == job.job_id,
+            tasks.c.state == TaskState.LEASED.sql,
+            tasks.c.kind.in_(EXPORT_KINDS),
+        )
         .order_by(tasks.c.task_id)
         .with_for_update()
     ).all()
@@ -130,13 +150,17 @@ def end(
         error=error,
         manifest_token=manifest_token,
     )
-    tx.connection.execute(
-        sa.update(tasks)
-        .where(tasks.c.job_id == job.job_id, tasks.c.state.in_(_OPEN))
-        .values(
-            state=TaskState.CLOSED.value, owner="", lease_expires=None, rows_per_second=None
+    _close_tasks(tx, [job.job_id], EXPORT_KINDS)
+    if job.sinks and state is not JobState.SUCCEEDED:
+        _close_tasks(tx, [job.job_id], (TaskKind.DELIVER.value,))
+        tx.connection.execute(
+            sa.update(deliveries)
+            .where(
+                deliveries.c.job_id == job.job_id,
+                deliveries.c.state == DeliveryState.PENDING.value,
+            )
+            .values(state=DeliveryState.FAILED.value, finish_time=tx.now, task_id=None)
         )
-    )
     if state is JobState.SUCCEEDED:
         # Nobody can read a stray, so one look once the last writer is gone will do.
         moments = [writers_until] if job.untidy else []
@@ -150,6 +174,19 @@ def end(
     tx.changes.work = True
 
 
+def _close_tasks(tx: Transaction, job_ids: Sequence[str], kinds: Sequence[str]) -> None:
+    """End what is left of them: the job goes on without."""
+    tx.connection.execute(
+        sa.update(tasks)
+        .where(
+            tasks.c.job_id.in_(job_ids), tasks.c.state.in_(_OPEN), tasks.c.kind.in_(kinds)
+        )
+        .values(
+            state=TaskState.CLOSED.value, owner="", lease_expires=None, rows_per_second=None
+        )
+    )
+
+
 def hide(tx: Transaction, finished: Sequence[Row[Any]]) -> None:
     """Make finished jobs vanish: their output is deleted, and once nobody can write it
     any more they are forgotten."""
@@ -160,6 +197,10 @@ def hide(tx: Transaction, finished: Sequence[Row[Any]]) -> None:
         .where(jobs.c.job_id.in_([job.job_id for job in finished]))
         .values(hidden_time=tx.now, request_id=None, revision=jobs.c.revision + 1)
     )
+    delivered = [job.job_id for job in finished if job.sinks]
+    if delivered:
+        _close_tasks(tx, delivered, (TaskKind.DELIVER.value,))
+        tx.changes.fenced.update(delivered)
     late = [job for job in finished if job.writers_until > tx.now]
     _add_tasks(
         tx,
@@ -167,6 +208,11 @@ def hide(tx: Transaction, finished: Sequence[Row[Any]]) -> None:
         + [_cleanup(tx, job, at=job.writers_until, forget=True) for job in finished],
     )
     tx.changes.gone.update(job.job_id for job in finished)
+
+
+def add_cleanup(tx: Transaction, job: Row[Any]) -> None:
+    """Have what the job must not have any more deleted."""
+    _add_tasks(tx, [_cleanup(tx, job, at=tx.now)])
 
 
 def _cleanup(

@@ -16,7 +16,7 @@ def pin_output(tx: Transaction, tenant: str, job_id: str, reader: str, length: i
     job = lifecycle.lock_job(tx, job_id)
     if job is None or job.tenant != tenant or job.state != JobState.SUCCEEDED:
         return False
-    valid = job.hidden_time is None and job.expire_time > tx.now
+    valid = job.hidden_time is None and job.drop_time is None and job.expire_time > tx.now
     if not valid and not is_pinned(tx, job_id, reader):
         return False
     expires = tx.now + length

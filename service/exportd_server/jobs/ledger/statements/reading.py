@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from datetime import datetime
 from itertools import chain
 from typing import Any
@@ -16,6 +17,7 @@ from exportd_server.jobs.ledger.statements.lifecycle import EXPORT_KINDS
 from exportd_server.jobs.ledger.tables import (
     PENDING,
     TaskState,
+    deliveries,
     identity,
     jobs,
     labels,
@@ -23,7 +25,16 @@ from exportd_server.jobs.ledger.tables import (
     tasks,
 )
 from exportd_server.jobs.ledger.transaction import Transaction
-from exportd_server.jobs.model import Job, JobState, Manifest, PartRecord, Progress
+from exportd_server.jobs.model import (
+    DeliveryState,
+    DeliveryStatus,
+    Job,
+    JobState,
+    Manifest,
+    PartRecord,
+    Progress,
+    SinkDelivery,
+)
 from exportd_server.store.key import OutputKind
 
 _MOST_VARIABLES = 10_000
@@ -65,6 +76,25 @@ _TASK_SUMS = (
     .group_by(tasks.c.job_id)
 )
 """A restart drops the tasks of the generation before, so these are the current ones."""
+
+_SENT = (
+    sa.select(
+        deliveries.c.job_id,
+        deliveries.c.sink,
+        deliveries.c.state,
+        sa.func.count().label("deliveries"),
+        sa.func.sum(deliveries.c.attempts + sa.func.coalesce(tasks.c.attempts, 0)).label(
+            "attempts"
+        ),
+        sa.func.max(
+            sa.case((deliveries.c.shard.is_(None), deliveries.c.receipt), else_="")
+        ).label("receipt"),
+    )
+    .outerjoin(tasks, tasks.c.task_id == deliveries.c.task_id)
+    .where(deliveries.c.job_id.in_(sa.bindparam("job_ids", expanding=True)))
+    .group_by(deliveries.c.job_id, deliveries.c.sink, deliveries.c.state)
+)
+_NOT_THERE = (DeliveryState.PENDING.value, DeliveryState.DEAD_LETTERED.value)
 
 _AHEAD = (
     jobs.c.tenant == sa.bindparam("tenant"),
@@ -119,7 +149,13 @@ def get_job(tx: Transaction, tenant: str, job_id: str) -> Job | None:
 def to_job(tx: Transaction, row: Row[Any]) -> Job:
     """The whole job of a row."""
     manifest = manifest_of(tx, row) if row.state == JobState.SUCCEEDED else None
-    return _to_jobs(tx, row.tenant, [row], manifest)[0]
+    job = _to_jobs(tx, row.tenant, [row], manifest)[0]
+    return _with_last_errors(tx, job) if job.deliveries else job
+
+
+def to_job_without_manifest(tx: Transaction, row: Row[Any]) -> Job:
+    """The job of a row, for those who need no parts of it."""
+    return _to_jobs(tx, row.tenant, [row], None)[0]
 
 
 def manifest_of(tx: Transaction, row: Row[Any]) -> Manifest:
@@ -138,21 +174,35 @@ def _to_jobs(
     found = tx.connection.execute(_TASK_SUMS, {"job_ids": [row.job_id for row in rows]})
     sums = {row["job_id"]: row for row in found.mappings()}
     places = _places(tx, tenant, [row for row in rows if row.state == JobState.PENDING])
+    sent = _deliveries(tx, [row.job_id for row in rows if row.sinks])
     return [
-        _to_job(tx.now, row, sums[row.job_id], places.get(row.job_id), manifest)
+        _to_job(
+            tx.now,
+            row,
+            sums[row.job_id],
+            places.get(row.job_id),
+            manifest,
+            sent.get(row.job_id, []),
+        )
         for row in rows
     ]
 
 
 def _to_job(
-    now: int, row: Row[Any], sums: RowMapping, place: int | None, manifest: Manifest | None
+    now: int,
+    row: Row[Any],
+    sums: RowMapping,
+    place: int | None,
+    manifest: Manifest | None,
+    sent: Sequence[RowMapping],
 ) -> Job:
     state = JobState(row.state)
+    spec = codec.load_spec(row.spec)
     return Job(
         job_id=row.job_id,
         tenant=row.tenant,
         state=state,
-        spec=codec.load_spec(row.spec),
+        spec=spec,
         request_id=row.request_id or "",
         create_time=codec.to_moment(row.create_time),
         start_time=codec.to_moment_or_none(row.start_time),
@@ -176,7 +226,67 @@ def _to_job(
         ),
         error=codec.load_error(row.error),
         manifest=manifest,
+        deliveries=tuple(
+            _sink_delivery(sink.name, state, [each for each in sent if each["sink"] == at])
+            for at, sink in enumerate(spec.sinks)
+        ),
+        drop_time=codec.to_moment_or_none(row.drop_time),
     )
+
+
+def _deliveries(tx: Transaction, job_ids: Sequence[str]) -> dict[str, list[RowMapping]]:
+    """What has become of the deliveries of jobs, counted."""
+    found: dict[str, list[RowMapping]] = {}
+    if job_ids:
+        for row in tx.connection.execute(_SENT, {"job_ids": job_ids}).mappings():
+            found.setdefault(row["job_id"], []).append(row)
+    return found
+
+
+def _sink_delivery(name: str, state: JobState, rows: Sequence[RowMapping]) -> SinkDelivery:
+    count = dict.fromkeys(DeliveryState, 0)
+    for row in rows:
+        count[DeliveryState(row["state"])] += row["deliveries"]
+    if state in (JobState.FAILED, JobState.CANCELLED):
+        status = DeliveryStatus.FAILED
+    elif state is not JobState.SUCCEEDED or count[DeliveryState.PENDING]:
+        status = DeliveryStatus.PENDING
+    elif count[DeliveryState.DEAD_LETTERED]:
+        status = DeliveryStatus.FAILED
+    elif count[DeliveryState.DROPPED]:
+        status = DeliveryStatus.DROPPED
+    else:
+        status = DeliveryStatus.DELIVERED
+    return SinkDelivery(
+        sink=name,
+        status=status,
+        pending=count[DeliveryState.PENDING],
+        delivered=count[DeliveryState.DELIVERED],
+        dropped=count[DeliveryState.DROPPED],
+        dead_lettered=count[DeliveryState.DEAD_LETTERED],
+        attempts=sum(int(row["attempts"]) for row in rows),
+        receipt=max((row["receipt"] or "" for row in rows), default=""),
+    )
+
+
+def _with_last_errors(tx: Transaction, job: Job) -> Job:
+    """The job, telling why deliveries to its sinks are not there."""
+    told = []
+    for index, sink in enumerate(job.deliveries):
+        error = tx.connection.execute(
+            sa.select(deliveries.c.last_error)
+            .where(
+                deliveries.c.job_id == job.job_id,
+                deliveries.c.sink == index,
+                deliveries.c.state.in_(_NOT_THERE),
+                deliveries.c.last_error.is_not(None),
+            )
+            # That of a part before that of a completion, which only follows.
+            .order_by(deliveries.c.shard.is_(None), deliveries.c.create_time.desc())
+            .limit(1)
+        ).scalar_one_or_none()
+        told.append(replace(sink, last_error=codec.load_error(error)))
+    return replace(job, deliveries=tuple(told))
 
 
 def _places(tx: Transaction, tenant: str, pending: Sequence[Row[Any]]) -> dict[str, int]:

@@ -6,12 +6,18 @@ import sqlalchemy as sa
 
 from exportd_server.jobs.ledger import codec
 from exportd_server.jobs.ledger.base import (
+    EndpointDisabled,
     NewJob,
     RequestIdConflict,
     TaskKind,
     TooManyActiveJobs,
 )
-from exportd_server.jobs.ledger.statements import lifecycle, pinning, reading
+from exportd_server.jobs.ledger.statements import (
+    delivering,
+    lifecycle,
+    pinning,
+    reading,
+)
 from exportd_server.jobs.ledger.tables import TaskState, jobs, labels, tasks
 from exportd_server.jobs.ledger.transaction import Transaction
 from exportd_server.jobs.model import CancelOutcome, Job, JobState
@@ -35,6 +41,9 @@ def create_job(tx: Transaction, new: NewJob, max_active: int | None) -> tuple[Jo
     if max_active is not None and _active(tx, new.tenant, max_active) >= max_active:
         raise TooManyActiveJobs(f"{max_active} jobs are unfinished")
     spec = new.spec
+    disabled = delivering.disabled_among(tx, new.queues)
+    if disabled is not None:
+        raise EndpointDisabled(disabled, new.queues[disabled].queue)
     row = tx.connection.execute(
         sa.insert(jobs)
         .values(
@@ -53,6 +62,7 @@ def create_job(tx: Transaction, new: NewJob, max_active: int | None) -> tuple[Jo
             revision=1,
             untidy=0,
             writers_until=0,
+            sinks=len(spec.sinks),
         )
         .returning(jobs)
     ).one()

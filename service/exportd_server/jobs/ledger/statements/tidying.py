@@ -8,7 +8,7 @@ import sqlalchemy as sa
 
 from exportd_server.jobs.ledger.base import Kept, Lease, TaskKind
 from exportd_server.jobs.ledger.statements import lifecycle, pinning, reading
-from exportd_server.jobs.ledger.statements.working import holding
+from exportd_server.jobs.ledger.statements.holding import holding
 from exportd_server.jobs.ledger.tables import jobs, orphans, tasks, tenants
 from exportd_server.jobs.ledger.transaction import Transaction
 from exportd_server.jobs.model import JobState
@@ -20,7 +20,8 @@ def kept_parts(tx: Transaction, lease: Lease) -> Kept | None:
     _, job = holding(tx, lease, TaskKind.CLEANUP)
     if job is None or job.state != JobState.SUCCEEDED:
         return None
-    if job.hidden_time is not None or job.expire_time <= tx.now:
+    dropped = job.hidden_time is not None or job.drop_time is not None
+    if dropped or job.expire_time <= tx.now:
         # A job that is deleted has no pins.
         return Kept(read=True) if pinning.is_pinned(tx, job.job_id) else None
     parts = tuple(reading.parts_of(tx, job.job_id, job.generation))

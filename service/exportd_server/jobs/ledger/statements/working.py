@@ -12,10 +12,11 @@ from sqlalchemy.engine import Row
 from exportd_server.errors import TABLE, ErrorReason, ErrorRecord
 from exportd_server.jobs.ledger import codec
 from exportd_server.jobs.ledger.base import Lease, LeaseLost, TaskKind, Totals
-from exportd_server.jobs.ledger.statements import lifecycle, reading
+from exportd_server.jobs.ledger.statements import delivering, lifecycle, reading
 from exportd_server.jobs.ledger.statements.claiming import fail_exhausted_job, to_lease
+from exportd_server.jobs.ledger.statements.holding import holding
 from exportd_server.jobs.ledger.statements.lifecycle import EXPORT_KINDS, due
-from exportd_server.jobs.ledger.tables import TaskState, parts, tasks
+from exportd_server.jobs.ledger.tables import TaskState, deliveries, parts, tasks
 from exportd_server.jobs.ledger.transaction import Transaction
 from exportd_server.jobs.model import JobState, Manifest, ManifestColumn, PartRecord
 from exportd_server.sources.base import Shard
@@ -30,29 +31,6 @@ _HOUSEKEEPING_RETRY = 10_000_000
 _UNFINISHED = (TaskState.READY.sql, TaskState.SCHEDULED.sql, TaskState.LEASED.sql)
 
 _GIVEN_UP: dict[str, Any] = {"owner": "", "lease_expires": None, "rows_per_second": None}
-
-
-def holding(
-    tx: Transaction, lease: Lease, *kinds: TaskKind
-) -> tuple[Row[Any], Row[Any] | None]:
-    """The lease's task and job, ours until the transaction ends; the job is None for
-    the reap task. Raises `LeaseLost`, and ValueError for a task of another kind."""
-    if kinds and lease.kind not in kinds:
-        raise ValueError(f"not for a task of kind {lease.kind}")
-    job = lifecycle.lock_job(tx, lease.job_id) if lease.job_id else None
-    task = tx.connection.execute(
-        sa.select(tasks)
-        .where(
-            tasks.c.task_id == lease.task_id,
-            tasks.c.token == lease.token,
-            tasks.c.kind == lease.kind.value,
-            tasks.c.state == TaskState.LEASED.sql,
-        )
-        .with_for_update()
-    ).first()
-    if task is None or (task.job_id or "") != lease.job_id:
-        raise LeaseLost
-    return task, job
 
 
 def _exporting(
@@ -86,7 +64,7 @@ def release(tx: Transaction, lease: Lease) -> None:
     """Give the task back as if it had not been taken."""
     task, job = holding(tx, lease)
     _give_up(tx, task, at=tx.now, attempts=task.attempts - 1)
-    if job is None or lease.kind is TaskKind.CLEANUP:
+    if job is None or task.kind not in EXPORT_KINDS:
         tx.changes.work = True
     else:
         lifecycle.settle(tx, job.job_id, untidy=1)
@@ -237,6 +215,7 @@ def add_part(
             row_errors=max(task.row_errors, part_row_errors),
         )
     )
+    delivering.add_part(tx, job, part)
     lifecycle.touch(tx, job.job_id)
 
 
@@ -259,6 +238,7 @@ def complete_unless_last(tx: Transaction, lease: Lease) -> Manifest | None:
         tasks.c.job_id == job.job_id,
         tasks.c.task_id != task.task_id,
         tasks.c.state.in_(_UNFINISHED),
+        tasks.c.kind.in_(EXPORT_KINDS),
     )
     if tx.connection.execute(other.limit(1)).first() is None:
         return reading.manifest_of(tx, job)
@@ -285,12 +265,14 @@ def complete_shard(tx: Transaction, lease: Lease, *, manifest: bool = False) -> 
         .where(
             tasks.c.job_id == job.job_id,
             tasks.c.state.in_(_UNFINISHED),
+            tasks.c.kind.in_(EXPORT_KINDS),
         )
         .limit(1)
     ).first()
     if unfinished is None:
         token = lease.token if manifest else None
         lifecycle.end(tx, job, JobState.SUCCEEDED, manifest_token=token)
+        delivering.add_completions(tx, job)
         return True
     lifecycle.settle(tx, job.job_id)
     return False
@@ -311,7 +293,7 @@ def restart_output(tx: Transaction, lease: Lease) -> None:
         lifecycle.end(tx, job, JobState.FAILED, error=codec.dump_error(changed))
         return
     writers_until = lifecycle.last_writer(tx, job)
-    for table in (parts, tasks):
+    for table in (parts, tasks, deliveries):
         tx.connection.execute(sa.delete(table).where(table.c.job_id == job.job_id))
     tx.connection.execute(
         sa.insert(tasks).values(
@@ -345,7 +327,7 @@ def fail_attempt(
 ) -> bool:
     """End an attempt, and the job when no other may follow."""
     task, job = holding(tx, lease)
-    if job is None or lease.kind is TaskKind.CLEANUP:
+    if job is None or task.kind not in EXPORT_KINDS:
         pause = _HOUSEKEEPING_RETRY if retry_in is None else retry_in
         _give_up(tx, task, at=tx.now + pause, attempts=task.attempts)
         tx.changes.work = True

@@ -1,0 +1,211 @@
+"""Deliveries to sinks, the queues they stand in, and how they are claimed.
+
+Frozen: later changes are migrations of their own.
+"""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0005"
+down_revision = "0004"
+
+_READY = sa.text("state = 'ready' AND lane IS NOT NULL")
+_QUEUED = sa.text("queue IS NOT NULL")
+
+# As claim_task, for deliveries: it answers in the same form. Deliveries of one lane are
+# those of one tenant in one queue.
+_CLAIM = """
+CREATE FUNCTION claim_delivery(
+    p_now bigint,           -- microseconds since 1970; NULL: the server's clock
+    p_owner text,
+    p_lease bigint,         -- microseconds
+    p_depth int,            -- how many tasks of each lane to look at
+    OUT o_now bigint,
+    OUT o_busy boolean,     -- something was passed by because it was locked
+    OUT o_exhausted boolean,
+    OUT o_promoted boolean, -- tasks have come due
+    OUT o_revision bigint,
+    OUT o_task_id bigint,
+    OUT o_kind text,
+    OUT o_token bigint,
+    OUT o_lease_expires bigint,
+    OUT o_attempts int,
+    OUT o_tenant text,
+    OUT o_job_id text,
+    OUT o_generation int,
+    OUT o_shard int,
+    OUT o_shard_state text,
+    OUT o_forget smallint
+) LANGUAGE plpgsql AS $claim$
+#variable_conflict use_column
+DECLARE
+    candidate record;
+    task record;
+BEGIN
+    -- One claim at a time: what it counts stays true until it has counted itself in.
+    PERFORM pg_advisory_xact_lock('tasks'::regclass::oid::int, 2);
+    o_now := coalesce(p_now, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint);
+    o_exhausted := false;
+
+    WITH come AS (
+        SELECT task_id FROM tasks WHERE state = 'scheduled' AND run_at <= o_now
+        FOR UPDATE SKIP LOCKED
+    )
+    UPDATE tasks SET state = 'ready' FROM come WHERE tasks.task_id = come.task_id;
+    o_promoted := FOUND;
+    o_busy := EXISTS (
+        SELECT FROM tasks WHERE state = 'scheduled' AND run_at <= o_now
+    );
+
+    FOR candidate IN
+        WITH RECURSIVE at_work AS MATERIALIZED (
+            SELECT queue, lane, count(*)::int AS tasks FROM tasks
+            WHERE state = 'leased' AND queue IS NOT NULL GROUP BY queue, lane
+        ), busy AS MATERIALIZED (
+            SELECT queue, sum(tasks)::int AS tasks FROM at_work GROUP BY queue
+        ), waiting AS (
+            SELECT (
+                SELECT min(r.lane) FROM tasks r
+                WHERE r.state = 'ready' AND r.lane IS NOT NULL
+            ) AS lane
+            UNION ALL
+            SELECT (
+                SELECT min(r.lane) FROM tasks r
+                WHERE r.state = 'ready' AND r.lane IS NOT NULL AND r.lane > w.lane
+            )
+            FROM waiting w WHERE w.lane IS NOT NULL
+        ), found AS (
+            SELECT head.task_id
+            FROM waiting w
+            CROSS JOIN LATERAL (
+                SELECT r.task_id, r.queue FROM tasks r
+                WHERE r.state = 'ready' AND r.lane IS NOT NULL AND r.lane = w.lane
+                ORDER BY r.priority DESC, r.since, r.task_id
+                LIMIT p_depth
+            ) AS head
+            JOIN queues q ON q.queue = head.queue
+            LEFT JOIN busy ON busy.queue = head.queue
+            WHERE w.lane IS NOT NULL AND coalesce(busy.tasks, 0) < q.concurrency
+            UNION
+            SELECT task_id FROM tasks
+            WHERE state = 'leased' AND lease_expires <= o_now AND kind = 'deliver'
+        )
+        SELECT t.task_id, t.token, t.state
+        FROM found
+        JOIN tasks t ON t.task_id = found.task_id
+        LEFT JOIN busy ON busy.queue = t.queue
+        LEFT JOIN at_work ON at_work.lane = t.lane
+        ORDER BY coalesce(busy.tasks, 0), coalesce(at_work.tasks, 0),
+                 t.priority DESC, t.since, t.task_id
+        LIMIT 64
+    LOOP
+        PERFORM FROM tasks
+        WHERE task_id = candidate.task_id AND token = candidate.token
+          AND state = candidate.state AND (state <> 'leased' OR lease_expires <= o_now)
+        FOR UPDATE SKIP LOCKED;
+        IF NOT FOUND THEN
+            o_busy := true;
+            CONTINUE;
+        END IF;
+
+        UPDATE tasks SET
+            state = 'leased', owner = p_owner, token = nextval('fencing_tokens'),
+            lease_expires = o_now + p_lease, attempts = attempts + 1
+        WHERE task_id = candidate.task_id
+        RETURNING * INTO task;
+
+        o_task_id := task.task_id;
+        o_kind := task.kind;
+        o_token := task.token;
+        o_lease_expires := task.lease_expires;
+        o_attempts := task.attempts;
+        o_tenant := task.tenant;
+        o_job_id := task.job_id;
+        o_generation := task.generation;
+        o_forget := task.forget;
+        EXIT;
+    END LOOP;
+END
+$claim$
+"""
+
+
+def upgrade() -> None:
+    """Make them."""
+    op.add_column(
+        "jobs", sa.Column("sinks", sa.SmallInteger(), server_default="0", nullable=False)
+    )
+    op.add_column("jobs", sa.Column("drop_time", sa.BigInteger(), nullable=True))
+    op.add_column("tasks", sa.Column("queue", sa.Text(), nullable=True))
+    op.add_column("tasks", sa.Column("lane", sa.Text(), nullable=True))
+    op.create_index(
+        "tasks_deliveries",
+        "tasks",
+        ["lane", sa.text("priority DESC"), "since", "task_id"],
+        sqlite_where=_READY,
+        postgresql_where=_READY,
+    )
+    op.create_index(
+        "tasks_queue",
+        "tasks",
+        ["queue", "state"],
+        sqlite_where=_QUEUED,
+        postgresql_where=_QUEUED,
+    )
+    op.create_table(
+        "queues",
+        sa.Column("queue", sa.Text(), nullable=False),
+        sa.Column("tenant", sa.Text(), nullable=False),
+        sa.Column("concurrency", sa.Integer(), nullable=False),
+        sa.Column("depth", sa.Integer(), nullable=False),
+        sa.Column("on_full", sa.Text(), nullable=False),
+        sa.Column("failing_since", sa.BigInteger(), nullable=True),
+        sa.Column("disabled_time", sa.BigInteger(), nullable=True),
+        sa.Column("disabled_reason", sa.Text(), nullable=True),
+        sa.PrimaryKeyConstraint("queue"),
+    )
+    op.create_table(
+        "deliveries",
+        sa.Column("delivery_id", sa.Text(), nullable=False),
+        sa.Column("tenant", sa.Text(), nullable=False),
+        sa.Column("job_id", sa.Text(), nullable=False),
+        sa.Column("generation", sa.Integer(), nullable=False),
+        sa.Column("sink", sa.SmallInteger(), nullable=False),
+        sa.Column("queue", sa.Text(), nullable=False),
+        sa.Column("shard", sa.Integer(), nullable=True),
+        sa.Column("sequence", sa.Integer(), nullable=True),
+        sa.Column("state", sa.Text(), nullable=False),
+        sa.Column("attempts", sa.Integer(), server_default="0", nullable=False),
+        sa.Column("last_error", sa.Text(), nullable=True),
+        sa.Column("receipt", sa.Text(), server_default="", nullable=False),
+        sa.Column("create_time", sa.BigInteger(), nullable=False),
+        sa.Column("finish_time", sa.BigInteger(), nullable=True),
+        sa.Column("task_id", sa.BigInteger(), nullable=True),
+        sa.ForeignKeyConstraint(["job_id"], ["jobs.job_id"], ondelete="CASCADE"),
+        sa.PrimaryKeyConstraint("delivery_id"),
+    )
+    op.create_index("deliveries_job", "deliveries", ["job_id", "sink", "state"])
+    op.create_index(
+        "deliveries_created", "deliveries", ["tenant", "create_time", "delivery_id"]
+    )
+    op.create_index(
+        "deliveries_queue",
+        "deliveries",
+        ["tenant", "queue", "state", "create_time", "delivery_id"],
+    )
+    op.create_index("deliveries_task", "deliveries", ["task_id"])
+    if op.get_context().dialect.name != "postgresql":
+        return
+    op.get_bind().exec_driver_sql(_CLAIM)
+    # As for claim_task.
+    for setting in (
+        "search_path FROM CURRENT",
+        "enable_seqscan = off",
+        "enable_hashjoin = off",
+        "enable_mergejoin = off",
+        "plan_cache_mode = force_generic_plan",
+        "jit = off",
+    ):
+        op.execute(sa.text(f"ALTER FUNCTION claim_delivery SET {setting}"))

@@ -1,0 +1,36 @@
+"""Whether a lease is still good."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Row
+
+from exportd_server.jobs.ledger.base import Lease, LeaseLost, TaskKind
+from exportd_server.jobs.ledger.statements import lifecycle
+from exportd_server.jobs.ledger.tables import TaskState, tasks
+from exportd_server.jobs.ledger.transaction import Transaction
+
+
+def holding(
+    tx: Transaction, lease: Lease, *kinds: TaskKind
+) -> tuple[Row[Any], Row[Any] | None]:
+    """The lease's task and job, ours until the transaction ends; the job is None for
+    the reap task. Raises `LeaseLost`, and ValueError for a task of another kind."""
+    if kinds and lease.kind not in kinds:
+        raise ValueError(f"not for a task of kind {lease.kind}")
+    job = lifecycle.lock_job(tx, lease.job_id) if lease.job_id else None
+    task = tx.connection.execute(
+        sa.select(tasks)
+        .where(
+            tasks.c.task_id == lease.task_id,
+            tasks.c.token == lease.token,
+            tasks.c.kind == lease.kind.value,
+            tasks.c.state == TaskState.LEASED.sql,
+        )
+        .with_for_update()
+    ).first()
+    if task is None or (task.job_id or "") != lease.job_id:
+        raise LeaseLost
+    return task, job
