@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -11,6 +12,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import structlog
+from prometheus_client import start_http_server
 from pydantic import SecretStr
 
 from exportd_server import samples
@@ -21,7 +23,8 @@ from exportd_server.api.link import LinkKeys
 from exportd_server.api.server import GrpcServer
 from exportd_server.api.servicer import ExportService
 from exportd_server.api.urls import DownloadUrls, HttpLinks, UrlOptions
-from exportd_server.errors import ConfigurationError, StoreFailed
+from exportd_server.delivery.sinks import Sinks
+from exportd_server.errors import ConfigurationError, ExportdError, StoreFailed
 from exportd_server.jobs.exporting import ExportOptions
 from exportd_server.jobs.housekeeping import Housekeeping
 from exportd_server.jobs.ledger.base import Ledger
@@ -33,15 +36,21 @@ from exportd_server.jobs.ledger.sqlite import open_sqlite_ledger
 from exportd_server.jobs.manager import JobManager, Policy
 from exportd_server.jobs.readers import Readers
 from exportd_server.jobs.worker import Worker, WorkerOptions
+from exportd_server.platform import metrics
 from exportd_server.platform.clock import Clock, SystemClock
 from exportd_server.platform.malloc import release_free_memory
+from exportd_server.platform.sealing import Sealer
 from exportd_server.platform.secrets import kept_key
 from exportd_server.settings import Settings, host_and_port
+from exportd_server.sinks.connections import Connections, load_connections
+from exportd_server.sinks.registry import SinkTypes
 from exportd_server.sources.catalogue import Catalogue, load_catalogue
 from exportd_server.store.base import OutputStore, UrlSigner
 from exportd_server.store.local import LocalStore
 
 log = structlog.get_logger(__name__)
+
+_MEASURE_SECONDS = 5.0
 
 TENANT = "default"
 """Whose call it is, while callers need not identify themselves."""
@@ -79,15 +88,16 @@ async def serving(
         _refuse_embedded(settings, "an API without workers")
     stop = asyncio.Event()
     async with _wired(settings, catalogue) as parts:
-        manager = JobManager(parts.ledger, parts.catalogue, parts.policy, parts.readers)
+        manager = _manager(parts)
         downloads = Downloads(
             manager, parts.store, parts.readers, _download_options(settings)
         )
         http = await _open_http(parts, manager)
+        urls = _download_urls(parts, manager, http)
         service = ExportService(
             manager,
             downloads,
-            _download_urls(parts, manager, http),
+            urls,
             tenant=lambda _context: TENANT,
         )
         server = GrpcServer(service)
@@ -99,7 +109,7 @@ async def serving(
             raise ConfigurationError(
                 f"listen: {error}; is another server on that port?"
             ) from None
-        worker = _Background(parts, stop) if settings.worker.enabled else None
+        worker = _Background(parts, stop, urls) if settings.worker.enabled else None
         log.info(
             "serving",
             listen=f"{settings.listen.rpartition(':')[0]}:{port}",
@@ -136,7 +146,8 @@ async def working(
     _refuse_embedded(settings, "workers alone")
     stop = asyncio.Event()
     async with _wired(settings, catalogue) as parts:
-        worker = _Background(parts, stop)
+        manager = _manager(parts)
+        worker = _Background(parts, stop, _download_urls(parts, manager, None))
         log.info("working", workers=settings.worker.concurrency)
         try:
             yield stop
@@ -150,7 +161,7 @@ async def working(
 class _Background:
     """A worker at work. One that ends by itself sets `stop`."""
 
-    def __init__(self, parts: _Parts, stop: asyncio.Event) -> None:
+    def __init__(self, parts: _Parts, stop: asyncio.Event, urls: DownloadUrls) -> None:
         self._worker = Worker(
             parts.ledger,
             parts.store,
@@ -162,7 +173,9 @@ class _Background:
                 orphan_interval=timedelta(seconds=parts.settings.retention.orphan_interval),
             ),
             parts.policy,
+            parts.sinks,
             _worker_options(parts.settings),
+            links=urls.for_delivery if urls.available else None,
         )
         self._running = asyncio.create_task(self._worker.run())
         self._running.add_done_callback(lambda _task: stop.set())
@@ -188,6 +201,7 @@ class _Parts:
     store: OutputStore
     policy: Policy
     readers: Readers
+    sinks: Sinks
 
 
 @contextlib.asynccontextmanager
@@ -210,9 +224,81 @@ async def _wired(settings: Settings, catalogue: Catalogue | None) -> AsyncIterat
         await _claim(ledger, store)
         readers = Readers(ledger)
         stack.push_async_callback(readers.close)
+        sinks = await asyncio.to_thread(_open_sinks, settings)
+        stack.push_async_callback(sinks.close)
+        metrics.register_sinks(sinks.known())
+        await stack.enter_async_context(_measured(settings, ledger, sinks))
         # Reading the catalogue took far more memory than it keeps.
         await asyncio.to_thread(release_free_memory)
-        yield _Parts(settings, catalogue, ledger, store, _policy(settings), readers)
+        yield _Parts(settings, catalogue, ledger, store, _policy(settings), readers, sinks)
+
+
+def _manager(parts: _Parts) -> JobManager:
+    return JobManager(
+        parts.ledger, parts.catalogue, parts.policy, parts.readers, parts.sinks
+    )
+
+
+def _open_sinks(settings: Settings) -> Sinks:
+    types = SinkTypes.installed()
+    connections = (
+        Connections() if settings.sinks is None else load_connections(settings.sinks, types)
+    )
+    return Sinks(types, connections, _sealer(settings))
+
+
+def _sealer(settings: Settings) -> Sealer | None:
+    keys = [key.get_secret_value().encode() for key in settings.delivery.secret_keys]
+    if not keys and not _is_embedded(settings):
+        # Processes of a fleet could not read each other's.
+        return None
+    try:
+        return Sealer(keys or [kept_key(settings.data_dir, "secrets.key")])
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"data_dir: {error}") from None
+
+
+@contextlib.asynccontextmanager
+async def _measured(
+    settings: Settings, ledger: Ledger, sinks: Sinks
+) -> AsyncIterator[None]:
+    """Serve the metrics, if the settings say where."""
+    if not settings.metrics.listen:
+        yield
+        return
+    host, port = host_and_port("metrics.listen", settings.metrics.listen)
+    try:
+        server, thread = start_http_server(port, host, registry=metrics.REGISTRY)
+    except OSError as error:
+        raise ConfigurationError(
+            f"metrics.listen: {error}; is another server on that port?"
+        ) from None
+    measuring = asyncio.create_task(_measure_queues(ledger, sinks))
+    try:
+        yield
+    finally:
+        measuring.cancel()
+        await asyncio.wait({measuring})
+        await asyncio.to_thread(server.shutdown)
+        server.server_close()
+        await asyncio.to_thread(thread.join)
+
+
+async def _measure_queues(ledger: Ledger, sinks: Sinks) -> None:
+    pairs = set(sinks.known())
+    while True:
+        try:
+            depths: Counter[tuple[str, str, str]] = Counter()
+            for queue, (waiting, retrying) in (await ledger.queue_depths()).items():
+                type_, _, rest = queue.partition("/")
+                connection = rest.partition("/")[0]
+                pair = (type_, connection if (type_, connection) in pairs else "")
+                depths[*pair, "waiting"] += waiting
+                depths[*pair, "retrying"] += retrying
+            metrics.set_queue_depths(depths)
+        except ExportdError as error:
+            log.warning("queues could not be measured", cause=repr(error))
+        await asyncio.sleep(_MEASURE_SECONDS)
 
 
 async def _claim(ledger: Ledger, store: OutputStore) -> None:
@@ -290,9 +376,12 @@ def _link_keys(settings: Settings) -> LinkKeys:
 
 def _download_urls(parts: _Parts, manager: JobManager, http: _Http | None) -> DownloadUrls:
     settings, links = parts.settings, None
+    base = settings.http.public_url or (f"http://{http.address}" if http else "")
     if http is not None:
-        base = settings.http.public_url or f"http://{http.address}"
         links = HttpLinks(base, http.keys)
+    elif base and settings.http.signing_keys:
+        # Another process has the port, and accepts what the same keys have signed.
+        links = HttpLinks(base, _link_keys(settings))
     return DownloadUrls(
         manager,
         SystemClock(),
@@ -423,6 +512,7 @@ def _worker_options(settings: Settings) -> WorkerOptions:
         concurrency=settings.worker.concurrency,
         lease=settings.worker.lease,
         poll=settings.worker.poll,
+        deliveries=settings.delivery.concurrency,
         running_per_tenant=settings.worker.running_per_tenant,
         export=ExportOptions(
             shard_rows=settings.worker.shard_rows,

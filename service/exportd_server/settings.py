@@ -190,6 +190,46 @@ class PartSettings(Section):
     )
 
 
+def _split_keys(value: object) -> object:
+    """A variable has the keys in one text, or as JSON; a file may have a list."""
+    if not isinstance(value, str):
+        return value
+    return json.loads(value) if value.lstrip().startswith("[") else value.split()
+
+
+def _long_keys(keys: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+    if any(len(key.get_secret_value().encode()) < 32 for key in keys):
+        raise ValueError("each key needs at least 32 bytes: openssl rand -base64 32")
+    return keys
+
+
+SecretKeys = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split_keys)]
+
+
+class DeliverySettings(Section):
+    """How outputs are delivered to sinks."""
+
+    concurrency: PositiveInt = Field(
+        16, description="deliveries at a time in this process, of all sinks together"
+    )
+    secret_keys: SecretKeys = Field(
+        (),
+        description="keys of at least 32 characters that encrypt the secrets of callers, "
+        "in a list or one text with spaces between: the first encrypts, all decrypt; none: "
+        "one that is made and kept in data_dir, for the embedded ledger only",
+    )
+
+    _long_enough = field_validator("secret_keys")(_long_keys)
+
+
+class MetricsSettings(Section):
+    """Where Prometheus finds metrics."""
+
+    listen: str = Field(
+        "", description="`host:port` of an HTTP port that serves `/metrics`; empty: none"
+    )
+
+
 class DownloadSettings(Section):
     """How downloads are sent."""
 
@@ -218,13 +258,6 @@ class DownloadSettings(Section):
         return self
 
 
-def _split_keys(value: object) -> object:
-    """A variable has the keys in one text, or as JSON; a file may have a list."""
-    if not isinstance(value, str):
-        return value
-    return json.loads(value) if value.lstrip().startswith("[") else value.split()
-
-
 class HttpSettings(Section):
     """The HTTP port of `serve`, for download URLs of outputs that are not on S3."""
 
@@ -236,21 +269,14 @@ class HttpSettings(Section):
         description="what callers reach the HTTP port by, such as "
         "`https://exports.example.com`; empty: `http://` and `http.listen`",
     )
-    signing_keys: Annotated[
-        tuple[SecretStr, ...], NoDecode, BeforeValidator(_split_keys)
-    ] = Field(
+    signing_keys: SecretKeys = Field(
         (),
         description="keys of at least 32 characters that sign download URLs, in a list or "
         "one text with spaces between: the first signs, all are accepted; none: one that "
         "is made and kept in data_dir, for the embedded ledger only",
     )
 
-    @field_validator("signing_keys")
-    @classmethod
-    def _long_enough(cls, keys: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
-        if any(len(key.get_secret_value().encode()) < 32 for key in keys):
-            raise ValueError("each key needs at least 32 bytes: openssl rand -base64 32")
-        return keys
+    _long_enough = field_validator("signing_keys")(_long_keys)
 
     @field_validator("public_url")
     @classmethod
@@ -304,6 +330,10 @@ class Settings(BaseSettings):
         None,
         description="`datasets.toml`; absent: sample data, generated into data_dir",
     )
+    sinks: Path | None = Field(
+        None,
+        description="`sinks.toml`, the connections of sinks; absent: there are none",
+    )
     sample_rows: PositiveInt = Field(
         1_000_000, description="token transfers in the sample data"
     )
@@ -318,6 +348,8 @@ class Settings(BaseSettings):
     parts: PartSettings = PartSettings()
     download: DownloadSettings = DownloadSettings()
     http: HttpSettings = HttpSettings()
+    delivery: DeliverySettings = DeliverySettings()
+    metrics: MetricsSettings = MetricsSettings()
     log: LogSettings = LogSettings()
 
     @classmethod

@@ -46,6 +46,7 @@ from exportd_server.store.memory import MemoryStore
 from exportd_server.store.s3 import S3Store
 from tests.support import rpc
 from tests.support.faults import Faults
+from tests.support.faulty_store import FAILS, FaultyStore, on
 from tests.support.fleet import at_work, fleet_in
 from tests.support.gate import BATCH_ROWS, GateSource
 from tests.support.holds import HoldingStore, Place, local_place, s3_place
@@ -60,7 +61,8 @@ from tests.support.ledger import (
 )
 from tests.support.samples import catalogue_of
 from tests.support.server import Server, serve, settings, until
-from tests.support.store import FaultyStore, part_key, put
+from tests.support.sinks import no_sinks
+from tests.support.store import part_key, put
 
 ENOUGH = 20.0
 """Seconds that nothing here should take."""
@@ -333,9 +335,9 @@ async def test_a_manifest_that_cannot_be_stored_costs_an_attempt_and_no_part(
     really_open = app._open_store
 
     async def open_store(settings: Settings) -> OutputStore:
-        faulty.append(FaultyStore(await really_open(settings)))
         # The only part, and then its manifest.
-        faulty[0].fail("finalize", skip=1)
+        plan = on("finalize", FAILS, first=1, times=1)
+        faulty.append(FaultyStore(await really_open(settings), plan))
         return faulty[0]
 
     monkeypatch.setattr(app, "_open_store", open_store)
@@ -629,6 +631,7 @@ async def test_the_reaper_runs_once_for_a_whole_fleet_and_spares_what_has_not_ex
                 catalogue_of(),
                 CountingHousekeeping(ledger, store, reap_interval=timedelta(seconds=1)),
                 Policy(),
+                no_sinks(),
                 WorkerOptions(poll=0.5),
             )
             await stack.enter_async_context(at_work(worker, 5.0))
@@ -671,7 +674,7 @@ async def test_a_job_is_not_forgotten_while_its_output_cannot_be_deleted(
     store = FaultyStore(MemoryStore())
     async with sqlite_world(tmp_path) as world:
         prefix = await expired_output(world, store)
-        store.fail("delete_job")
+        store.plan = on("delete_job", FAILS, times=1)
         with pytest.raises(StoreFailed):
             await housekeeping(world, store).cleanup(await world.lease(CLEANUP))
         assert await world.ledger.known_jobs([prefix.job_id]) == {prefix.job_id}

@@ -29,6 +29,7 @@ from exportd_server.store.key import JobPrefix, OutputKey, OutputKind
 from exportd_server.store.memory import MemoryStore
 from tests.support.gate import BATCH_ROWS
 from tests.support.samples import catalogue_of
+from tests.support.sinks import no_sinks
 
 TENANT = "acme"
 ENOUGH = 10.0
@@ -129,6 +130,7 @@ class Fleet:
                 catalogue_of(gated=source),
                 Housekeeping(ledger, self.store, reap_interval=timedelta(seconds=300)),
                 self.policy,
+                no_sinks(),
                 WorkerOptions(
                     **options,
                     export=ExportOptions(

@@ -28,6 +28,7 @@ from exportd.v1 import (
     export_service_pb2,
     export_service_pb2_grpc,
     job_pb2,
+    sink_pb2,
 )
 
 JOB = "01900000-0000-7000-8000-000000000001"
@@ -332,6 +333,36 @@ class ScriptedServer(export_service_pb2_grpc.ExportServiceServicer):
             urls=[url(part_index=at, url=f"https://example.com/{at}")],
             joined=None if at else url(url="https://example.com/all"),
             next_page_token=str(at + 1) if more else "",
+        )
+
+    def ListDeliveries(  # noqa: N802 - gRPC's name
+        self, request: export_service_pb2.ListDeliveriesRequest, context: Any
+    ) -> export_service_pb2.ListDeliveriesResponse:
+        """None."""
+        self._enter("ListDeliveries", request, context)
+        return export_service_pb2.ListDeliveriesResponse()
+
+    def RedriveDeliveries(  # noqa: N802 - gRPC's name
+        self, request: export_service_pb2.RedriveDeliveriesRequest, context: Any
+    ) -> export_service_pb2.RedriveDeliveriesResponse:
+        """None."""
+        self._enter("RedriveDeliveries", request, context)
+        return export_service_pb2.RedriveDeliveriesResponse()
+
+    def ListSinkQueues(  # noqa: N802 - gRPC's name
+        self, request: export_service_pb2.ListSinkQueuesRequest, context: Any
+    ) -> export_service_pb2.ListSinkQueuesResponse:
+        """None."""
+        self._enter("ListSinkQueues", request, context)
+        return export_service_pb2.ListSinkQueuesResponse()
+
+    def EnableSinkQueue(  # noqa: N802 - gRPC's name
+        self, request: export_service_pb2.EnableSinkQueueRequest, context: Any
+    ) -> export_service_pb2.EnableSinkQueueResponse:
+        """The one asked for."""
+        self._enter("EnableSinkQueue", request, context)
+        return export_service_pb2.EnableSinkQueueResponse(
+            queue=sink_pb2.SinkQueue(queue=request.queue)
         )
 
     def _follow(

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import base64
-from datetime import UTC, datetime
-
-from google.protobuf import timestamp_pb2
+from datetime import datetime
 
 from exportd.v1 import dataset_pb2, export_service_pb2, job_pb2
+from exportd_server.api.sinks import (
+    sink_delivery_message,
+    sink_message,
+    status_value,
+)
 from exportd_server.api.status import duration, record_status
+from exportd_server.api.timestamps import timestamp
 from exportd_server.encoders.base import (
     Format,
 )
 from exportd_server.jobs.model import (
     CancelOutcome,
+    DeliveryStatus,
     FilterLiteral,
     FilterSpec,
     Job,
@@ -28,17 +33,6 @@ from exportd_server.jobs.output import (
 )
 from exportd_server.sources.base import ColumnKind
 from exportd_server.sources.catalogue import Dataset
-
-_LATEST = datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)
-
-
-def timestamp(moment: datetime | None) -> timestamp_pb2.Timestamp | None:
-    """A moment as the contract writes it."""
-    if moment is None:
-        return None
-    message = timestamp_pb2.Timestamp()
-    message.FromDatetime(min(moment, _LATEST))
-    return message
 
 
 def dataset_message(
@@ -103,6 +97,8 @@ def request_message(job: Job) -> job_pb2.CreateExportRequest:
         labels=spec.labels,
         on_row_error=job_pb2.RowErrorPolicy.Value(f"ROW_ERROR_POLICY_{spec.on_row_error}"),
         max_row_errors=spec.max_row_errors or 0,
+        sinks=[sink_message(sink) for sink in spec.sinks],
+        drop_after_delivery=spec.drop_after_delivery,
     )
     if spec.start_time is not None or spec.end_time is not None:
         message.time_range.CopyFrom(
@@ -183,6 +179,12 @@ def job_message(job: Job) -> job_pb2.Job:
         generation=job.generation,
         attempt=job.attempt,
         revision=job.revision,
+        delivery_status=status_value(job.delivery_status),
+        delivered_to=[
+            each.sink for each in job.deliveries if each.status is DeliveryStatus.DELIVERED
+        ],
+        deliveries=[sink_delivery_message(each) for each in job.deliveries],
+        drop_time=timestamp(job.drop_time),
     )
     if job.error is not None:
         message.error.CopyFrom(record_status(job.error))

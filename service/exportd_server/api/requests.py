@@ -128,7 +128,7 @@ class Reader:
         self, field: str, number: int, wrapper: object, kind: type[E], default: E | None
     ) -> E | None:
         """A member of an enum; `default` stands for UNSPECIFIED, None refuses it."""
-        name = _enum_name(wrapper, number)
+        name = enum_name(wrapper, number)
         if name is None:
             self.complain(field, f"{number} is not a value of it")
             return default
@@ -145,15 +145,17 @@ def _prefix(wrapper: object) -> str:
     return full.removesuffix("UNSPECIFIED")
 
 
-def _enum_name(wrapper: object, number: int) -> str | None:
+def enum_name(wrapper: object, number: int) -> str | None:
+    """The name of a value without its prefix; None for a number that is none."""
     value = wrapper.DESCRIPTOR.values_by_number.get(number)  # type: ignore[attr-defined]
     return None if value is None else value.name.removeprefix(_prefix(wrapper))
 
 
 def read_create(
     request: job_pb2.CreateExportRequest, default_ttl: timedelta
-) -> tuple[ExportSpec, str, list[FieldViolation]]:
-    """The request's spec, its request_id, and what is wrong with it so far."""
+) -> tuple[ExportSpec, str, Reader]:
+    """The request's spec, its request_id, and the reader that knows what is wrong with
+    it so far."""
     reader = Reader()
     request_id = reader.uuid("request_id", request.request_id, required=False)
     has_range = request.HasField("time_range")
@@ -185,8 +187,9 @@ def read_create(
         ttl=_read_ttl(reader, request, default_ttl),
         priority=request.priority,
         labels=reader.labels(request.labels),
+        drop_after_delivery=request.drop_after_delivery,
     )
-    return spec, request_id, reader.violations
+    return spec, request_id, reader
 
 
 def _read_row_errors(reader: Reader, request: job_pb2.CreateExportRequest) -> int | None:
@@ -323,7 +326,7 @@ def _read_filters(
         if index > MAX_FILTERS:
             break  # the manager refuses the request for their number
         field = f"filters[{index}]"
-        name = _enum_name(dataset_pb2.FilterOperator, message.operator)
+        name = enum_name(dataset_pb2.FilterOperator, message.operator)
         if not message.column:
             reader.complain(f"{field}.column", "is required")
             continue
@@ -385,7 +388,7 @@ def read_job_query(reader: Reader, request: export_service_pb2.ListJobsRequest) 
         reader.complain("labels", f"at most {MAX_LABELS} labels, not {len(request.labels)}")
     states: set[JobState] = set()
     for index, number in enumerate(request.states):
-        name = _enum_name(job_pb2.JobState, number)
+        name = enum_name(job_pb2.JobState, number)
         if name is None or name == "UNSPECIFIED":
             known = ", ".join(JobState)
             reader.complain(f"states[{index}]", f"must be one of {known}")

@@ -11,7 +11,7 @@ from typing import Any
 
 from exportd.v1 import export_service_pb2 as pb
 from exportd.v1 import job_pb2
-from exportd_server.api import answers, requests
+from exportd_server.api import answers, requests, sinks
 from exportd_server.api.download import Context, Downloads
 from exportd_server.api.requests import Reader
 from exportd_server.api.urls import DownloadUrls, UrlQuery
@@ -21,6 +21,7 @@ from exportd_server.sources.catalogue import Dataset
 
 DATASET_PAGE = 100
 JOB_PAGE = 50
+DELIVERY_PAGE = 100
 MAX_PAGE = 1000
 
 
@@ -88,16 +89,17 @@ class ExportService:
         """See the contract."""
         self._manager.refuse_while_draining()
         tenant = self._tenant(context)
-        spec, request_id, wrong = requests.read_create(
+        spec, request_id, reader = requests.read_create(
             request, self._manager.policy.default_ttl
         )
-        spec = self._manager.accept(spec, wrong)
+        asked = sinks.read_sinks(reader, request.sinks)
+        accepted = self._manager.accept(tenant, spec, asked, reader.violations)
         if request.validate_only:
-            job = await self._manager.preview(tenant, spec)
+            job = await self._manager.preview(tenant, accepted)
         else:
             job = await self._manager.create(
                 tenant,
-                spec,
+                accepted,
                 request_id=request_id,
                 fingerprint=requests.fingerprint(request),
             )
@@ -147,7 +149,10 @@ class ExportService:
     ) -> AsyncIterator[pb.WatchJobResponse]:
         """See the contract."""
         job_id = _job_id(request)
-        async with aclosing(self._manager.watch(self._tenant(context), job_id)) as jobs:
+        watch = self._manager.watch(
+            self._tenant(context), job_id, until_delivered=request.until_delivered
+        )
+        async with aclosing(watch) as jobs:
             async for job in jobs:
                 yield pb.WatchJobResponse(job=answers.job_message(job))
 
@@ -199,6 +204,75 @@ class ExportService:
         if following is not None:
             response.next_page_token = _token(digest, following)
         return response
+
+    async def ListDeliveries(  # noqa: N802 - the contract's name
+        self, request: pb.ListDeliveriesRequest, context: object
+    ) -> pb.ListDeliveriesResponse:
+        """See the contract."""
+        reader = Reader()
+        size = _page_size(reader, request.page_size, DELIVERY_PAGE)
+        query = sinks.read_delivery_query(reader, request)
+        reader.check()
+        digest = requests.query_digest(
+            "deliveries", query.job_id, query.sink, query.queue, sorted(query.states)
+        )
+        before = None
+        if request.page_token:
+            micros, delivery_id = _read_token(request.page_token, digest, int, str)
+            before = (_from_micros(micros), delivery_id)
+        found = await self._manager.list_deliveries(
+            self._tenant(context), query, limit=size + 1, before=before
+        )
+        page = found[:size]
+        token = ""
+        if len(found) > size:
+            last, _ = page[-1]
+            token = _token(digest, _micros(last.create_time), last.delivery_id)
+        return pb.ListDeliveriesResponse(
+            deliveries=[sinks.delivery_message(record, job) for record, job in page],
+            next_page_token=token,
+        )
+
+    async def RedriveDeliveries(  # noqa: N802 - the contract's name
+        self, request: pb.RedriveDeliveriesRequest, context: object
+    ) -> pb.RedriveDeliveriesResponse:
+        """See the contract."""
+        reader = Reader()
+        query = sinks.read_redrive(reader, request)
+        reader.check()
+        redriven = await self._manager.redrive(self._tenant(context), query)
+        return pb.RedriveDeliveriesResponse(redriven=redriven)
+
+    async def ListSinkQueues(  # noqa: N802 - the contract's name
+        self, request: pb.ListSinkQueuesRequest, context: object
+    ) -> pb.ListSinkQueuesResponse:
+        """See the contract."""
+        reader = Reader()
+        size = _page_size(reader, request.page_size, DELIVERY_PAGE)
+        reader.check()
+        after = ""
+        if request.page_token:
+            (after,) = _read_token(request.page_token, "queues", str)
+        found = await self._manager.list_queues(
+            self._tenant(context), limit=size + 1, after=after
+        )
+        page = found[:size]
+        return pb.ListSinkQueuesResponse(
+            queues=[sinks.queue_message(queue) for queue in page],
+            next_page_token=_token("queues", page[-1].queue) if len(found) > size else "",
+        )
+
+    async def EnableSinkQueue(  # noqa: N802 - the contract's name
+        self, request: pb.EnableSinkQueueRequest, context: object
+    ) -> pb.EnableSinkQueueResponse:
+        """See the contract."""
+        reader = Reader()
+        name = reader.text("queue", request.queue)
+        if not name:
+            reader.complain("queue", "is required; ListSinkQueues names the queues")
+        reader.check()
+        queue = await self._manager.enable_queue(self._tenant(context), name)
+        return pb.EnableSinkQueueResponse(queue=sinks.queue_message(queue))
 
 
 def _job_id(

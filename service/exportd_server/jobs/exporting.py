@@ -24,10 +24,10 @@ from exportd_server.jobs.anchors import Anchors
 from exportd_server.jobs.caps import Caps, check_parts
 from exportd_server.jobs.leases import GivenBack, Held, Leases
 from exportd_server.jobs.ledger.base import Lease, LeaseLost, Ledger, TaskKind, Totals
-from exportd_server.jobs.lower import schema_of, to_query
+from exportd_server.jobs.lower import output_columns, to_query
 from exportd_server.jobs.manager import Policy
 from exportd_server.jobs.manifest import store_manifest
-from exportd_server.jobs.model import Job, Manifest, ManifestColumn, PartRecord
+from exportd_server.jobs.model import Job, Manifest, PartRecord
 from exportd_server.jobs.planning import make_plan
 from exportd_server.pipeline.run import (
     FinishedPart,
@@ -36,9 +36,11 @@ from exportd_server.pipeline.run import (
     ShardTask,
     Stopped,
 )
+from exportd_server.platform import metrics
 from exportd_server.platform.threads import in_daemon_thread
 from exportd_server.platform.waits import Backoff, first
-from exportd_server.sources.base import ColumnKind, Query, SourceChanged
+from exportd_server.sinks.base import Takes
+from exportd_server.sources.base import Query, SourceChanged
 from exportd_server.sources.catalogue import Catalogue, Dataset
 from exportd_server.store.base import OutputStore
 from exportd_server.store.key import JobPrefix, OutputKind
@@ -47,6 +49,8 @@ log = structlog.get_logger(__name__)
 
 _RATE_WINDOW = 5.0
 _RETRY = Backoff(1.0, 60.0)
+_FULL_PAUSE = 0.1
+"""Seconds between looks at a queue that is full."""
 _STOPPING = 1.0
 """Seconds that a run has to stop by itself when its lease is given back."""
 
@@ -151,7 +155,7 @@ class Exporter:
         lease, outages = held.lease, held.outages
         # Held before the shards can be claimed, and for longer than this task.
         holding = self._anchors.hold(plan.anchor, lease) if plan.anchor else None
-        columns = _manifest_columns(dataset, query.columns)
+        columns = output_columns(dataset, query.columns)
         try:
             with held.changing() as move_to:
                 move_to(
@@ -213,7 +217,7 @@ class Exporter:
                 skip_errors=job.spec.max_row_errors is not None,
             ),
             self._store,
-            commit=self._commit(held, parts=_parts(job)),
+            commit=self._commit(held, job, parts=_parts(job)),
             check=caps.check,
             max_bytes_in_flight=self._options.max_bytes_in_flight,
         )
@@ -235,7 +239,28 @@ class Exporter:
         )
         await held.insist(lambda: self._ledger.complete_shard(lease, manifest=True))
 
-    def _commit(self, held: Held, *, parts: int) -> Callable[[FinishedPart], None]:
+    async def _record(
+        self,
+        held: Held,
+        job: Job,
+        lease: Lease,
+        part: PartRecord,
+        errors: PartRecord | None,
+    ) -> None:
+        """Record a part, once each sink that must not miss it has room for it."""
+        if any(sink.takes is Takes.PARTS for sink in job.spec.sinks):
+            while not await held.insist(lambda: self._ledger.has_room(lease)):
+                held.check()
+                await asyncio.sleep(_FULL_PAUSE)
+        dropped = await held.insist(lambda: self._ledger.add_part(lease, part, errors))
+        for index in dropped:
+            sink = job.spec.sinks[index]
+            metrics.dropped.labels(sink.type, sink.connection).inc()
+            log.warning("delivery dropped", sink=sink.name, queue=sink.queue)
+
+    def _commit(
+        self, held: Held, job: Job, *, parts: int
+    ) -> Callable[[FinishedPart], None]:
         lease, loop = held.lease, asyncio.get_running_loop()
 
         def commit(part: FinishedPart) -> None:
@@ -245,7 +270,7 @@ class Exporter:
             check_parts(parts)
             record = _part_record(part)
             errors = None if part.errors is None else _part_record(part.errors)
-            recorded = held.insist(lambda: self._ledger.add_part(lease, record, errors))
+            recorded = self._record(held, job, lease, record, errors)
             asyncio.run_coroutine_threadsafe(recorded, loop).result()
 
         return commit
@@ -360,19 +385,6 @@ def unforeseen(error: Exception) -> ErrorRecord:
         ErrorReason.INTERNAL,
         f"internal error; the operator finds it by reference {reference}",
         {"reference": reference},
-    )
-
-
-def _manifest_columns(
-    dataset: Dataset, names: tuple[str, ...]
-) -> tuple[ManifestColumn, ...]:
-    by_name = {column.name: column for column in dataset.columns}
-    schema = schema_of(by_name[name] for name in names)
-    return tuple(
-        ManifestColumn(
-            field.name, ColumnKind.of(field.type), str(field.type), field.nullable
-        )
-        for field in schema
     )
 
 

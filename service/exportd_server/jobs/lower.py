@@ -10,7 +10,7 @@ import pyarrow as pa
 from exportd_server.encoders.base import OutputFormat
 from exportd_server.encoders.registry import unsupported
 from exportd_server.errors import FieldViolation, InvalidRequest
-from exportd_server.jobs.model import ExportSpec, FilterSpec
+from exportd_server.jobs.model import ExportSpec, FilterSpec, ManifestColumn
 from exportd_server.sources.base import (
     Column,
     ColumnKind,
@@ -170,3 +170,15 @@ def to_query(dataset: Dataset, spec: ExportSpec) -> Query:
     if lowering.violations:
         raise InvalidRequest(lowering.violations)
     return Query(columns, tuple(lowering.filters), spec.limit)
+
+
+def output_columns(dataset: Dataset, names: tuple[str, ...]) -> tuple[ManifestColumn, ...]:
+    """The columns of the output, as the manifest tells them."""
+    by_name = {column.name: column for column in dataset.columns}
+    schema = schema_of(by_name[name] for name in names)
+    return tuple(
+        ManifestColumn(
+            field.name, ColumnKind.of(field.type), str(field.type), field.nullable
+        )
+        for field in schema
+    )

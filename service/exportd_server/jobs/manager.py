@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import difflib
 import re
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -18,8 +18,11 @@ from typing import TypeVar
 import structlog
 import uuid_utils
 
+from exportd_server.delivery.sinks import AskedSink, CheckedSink, Sinks
 from exportd_server.encoders.base import Format
 from exportd_server.errors import (
+    ConfigurationError,
+    DeliveryFailed,
     ErrorReason,
     ExportdError,
     FieldViolation,
@@ -28,24 +31,32 @@ from exportd_server.errors import (
     QuotaExceeded,
 )
 from exportd_server.jobs.ledger.base import (
+    DeliveryQuery,
+    EndpointDisabled,
     JobQuery,
     Ledger,
     NewJob,
     RequestIdConflict,
     TooManyActiveJobs,
 )
-from exportd_server.jobs.lower import to_query
+from exportd_server.jobs.lower import output_columns, to_query
 from exportd_server.jobs.model import (
     CancelOutcome,
+    DeliveryRecord,
     ExportSpec,
     Job,
     JobState,
+    OnFull,
     PartRecord,
     Progress,
+    QueuePolicy,
+    SinkQueue,
+    SinkSpec,
 )
 from exportd_server.jobs.readers import Readers
 from exportd_server.platform.threads import in_daemon_thread
 from exportd_server.platform.waits import first
+from exportd_server.sinks.base import BadSinkRequest, Export, ExportColumn
 from exportd_server.sources.catalogue import Catalogue, Dataset
 
 log = structlog.get_logger(__name__)
@@ -55,6 +66,7 @@ MAX_ROW_ERRORS = 1_000_000
 MAX_LABELS = 32
 MAX_LABEL_VALUE = 256
 MAX_PRIORITY = 100
+MAX_SINKS = 10
 RETRY_AFTER = timedelta(seconds=2)
 """When to ask again for a job that is not finished, or with a quota used up."""
 
@@ -93,6 +105,25 @@ def _smaller(one: int | None, other: int | None) -> int | None:
     return min(bounds) if bounds else None
 
 
+@dataclass(frozen=True, slots=True)
+class JobSink:
+    """A sink as a request asks for it; `field` is its path there, and `name` empty when
+    the caller gave it none."""
+
+    field: str
+    name: str
+    asked: AskedSink
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """A request that was found good."""
+
+    spec: ExportSpec
+    queues: tuple[QueuePolicy, ...] = ()
+    sinks: tuple[JobSink, ...] = ()
+
+
 class JobManager:
     """The callers' side of jobs."""
 
@@ -102,9 +133,11 @@ class JobManager:
         catalogue: Catalogue,
         policy: Policy,
         readers: Readers,
+        sinks: Sinks,
     ) -> None:
         self._ledger = ledger
         self._catalogue = catalogue
+        self._sinks = sinks
         self.policy = policy
         self._readers = readers
         self._draining = asyncio.Event()
@@ -166,18 +199,20 @@ class JobManager:
     async def create(
         self,
         tenant: str,
-        spec: ExportSpec,
+        accepted: Accepted,
         *,
         request_id: str,
         fingerprint: str,
     ) -> Job:
-        """Record an export. `spec` has passed `accept`."""
+        """Record an export."""
+        spec = accepted.spec
         new = NewJob(
             job_id=str(uuid_utils.uuid7()),
             tenant=tenant,
             spec=spec,
             request_id=request_id,
             fingerprint=fingerprint,
+            queues=accepted.queues,
         )
         try:
             job, created = await self._ledger.create_job(
@@ -187,6 +222,10 @@ class JobManager:
             raise ExportdError(
                 ErrorReason.REQUEST_ID_CONFLICT,
                 metadata={"job_id": conflict.job_id, "request_id": request_id},
+            ) from None
+        except EndpointDisabled as disabled:
+            raise ExportdError(
+                ErrorReason.ENDPOINT_DISABLED, metadata={"queue": disabled.queue}
             ) from None
         except TooManyActiveJobs:
             limit = self.policy.max_active_jobs
@@ -203,10 +242,17 @@ class JobManager:
                 tenant=tenant,
                 dataset=spec.dataset,
                 format=spec.output.format,
+                sinks=[sink.name for sink in spec.sinks],
             )
         return job
 
-    def accept(self, spec: ExportSpec, wrong: list[FieldViolation]) -> ExportSpec:
+    def accept(
+        self,
+        tenant: str,
+        spec: ExportSpec,
+        sinks: Sequence[JobSink],
+        wrong: list[FieldViolation],
+    ) -> Accepted:
         """Check a request and fill in the defaults.
 
         `wrong` is what the reading of the request found; raises `InvalidRequest` with
@@ -222,14 +268,51 @@ class JobManager:
                     metadata={"dataset": spec.dataset},
                 )
         violations += self._bad_values(spec)
+        sinks, bad = _named(sinks)
+        violations += bad
+        if spec.drop_after_delivery and not sinks:
+            violations.append(
+                FieldViolation("drop_after_delivery", "needs sinks; without, leave it out")
+            )
+        checked: list[CheckedSink] = []
         if dataset is not None:
             try:
-                to_query(dataset, spec)
+                export = _export(tenant, dataset, spec)
             except InvalidRequest as invalid:
                 violations += invalid.violations
+            else:
+                checked, bad = self._check_sinks(tenant, export, sinks)
+                violations += bad
         if violations:
             raise InvalidRequest(violations)
-        return self._with_defaults(spec)
+        spec = replace(
+            self._with_defaults(spec),
+            sinks=tuple(
+                SinkSpec(
+                    name=sink.name,
+                    type=found.kept.type,
+                    connection=found.kept.connection,
+                    config=found.kept.config,
+                    queue=found.queue,
+                    takes=found.takes,
+                    sealed=found.kept.sealed,
+                )
+                for sink, found in zip(sinks, checked, strict=True)
+            ),
+        )
+        return Accepted(spec, tuple(map(_queue_policy, checked)), tuple(sinks))
+
+    def _check_sinks(
+        self, tenant: str, export: Export, sinks: Sequence[JobSink]
+    ) -> tuple[list[CheckedSink], list[FieldViolation]]:
+        checked: list[CheckedSink] = []
+        bad: list[FieldViolation] = []
+        for sink in sinks:
+            try:
+                checked.append(self._sinks.check(tenant, sink.asked, export))
+            except BadSinkRequest as error:
+                bad.append(_violation(sink, error))
+        return checked, bad
 
     def _with_defaults(self, spec: ExportSpec) -> ExportSpec:
         if spec.max_part_bytes is not None:
@@ -290,10 +373,13 @@ class JobManager:
             )
         return bad
 
-    async def preview(self, tenant: str, spec: ExportSpec) -> Job:
+    async def preview(self, tenant: str, accepted: Accepted) -> Job:
         """The job that an accepted request would make, with a row estimate where the
-        source gives one; nothing is recorded."""
+        source gives one; nothing is recorded. Raises `InvalidRequest` when a sink could
+        not be delivered to."""
+        spec = accepted.spec
         dataset = self.dataset(spec.dataset)
+        await self._probe(tenant, _export(tenant, dataset, spec), accepted.sinks)
         query = to_query(dataset, spec)
         plan = await self._ask(lambda: dataset.source.plan(query))
         return Job(
@@ -305,6 +391,22 @@ class JobManager:
             create_time=datetime.now(UTC),
             progress=Progress(estimated_rows=plan.estimated_rows),
         )
+
+    async def _probe(self, tenant: str, export: Export, sinks: Sequence[JobSink]) -> None:
+        async def one(sink: JobSink) -> FieldViolation | None:
+            try:
+                await self._sinks.probe(tenant, sink.asked, export)
+            except BadSinkRequest as error:
+                return _violation(sink, error)
+            except (DeliveryFailed, ConfigurationError, TimeoutError) as error:
+                log.warning("sink cannot be reached", sink=sink.name, exc_info=error)
+                told = error.message if isinstance(error, DeliveryFailed) else ""
+                return FieldViolation(sink.field, told or "it cannot be reached now")
+            return None
+
+        found = await asyncio.gather(*map(one, sinks))
+        if bad := [violation for violation in found if violation is not None]:
+            raise InvalidRequest(bad)
 
     # --- looking
 
@@ -326,13 +428,16 @@ class JobManager:
         """A page of jobs, newest first."""
         return await self._ledger.list_jobs(tenant, query, limit=limit, before=before)
 
-    async def watch(self, tenant: str, job_id: str) -> AsyncGenerator[Job]:
-        """The job now, at every change and every few seconds, until it has ended. Raises
-        DRAINING when this process is about to end before the job."""
+    async def watch(
+        self, tenant: str, job_id: str, *, until_delivered: bool = False
+    ) -> AsyncGenerator[Job]:
+        """The job now, at every change and every few seconds, until it has ended, and if
+        asked its deliveries too. Raises DRAINING when this process is about to end
+        before."""
         while True:
             job = await self.get(tenant, job_id)
             yield job
-            if job.state.terminal:
+            if job.settled if until_delivered else job.state.terminal:
                 return
             await first(
                 self._ledger.wait_for_change(
@@ -369,6 +474,79 @@ class JobManager:
         self._readers.cut(job_id)
         log.info("job deleted", job_id=job_id, tenant=tenant)
 
+    # --- deliveries
+
+    async def list_deliveries(
+        self,
+        tenant: str,
+        query: DeliveryQuery,
+        *,
+        limit: int,
+        before: tuple[datetime, str] | None,
+    ) -> list[tuple[DeliveryRecord, Job]]:
+        """A page of deliveries, newest first, each with its job; raises JOB_NOT_FOUND
+        for one that is asked for."""
+        jobs: dict[str, Job] = {}
+        if query.job_id:
+            jobs[query.job_id] = await self.get(tenant, query.job_id)
+        found = await self._ledger.list_deliveries(
+            tenant, query, limit=limit, before=before
+        )
+        paired = []
+        for record in found:
+            if record.job_id not in jobs:
+                job = await self._ledger.get_job(tenant, record.job_id)
+                if job is None:
+                    # Deleted a moment ago.
+                    continue
+                jobs[record.job_id] = job
+            paired.append((record, jobs[record.job_id]))
+        return paired
+
+    async def redrive(self, tenant: str, query: DeliveryQuery) -> int:
+        """Send deliveries again; returns how many. Raises DELIVERY_NOT_FOUND,
+        JOB_NOT_FOUND, SINK_QUEUE_NOT_FOUND, ENDPOINT_DISABLED, and as `output` for a job
+        that has none any more."""
+        queue = query.queue
+        if query.delivery_id:
+            found = await self._ledger.list_deliveries(tenant, query, limit=1)
+            if not found:
+                raise ExportdError(
+                    ErrorReason.DELIVERY_NOT_FOUND,
+                    metadata={"delivery_id": query.delivery_id},
+                )
+            self.refuse_unreadable(await self.get(tenant, found[0].job_id))
+            queue = found[0].queue
+        elif query.job_id:
+            self.refuse_unreadable(await self.get(tenant, query.job_id))
+        if queue:
+            state = await self._queue(tenant, queue)
+            if state.disabled_time is not None:
+                raise ExportdError(ErrorReason.ENDPOINT_DISABLED, metadata={"queue": queue})
+        redriven = await self._ledger.redrive_deliveries(tenant, query)
+        log.info("deliveries redriven", tenant=tenant, deliveries=redriven, queue=queue)
+        return redriven
+
+    async def list_queues(self, tenant: str, *, limit: int, after: str) -> list[SinkQueue]:
+        """A page of the tenant's queues, by name."""
+        return await self._ledger.list_queues(tenant, limit=limit, after=after)
+
+    async def enable_queue(self, tenant: str, queue: str) -> SinkQueue:
+        """Let deliveries to an endpoint be tried again; raises SINK_QUEUE_NOT_FOUND."""
+        before = await self._queue(tenant, queue)
+        await self._ledger.enable_queue(tenant, queue)
+        if before.disabled_time is not None:
+            log.info("endpoint enabled", tenant=tenant, queue=queue)
+        return await self._queue(tenant, queue)
+
+    async def _queue(self, tenant: str, name: str) -> SinkQueue:
+        found = await self._ledger.list_queues(tenant, limit=1, queue=name)
+        if not found:
+            raise ExportdError(
+                ErrorReason.SINK_QUEUE_NOT_FOUND, metadata={"queue": name[:300]}
+            )
+        return found[0]
+
     # --- output
 
     async def output(self, tenant: str, job_id: str) -> Job:
@@ -391,6 +569,8 @@ class JobManager:
         metadata = {"job_id": job.job_id}
         if job.expired:
             raise ExportdError(ErrorReason.OUTPUT_EXPIRED, metadata=metadata)
+        if job.drop_time is not None:
+            raise ExportdError(ErrorReason.OUTPUT_DROPPED, metadata=metadata)
         if job.state is JobState.CANCELLED:
             raise ExportdError(ErrorReason.JOB_CANCELLED, metadata=metadata)
         if job.state is JobState.FAILED:
@@ -412,3 +592,63 @@ class JobManager:
                 else:
                     parts = await self._ledger.finished_parts(tenant, job_id)
                 yield job, parts
+
+
+def _named(
+    sinks: Sequence[JobSink],
+) -> tuple[list[JobSink], list[FieldViolation]]:
+    """The sinks with a name each, and what is wrong with their names and number."""
+    bad: list[FieldViolation] = []
+    if len(sinks) > MAX_SINKS:
+        bad.append(FieldViolation("sinks", f"at most {MAX_SINKS} sinks, not {len(sinks)}"))
+    taken = {sink.name for sink in sinks if sink.name}
+    named: list[JobSink] = []
+    for sink in sinks[:MAX_SINKS]:
+        name = sink.name
+        if not name:
+            base = sink.asked.type
+            names = (base, *(f"{base}-{number}" for number in range(2, MAX_SINKS * 2)))
+            name = next(each for each in names if each not in taken)
+            taken.add(name)
+        elif not _LABEL_KEY.match(name):
+            bad.append(
+                FieldViolation(
+                    f"{sink.field}.name", "a name matches [a-z][a-z0-9_.-]{0,62}"
+                )
+            )
+        elif name in {each.name for each in named}:
+            bad.append(
+                FieldViolation(
+                    f"{sink.field}.name", f"another sink is called {name!r} already"
+                )
+            )
+        named.append(replace(sink, name=name))
+    return named, bad
+
+
+def _export(tenant: str, dataset: Dataset, spec: ExportSpec) -> Export:
+    """What sinks are told of a request. Raises `InvalidRequest`."""
+    columns = output_columns(dataset, to_query(dataset, spec).columns)
+    return Export(
+        tenant=tenant,
+        dataset=spec.dataset,
+        output=spec.output,
+        columns=tuple(ExportColumn(c.name, c.kind, c.type, c.nullable) for c in columns),
+        labels=spec.labels,
+    )
+
+
+def _violation(sink: JobSink, error: BadSinkRequest) -> FieldViolation:
+    field = f"{sink.field}.{error.field}" if error.field else sink.field
+    return FieldViolation(field, error.description)
+
+
+def _queue_policy(checked: CheckedSink) -> QueuePolicy:
+    limits = checked.limits
+    return QueuePolicy(
+        checked.queue,
+        checked.owner,
+        limits.concurrency,
+        limits.queue_depth,
+        OnFull(limits.on_full),
+    )

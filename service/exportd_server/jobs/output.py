@@ -95,6 +95,15 @@ def part_file_name(job: Job, index: int) -> str:
     return f"{file_stem(job)}.part-{index:05d}.{job.spec.output.extension}"
 
 
+def delivered_file_name(job: Job, shard: int, sequence: int) -> str:
+    """The name of one part where it is delivered. Its index is not known while the job
+    runs, so it is named by its place; and one of a generation that was begun anew never
+    stands in for one of the first."""
+    generation = f"-g{job.generation}" if job.generation > 1 else ""
+    place = f"{shard:05d}-{sequence:05d}"
+    return f"{file_stem(job)}{generation}.part-{place}.{job.spec.output.extension}"
+
+
 def error_part_file_name(job: Job, index: int) -> str:
     """The name of one error part as a file."""
     return f"{file_stem(job)}.errors-{index:05d}.{ERROR_OUTPUT.extension}"

@@ -16,8 +16,10 @@ from datetime import timedelta
 
 import structlog
 
+from exportd_server.delivery.sinks import Sinks
 from exportd_server.errors import LedgerUnavailable
 from exportd_server.jobs.anchors import Anchors
+from exportd_server.jobs.delivering import Deliverer, LinkMaker
 from exportd_server.jobs.exporting import Exporter, ExportOptions, unforeseen
 from exportd_server.jobs.housekeeping import Housekeeping
 from exportd_server.jobs.leases import GivenBack, Held, Leases
@@ -38,6 +40,7 @@ log = structlog.get_logger(__name__)
 _EXPORT_KINDS = (TaskKind.PLAN, TaskKind.SHARD)
 _HOUSEKEEPING_KINDS = (TaskKind.CLEANUP, TaskKind.REAP)
 _SWEEP_KINDS = (TaskKind.SWEEP,)
+_DELIVERY_KINDS = (TaskKind.DELIVER,)
 _LAST_WORDS = 3.0
 """Seconds that work has to give its leases back once the grace of a drain is over."""
 _OUTAGE = Backoff(0.1, 5.0)
@@ -49,6 +52,7 @@ class WorkerOptions:
     """How a worker works; times in seconds."""
 
     concurrency: int = 2
+    deliveries: int = 16
     lease: float = 15.0
     poll: float = 5.0
     running_per_tenant: int | None = None
@@ -74,7 +78,10 @@ class Worker:
         catalogue: Catalogue,
         housekeeping: Housekeeping,
         policy: Policy,
+        sinks: Sinks,
         options: WorkerOptions,
+        *,
+        links: LinkMaker | None = None,
     ) -> None:
         self._ledger = ledger
         self._housekeeping = housekeeping
@@ -89,9 +96,12 @@ class Worker:
             _Slots(_HOUSEKEEPING_KINDS, 1),
             # On its own: it may take long, and deletions are not to wait for it.
             _Slots(_SWEEP_KINDS, 1),
+            # They mostly wait, and must not keep exports from running, nor these them.
+            _Slots(_DELIVERY_KINDS, options.deliveries),
         )
         self._leases = Leases(ledger, options.lease)
         self._anchors = Anchors(ledger, self._draining, poll=options.poll)
+        self._deliverer = Deliverer(ledger, store, sinks, self._leases, links)
         self._exporter = Exporter(
             ledger,
             store,
@@ -234,6 +244,8 @@ class Worker:
                 raise GivenBack  # noqa: TRY301 - one way to give back
             if held.lease.kind in _EXPORT_KINDS:
                 await self._exporter.export(held)
+            elif held.lease.kind in _DELIVERY_KINDS:
+                await self._deliverer.deliver(held)
             else:
                 await self._keep_house(held)
         except GivenBack:

@@ -315,11 +315,12 @@ class Ledger(Protocol):
 
     async def add_part(
         self, lease: Lease, part: PartRecord, errors: PartRecord | None = None
-    ) -> None:
+    ) -> Sequence[int]:
         """Record a part that is durable in the store, and with it the error part that
         tells the rows it lacks: neither is ever there without the other. Its sequence
         follows the last one; its token is the lease's; the error part's are the same;
-        else ValueError. Recording the last ones again changes nothing."""
+        else ValueError. Recording the last ones again changes nothing. Returns which of
+        the job's sinks will not get it, because their queue is full and drops."""
         ...
 
     async def complete_unless_last(self, lease: Lease) -> Manifest | None:
@@ -425,7 +426,8 @@ class Ledger(Protocol):
     ) -> DeliveryFailure:
         """End an attempt: with `retry_in` the delivery is due again after it, else it is
         a dead letter. An endpoint that is `gone`, or has failed for `disable_after` since
-        its last success, is disabled: no delivery of its queue is tried any more."""
+        its last success, is disabled: no delivery of its queue is tried any more, nor
+        this one again."""
         ...
 
     async def list_deliveries(
@@ -445,6 +447,11 @@ class Ledger(Protocol):
         again, of jobs whose output is there; returns how many. A completion goes after
         its parts. Those of disabled endpoints stay. It is done in several transactions
         when there are many; each is looked at once."""
+        ...
+
+    async def queue_depths(self) -> dict[str, tuple[int, int]]:
+        """Of every queue that something stands in: deliveries that wait or are under way,
+        and those that are to be tried again."""
         ...
 
     async def list_queues(

@@ -46,7 +46,7 @@ _READ = "BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY; "
 _CLOCK = "SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint"
 _NOTIFY = "SELECT pg_notify(%s, piece) FROM unnest(%s::text[]) AS piece"
 _CLAIM = "SELECT * FROM claim_task(%s, %s, %s, %s, %s, %s, %s, %s, %s)"
-_CLAIM_DELIVERY = "SELECT * FROM claim_delivery(%s, %s, %s, %s)"
+_CLAIM_DELIVERY = "SELECT * FROM claim_delivery(%s, %s, %s, %s, %s)"
 
 _IN_THE_WAY = frozenset({"40001", "40P01"})
 """Serialization failure, deadlock: the transaction was undone and may be tried again."""
@@ -289,7 +289,9 @@ class PostgresDatabase:
     def _claim_delivery(self, owner: str, lease: int, depth: int) -> Any:
         now = None if self._clock is None else codec.to_micros(self._clock.now())
         with _available():
-            return self._pool.ask_once(_CLAIM_DELIVERY, (now, owner, lease, depth))
+            return self._pool.ask_once(
+                _CLAIM_DELIVERY, (now, owner, lease, depth, self._instance)
+            )
 
     # --- news
 

@@ -213,9 +213,9 @@ class SqlLedger:
 
     async def add_part(
         self, lease: Lease, part: PartRecord, errors: PartRecord | None = None
-    ) -> None:
+    ) -> Sequence[int]:
         """See `Ledger`."""
-        await self._database.write(
+        return await self._database.write(
             lambda tx: working.add_part(tx, lease, part, errors), line=lease.job_id
         )
 
@@ -302,7 +302,7 @@ class SqlLedger:
 
     async def has_room(self, lease: Lease) -> bool:
         """See `Ledger`."""
-        return await self._database.read(lambda tx: delivering.has_room(tx, lease.job_id))
+        return await self._database.read(lambda tx: delivering.has_room(tx, lease))
 
     async def delivery_work(self, lease: Lease) -> DeliveryWork:
         """See `Ledger`."""
@@ -369,6 +369,10 @@ class SqlLedger:
             redriven += some
             if place is None:
                 return redriven
+
+    async def queue_depths(self) -> dict[str, tuple[int, int]]:
+        """See `Ledger`."""
+        return await self._database.read(redriving.queue_depths)
 
     async def list_queues(
         self, tenant: str, *, limit: int, after: str = "", queue: str = ""

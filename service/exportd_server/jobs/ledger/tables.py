@@ -52,8 +52,10 @@ tenants = sa.Table(
     METADATA,
     sa.Column("tenant", sa.Text, primary_key=True),
     sa.Column("served", sa.BigInteger, nullable=False, server_default="0"),
+    sa.Column("delivered", sa.BigInteger, nullable=False, server_default="0"),
 )
-"""`served` is the token of the tenant's last claim of a plan or shard."""
+"""`served` is the token of the tenant's last claim of a plan or shard, `delivered` that of
+its last claim of a delivery."""
 
 jobs = sa.Table(
     "jobs",

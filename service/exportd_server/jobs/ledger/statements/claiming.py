@@ -70,6 +70,12 @@ def claim(
     ).one()
     if job is not None and taken.kind in EXPORT_KINDS:
         _take_up(tx, job, token, takeover=chosen.state == TaskState.LEASED)
+    elif taken.kind == TaskKind.DELIVER:
+        tx.connection.execute(
+            sa.update(tenants)
+            .where(tenants.c.tenant == taken.tenant)
+            .values(delivered=token)
+        )
     return to_lease(taken)
 
 
@@ -282,7 +288,8 @@ def choice(kinds: frozenset[TaskKind], *, limited: bool) -> sa.Select[Any]:
 @lru_cache(maxsize=1)
 def delivery_choice() -> sa.Select[Any]:
     """The next delivery at `now`: of the queue with the fewest under way, and there of
-    the tenant with the fewest; never more of one queue than it allows."""
+    the tenant with the fewest, of several the one served longest ago; never more of one
+    queue than it allows."""
     now = sa.bindparam("now", type_=sa.BigInteger)
     at_work = (
         sa.select(tasks.c.queue, tasks.c.lane, sa.func.count().label("tasks"))
@@ -332,12 +339,17 @@ def delivery_choice() -> sa.Select[Any]:
         .join(queues, queues.c.queue == tasks.c.queue)
         .outerjoin(busy, busy.c.queue == tasks.c.queue)
         .outerjoin(at_work, at_work.c.lane == tasks.c.lane)
+        .outerjoin(tenants, tenants.c.tenant == tasks.c.tenant)
         .where(
             sa.or_(tasks.c.state == TaskState.LEASED.sql, under_way < queues.c.concurrency)
         )
         .order_by(
+            # What a lost lease left counts as under way, so it is taken over first: else
+            # a busier queue would never get its turn.
+            sa.case((tasks.c.state == TaskState.LEASED.sql, 0), else_=1),
             under_way,
             sa.func.coalesce(at_work.c.tasks, 0),
+            sa.func.coalesce(tenants.c.delivered, 0),
             tasks.c.priority.desc(),
             tasks.c.since,
             tasks.c.task_id,

@@ -100,13 +100,19 @@ def _is_full(tx: Transaction, queue: Row[Any]) -> bool:
     return bool(standing.scalar_one() >= queue.depth)
 
 
-def has_room(tx: Transaction, job_id: str) -> bool:
+def has_room(tx: Transaction, lease: Lease) -> bool:
     """Whether no queue of the job's sinks holds it up."""
     spec = tx.connection.execute(
-        sa.select(jobs.c.spec).where(jobs.c.job_id == job_id)
+        sa.select(jobs.c.spec)
+        .join(tasks, tasks.c.job_id == jobs.c.job_id)
+        .where(
+            tasks.c.task_id == lease.task_id,
+            tasks.c.token == lease.token,
+            tasks.c.state == TaskState.LEASED.sql,
+        )
     ).scalar_one_or_none()
     if spec is None:
-        return True
+        raise LeaseLost
     for name in {s.queue for s in codec.load_spec(spec).sinks if s.takes is Takes.PARTS}:
         queue = find_queue(tx, name)
         if queue is not None and queue.on_full == OnFull.BLOCK and _is_full(tx, queue):
@@ -117,10 +123,12 @@ def has_room(tx: Transaction, job_id: str) -> bool:
 # --- what becomes due
 
 
-def add_part(tx: Transaction, job: Row[Any], part: PartRecord) -> None:
-    """A part was recorded: one delivery for each sink that takes parts."""
+def add_part(tx: Transaction, job: Row[Any], part: PartRecord) -> list[int]:
+    """A part was recorded: one delivery for each sink that takes parts. Returns the sinks
+    that will not get it, because their queue is full and drops."""
     if not job.sinks:
-        return
+        return []
+    without: list[int] = []
     for index, sink in enumerate(codec.load_spec(job.spec).sinks):
         if sink.takes is not Takes.PARTS:
             continue
@@ -129,8 +137,10 @@ def add_part(tx: Transaction, job: Row[Any], part: PartRecord) -> None:
         delivery_id = _add(tx, job, index, sink, part=(part.shard, part.sequence))
         if dropped:
             _close(tx, delivery_id, DeliveryState.DROPPED)
+            without.append(index)
         else:
             make_due(tx, job, delivery_id, sink)
+    return without
 
 
 def add_completions(tx: Transaction, job: Row[Any]) -> None:
@@ -378,9 +388,8 @@ def fail_delivery(
     """End an attempt, and the endpoint if it has failed for too long."""
     task, job, found = _holding(tx, lease)
     told = codec.dump_error(error)
-    disabled = _endpoint_failed(tx, found.queue, told, disable_after, gone=gone)
-    dead = retry_in is None
-    if retry_in is not None:
+    disabled, by_this = _endpoint_failed(tx, found.queue, told, disable_after, gone=gone)
+    if retry_in is not None and not disabled:
         tx.connection.execute(
             sa.update(tasks)
             .where(tasks.c.task_id == task.task_id)
@@ -400,16 +409,16 @@ def fail_delivery(
             error=told,
         )
     _ended(tx, job, found)
-    return DeliveryFailure(dead, disabled)
+    return DeliveryFailure(dead=retry_in is None or disabled, disabled=by_this)
 
 
 def _endpoint_failed(
     tx: Transaction, name: str, told: str, disable_after: int | None, *, gone: bool
-) -> bool:
-    """Note a failure; returns whether the endpoint is disabled by it."""
+) -> tuple[bool, bool]:
+    """Note a failure; returns whether the endpoint is disabled, and whether by it."""
     queue = find_queue(tx, name)
     if queue is None or queue.disabled_time is not None:
-        return False
+        return queue is not None, False
     since = tx.now if queue.failing_since is None else queue.failing_since
     tired = disable_after is not None and tx.now - since >= disable_after
     if queue.failing_since is None or gone or tired:
@@ -419,8 +428,10 @@ def _endpoint_failed(
             .where(queues.c.queue == name, queues.c.disabled_time.is_(None))
             .values(failing_since=since, **end)
         ).rowcount
-        if not (changed and end):
-            return False
+        if not changed:
+            return True, False
+        if not end:
+            return False, False
         # Nobody waits for an endpoint that is not tried any more: whoever takes these up
         # sees that, and ends them.
         tx.connection.execute(
@@ -428,5 +439,5 @@ def _endpoint_failed(
             .where(tasks.c.queue == name, tasks.c.state == TaskState.SCHEDULED.sql)
             .values(state=TaskState.READY.value, run_at=tx.now)
         )
-        return True
-    return False
+        return True, True
+    return False, False

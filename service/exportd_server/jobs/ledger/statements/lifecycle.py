@@ -153,13 +153,23 @@ def end(
     _close_tasks(tx, [job.job_id], EXPORT_KINDS)
     if job.sinks and state is not JobState.SUCCEEDED:
         _close_tasks(tx, [job.job_id], (TaskKind.DELIVER.value,))
+        tried = (
+            sa.select(tasks.c.attempts)
+            .where(tasks.c.task_id == deliveries.c.task_id)
+            .scalar_subquery()
+        )
         tx.connection.execute(
             sa.update(deliveries)
             .where(
                 deliveries.c.job_id == job.job_id,
                 deliveries.c.state == DeliveryState.PENDING.value,
             )
-            .values(state=DeliveryState.FAILED.value, finish_time=tx.now, task_id=None)
+            .values(
+                state=DeliveryState.FAILED.value,
+                finish_time=tx.now,
+                attempts=deliveries.c.attempts + sa.func.coalesce(tried, 0),
+                task_id=None,
+            )
         )
     if state is JobState.SUCCEEDED:
         # Nobody can read a stray, so one look once the last writer is gone will do.
@@ -200,6 +210,10 @@ def hide(tx: Transaction, finished: Sequence[Row[Any]]) -> None:
     delivered = [job.job_id for job in finished if job.sinks]
     if delivered:
         _close_tasks(tx, delivered, (TaskKind.DELIVER.value,))
+        # Nobody may ask about them, and no queue counts them, from now on.
+        tx.connection.execute(
+            sa.delete(deliveries).where(deliveries.c.job_id.in_(delivered))
+        )
         tx.changes.fenced.update(delivered)
     late = [job for job in finished if job.writers_until > tx.now]
     _add_tasks(

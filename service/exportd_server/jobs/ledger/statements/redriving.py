@@ -192,7 +192,9 @@ def _redrive(
     return int(found.sink)
 
 
-def _hurry(tx: Transaction, task_id: int) -> bool:
+def _hurry(tx: Transaction, task_id: int | None) -> bool:
+    if task_id is None:
+        return False
     hurried = tx.connection.execute(
         sa.update(tasks)
         .where(tasks.c.task_id == task_id, tasks.c.state == TaskState.SCHEDULED.sql)
@@ -207,17 +209,38 @@ def _reopen(tx: Transaction, job: Row[Any], part: Row[Any]) -> None:
     completion = delivering.find_completion(tx, job.job_id, part.sink)
     if completion is None:
         return
-    if completion.state == DeliveryState.DELIVERED:
+    told = completion.state == DeliveryState.DELIVERED
+    if completion.task_id is not None:
+        # Its turn comes again after the part. Whoever is at it just now is fenced, but
+        # may have told all the same.
+        told = _take_back(tx, completion)
+        tx.changes.fenced.add(job.job_id)
+    delivery_id = completion.delivery_id
+    if told:
         # It told of one part less. What is told now is another message, so it has another
         # name: else a receiver would take it for the one it has.
+        delivery_id = str(uuid_utils.uuid7())
         tx.connection.execute(
             sa.update(deliveries)
             .where(deliveries.c.delivery_id == completion.delivery_id)
-            .values(delivery_id=str(uuid_utils.uuid7()), receipt="")
+            .values(delivery_id=delivery_id, receipt="")
         )
-        completion = delivering.find_completion(tx, job.job_id, part.sink)
-    if completion is not None and completion.task_id is None:
-        _wait_for_parts(tx, completion.delivery_id)
+    _wait_for_parts(tx, delivery_id)
+
+
+def _take_back(tx: Transaction, completion: Row[Any]) -> bool:
+    """Take the task from a completion; returns whether it was ever tried."""
+    attempts: int = tx.connection.execute(
+        sa.delete(tasks)
+        .where(tasks.c.task_id == completion.task_id)
+        .returning(tasks.c.attempts)
+    ).scalar_one()
+    tx.connection.execute(
+        sa.update(deliveries)
+        .where(deliveries.c.delivery_id == completion.delivery_id)
+        .values(attempts=deliveries.c.attempts + attempts, task_id=None)
+    )
+    return bool(completion.attempts or attempts)
 
 
 def _wait_for_parts(tx: Transaction, delivery_id: str) -> None:
@@ -276,6 +299,17 @@ def _to_queue(tx: Transaction, tenant: str, name: str) -> SinkQueue:
         disabled_time=None if row is None else codec.to_moment_or_none(row.disabled_time),
         disabled_reason=None if row is None else codec.load_error(row.disabled_reason),
     )
+
+
+def queue_depths(tx: Transaction) -> dict[str, tuple[int, int]]:
+    """How much stands in every queue, and how much waits to be tried again."""
+    later = sa.case((tasks.c.state == TaskState.SCHEDULED.sql, 1), else_=0)
+    found = tx.connection.execute(
+        sa.select(tasks.c.queue, sa.func.count(), sa.func.sum(later))
+        .where(tasks.c.queue.is_not(None))
+        .group_by(tasks.c.queue)
+    )
+    return {queue: (total - int(late), int(late)) for queue, total, late in found}
 
 
 def enable_queue(tx: Transaction, tenant: str, name: str) -> bool:

@@ -178,7 +178,7 @@ def shard_parts(tx: Transaction, lease: Lease) -> list[PartRecord]:
 
 def add_part(
     tx: Transaction, lease: Lease, part: PartRecord, errors: PartRecord | None
-) -> None:
+) -> list[int]:
     """Record the shard's next part, with its error part, unless they are the ones
     recorded last."""
     task, job = _exporting(tx, lease, TaskKind.SHARD)
@@ -187,7 +187,7 @@ def add_part(
     if part.sequence == task.parts - 1:
         had = reading.parts_of_shard(tx, job.job_id, task.generation, task.shard)
         if [each for each in had if each.sequence == part.sequence] == new:
-            return
+            return []
     if (part.shard, part.sequence, part.token) != (task.shard, task.parts, task.token):
         raise ValueError(
             f"part {part.shard}/{part.sequence} of token {part.token} is not the next "
@@ -215,8 +215,9 @@ def add_part(
             row_errors=max(task.row_errors, part_row_errors),
         )
     )
-    delivering.add_part(tx, job, part)
+    dropped = delivering.add_part(tx, job, part)
     lifecycle.touch(tx, job.job_id)
+    return dropped
 
 
 def _check_kinds(part: PartRecord, errors: PartRecord | None) -> None:

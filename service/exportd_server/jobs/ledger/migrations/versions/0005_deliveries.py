@@ -22,6 +22,7 @@ CREATE FUNCTION claim_delivery(
     p_owner text,
     p_lease bigint,         -- microseconds
     p_depth int,            -- how many tasks of each lane to look at
+    p_instance text,        -- who tells others of this claim
     OUT o_now bigint,
     OUT o_busy boolean,     -- something was passed by because it was locked
     OUT o_exhausted boolean,
@@ -97,8 +98,12 @@ BEGIN
         JOIN tasks t ON t.task_id = found.task_id
         LEFT JOIN busy ON busy.queue = t.queue
         LEFT JOIN at_work ON at_work.lane = t.lane
-        ORDER BY coalesce(busy.tasks, 0), coalesce(at_work.tasks, 0),
-                 t.priority DESC, t.since, t.task_id
+        LEFT JOIN tenants ON tenants.tenant = t.tenant
+        -- What a lost lease left counts as under way, so it is taken over first: else a
+        -- busier queue would never get its turn.
+        ORDER BY (t.state = 'leased') DESC,
+                 coalesce(busy.tasks, 0), coalesce(at_work.tasks, 0),
+                 coalesce(tenants.delivered, 0), t.priority DESC, t.since, t.task_id
         LIMIT 64
     LOOP
         PERFORM FROM tasks
@@ -115,6 +120,10 @@ BEGIN
             lease_expires = o_now + p_lease, attempts = attempts + 1
         WHERE task_id = candidate.task_id
         RETURNING * INTO task;
+        PERFORM FROM tenants WHERE tenant = task.tenant FOR UPDATE SKIP LOCKED;
+        IF FOUND THEN
+            UPDATE tenants SET delivered = task.token WHERE tenant = task.tenant;
+        END IF;
 
         o_task_id := task.task_id;
         o_kind := task.kind;
@@ -127,6 +136,12 @@ BEGIN
         o_forget := task.forget;
         EXIT;
     END LOOP;
+
+    -- Those who sleep until one of these is due would not see it any more.
+    IF o_promoted THEN
+        PERFORM pg_notify('exportd', json_build_object(
+            'from', p_instance, 'work', true)::text);
+    END IF;
 END
 $claim$
 """
@@ -138,6 +153,10 @@ def upgrade() -> None:
         "jobs", sa.Column("sinks", sa.SmallInteger(), server_default="0", nullable=False)
     )
     op.add_column("jobs", sa.Column("drop_time", sa.BigInteger(), nullable=True))
+    op.add_column(
+        "tenants",
+        sa.Column("delivered", sa.BigInteger(), server_default="0", nullable=False),
+    )
     op.add_column("tasks", sa.Column("queue", sa.Text(), nullable=True))
     op.add_column("tasks", sa.Column("lane", sa.Text(), nullable=True))
     op.create_index(

@@ -1,0 +1,82 @@
+"""What exportd counts, for Prometheus.
+
+Labels are stable and few: types and connections that the operator configured, never
+addresses, jobs or tenants. Each series is there, at 0, from the start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+REGISTRY = CollectorRegistry()
+
+_SINK = ("sink", "connection")
+
+deliveries = Counter(
+    "exportd_sink_deliveries",
+    "Attempts at deliveries by what they came to: delivered, retried, dead_lettered, "
+    "given_back.",
+    (*_SINK, "outcome"),
+    registry=REGISTRY,
+)
+dropped = Counter(
+    "exportd_sink_dropped",
+    "Deliveries that were dropped because the queue was full.",
+    _SINK,
+    registry=REGISTRY,
+)
+delivered_bytes = Counter(
+    "exportd_sink_delivered_bytes",
+    "Stored bytes of the parts that were delivered.",
+    _SINK,
+    registry=REGISTRY,
+)
+delivery_seconds = Histogram(
+    "exportd_sink_delivery_seconds",
+    "How long attempts took, successful or not.",
+    _SINK,
+    buckets=(0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60, 300, 1800),
+    registry=REGISTRY,
+)
+queue_depth = Gauge(
+    "exportd_sink_queue_depth",
+    "Deliveries by what they wait for: `waiting` for their turn or under way, `retrying` "
+    "for their next attempt.",
+    (*_SINK, "state"),
+    registry=REGISTRY,
+)
+endpoints_disabled = Counter(
+    "exportd_sink_endpoints_disabled",
+    "Endpoints that were disabled because they are gone or failed for too long.",
+    _SINK,
+    registry=REGISTRY,
+)
+
+OUTCOMES = ("delivered", "retried", "dead_lettered", "given_back")
+STATES = ("waiting", "retrying")
+
+
+def register_sinks(sinks: Iterable[tuple[str, str]]) -> None:
+    """Make the series of these pairs of type and connection."""
+    for pair in sinks:
+        for outcome in OUTCOMES:
+            deliveries.labels(*pair, outcome)
+        for state in STATES:
+            queue_depth.labels(*pair, state)
+        for metric in (dropped, delivered_bytes, endpoints_disabled):
+            metric.labels(*pair)
+        delivery_seconds.labels(*pair)
+
+
+def set_queue_depths(depths: Mapping[tuple[str, str, str], int]) -> None:
+    """Set the depth of every queue, by type, connection and state; of others it is 0."""
+    # Also of series that were made for a sink no connection names.
+    known = {
+        tuple(sample.labels.values())
+        for metric in queue_depth.collect()
+        for sample in metric.samples
+    }
+    for labels in known | set(depths):
+        queue_depth.labels(*labels).set(depths.get((labels[0], labels[1], labels[2]), 0))

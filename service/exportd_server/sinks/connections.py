@@ -1,0 +1,194 @@
+"""The operator's connections: where sinks lead, with what credentials, and within what
+limits. One TOML file, read once."""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from exportd_server.errors import ConfigurationError
+from exportd_server.sinks.base import RetryPolicy, SinkDefaults
+from exportd_server.sinks.registry import SinkTypes
+
+_NAME = re.compile(r"[a-z][a-z0-9_-]{0,62}\Z")
+_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+
+_Seconds = Annotated[float, Field(gt=0, le=30 * 86_400)]
+_Count = Annotated[int, Field(ge=1)]
+
+
+class _Limits(BaseModel):
+    """What every connection may say, whatever its type."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tenants: tuple[str, ...] | None = None
+    concurrency: _Count | None = None
+    queue_depth: _Count = 1000
+    on_full: Literal["BLOCK", "DROP"] = "BLOCK"
+    timeout_seconds: _Seconds | None = None
+    max_attempts: _Count | None = None
+    retry_base_seconds: _Seconds | None = None
+    retry_cap_seconds: _Seconds | None = None
+    disable_after_seconds: _Seconds | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SinkLimits:
+    """Limits of a connection; `tenants` None: everybody may use it."""
+
+    concurrency: int
+    queue_depth: int
+    on_full: str
+    timeout: float
+    retry: RetryPolicy
+    disable_after: float | None
+    tenants: frozenset[str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """One connection; `settings` is its type's `connection_model`."""
+
+    name: str
+    type: str
+    settings: BaseModel
+    limits: SinkLimits
+
+
+def default_limits(defaults: SinkDefaults) -> SinkLimits:
+    """Limits where nobody said anything."""
+    return _limits(defaults, _Limits())
+
+
+def _limits(defaults: SinkDefaults, said: _Limits) -> SinkLimits:
+    retry = defaults.retry
+    paced = said.retry_base_seconds is not None or said.retry_cap_seconds is not None
+    return SinkLimits(
+        concurrency=said.concurrency or defaults.concurrency,
+        queue_depth=said.queue_depth,
+        on_full=said.on_full,
+        timeout=said.timeout_seconds or defaults.timeout,
+        retry=RetryPolicy(
+            max_attempts=said.max_attempts or retry.max_attempts,
+            base=said.retry_base_seconds or retry.base,
+            cap=said.retry_cap_seconds or max(retry.cap, said.retry_base_seconds or 0),
+            # Who says how to double does not want the schedule.
+            schedule=() if paced else retry.schedule,
+        ),
+        disable_after=said.disable_after_seconds or defaults.disable_after,
+        tenants=None if said.tenants is None else frozenset(said.tenants),
+    )
+
+
+class Connections:
+    """The connections, by name."""
+
+    def __init__(self, connections: Mapping[str, Connection] | None = None) -> None:
+        self._connections = dict(connections or {})
+
+    def get(self, name: str) -> Connection | None:
+        """A connection, if there is one of that name."""
+        return self._connections.get(name)
+
+    def all(self) -> list[Connection]:
+        """Every one, by name."""
+        return [self._connections[name] for name in sorted(self._connections)]
+
+    def names_for(self, tenant: str, type_: str) -> list[str]:
+        """Names of those of a type that a tenant may use."""
+        return [
+            each.name
+            for each in self.all()
+            if each.type == type_
+            and (each.limits.tenants is None or tenant in each.limits.tenants)
+        ]
+
+
+def load_connections(path: Path, types: SinkTypes) -> Connections:
+    """Read the file; blocks. Raises `ConfigurationError` in one line that names the file,
+    the key and the mend."""
+    return _Loader(path, types).load()
+
+
+class _Loader:
+    def __init__(self, path: Path, types: SinkTypes) -> None:
+        self._path = path
+        self._types = types
+
+    def load(self) -> Connections:
+        try:
+            with self._path.open("rb") as stream:
+                found = tomllib.load(stream)
+        except OSError as error:
+            raise ConfigurationError(
+                f"{self._path}: cannot be read ({error.strerror}); name a TOML file"
+            ) from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigurationError(f"{self._path}: is not valid TOML: {error}") from None
+        extra = sorted(found.keys() - {"connections"})
+        if extra:
+            self._fail(extra[0], "is not known; connections stand under [connections.NAME]")
+        tables = found.get("connections", {})
+        if not isinstance(tables, dict):
+            self._fail("connections", "must be tables: [connections.NAME]")
+        return Connections({name: self._connection(name, t) for name, t in tables.items()})
+
+    def _connection(self, name: str, table: object) -> Connection:
+        key = f"connections.{name}"
+        if not _NAME.match(name):
+            self._fail(key, "a name matches [a-z][a-z0-9_-]{0,62}")
+        if not isinstance(table, dict):
+            self._fail(key, "must be a table: [connections.NAME]")
+        values = {k: self._expand(f"{key}.{k}", v) for k, v in table.items()}
+        type_name = values.pop("type", None)
+        known = ", ".join(self._types.names())
+        if not isinstance(type_name, str):
+            self._fail(f"{key}.type", f"is required: one of {known}")
+        type_ = self._types.get(type_name)
+        if type_ is None:
+            self._fail(
+                f"{key}.type", f"there is no sink type {type_name!r}: one of {known}"
+            )
+        shared = {k: values.pop(k) for k in list(values) if k in _Limits.model_fields}
+        limits = self._parsed(key, _Limits, shared)
+        settings = self._parsed(key, type_.connection_model, values)
+        return Connection(name, type_name, settings, _limits(type_.defaults, limits))
+
+    def _parsed(self, key: str, model: type[Any], values: dict[str, Any]) -> Any:
+        try:
+            return model.model_validate(values)
+        except ValidationError as error:
+            # Without the input, which may be a secret.
+            first = error.errors(include_url=False, include_input=False)[0]
+            place = ".".join([key, *(str(step) for step in first["loc"])])
+            if first["type"] == "extra_forbidden":
+                names = sorted([*model.model_fields, *_Limits.model_fields, "type"])
+                self._fail(place, f"is not known; a connection has {', '.join(names)}")
+            self._fail(place, first["msg"])
+
+    def _expand(self, key: str, value: Any) -> Any:
+        """Text with `${NAME}` replaced by environment variables."""
+        if isinstance(value, list):
+            return [self._expand(key, each) for each in value]
+        if isinstance(value, dict):
+            return {k: self._expand(f"{key}.{k}", each) for k, each in value.items()}
+        if not isinstance(value, str):
+            return value
+
+        def variable(found: re.Match[str]) -> str:
+            if found[1] not in os.environ:
+                self._fail(key, f"environment variable {found[1]} is not set")
+            return os.environ[found[1]]
+
+        return _VARIABLE.sub(variable, value)
+
+    def _fail(self, key: str, what: str) -> NoReturn:
+        raise ConfigurationError(f"{self._path}: {key}: {what}")
