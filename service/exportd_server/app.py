@@ -75,19 +75,23 @@ def sample_catalogue(settings: Settings) -> Path:
 
 @contextlib.asynccontextmanager
 async def serving(
-    settings: Settings, *, catalogue: Catalogue | None = None
+    settings: Settings,
+    *,
+    catalogue: Catalogue | None = None,
+    sink_types: SinkTypes | None = None,
 ) -> AsyncIterator[Running]:
     """Run the API, and workers beside it unless the settings say otherwise, for as long
     as the context is open; then drain.
 
-    A program that embeds the server may bring a catalogue of its own making.
+    A program that embeds the server may bring a catalogue and types of sinks of its own
+    making.
 
     Raises `ConfigurationError` in one line for whatever the operator must mend.
     """
     if not settings.worker.enabled:
         _refuse_embedded(settings, "an API without workers")
     stop = asyncio.Event()
-    async with _wired(settings, catalogue) as parts:
+    async with _wired(settings, catalogue, sink_types) as parts:
         manager = _manager(parts)
         downloads = Downloads(
             manager, parts.store, parts.readers, _download_options(settings)
@@ -139,13 +143,16 @@ async def serving(
 
 @contextlib.asynccontextmanager
 async def working(
-    settings: Settings, *, catalogue: Catalogue | None = None
+    settings: Settings,
+    *,
+    catalogue: Catalogue | None = None,
+    sink_types: SinkTypes | None = None,
 ) -> AsyncIterator[asyncio.Event]:
     """Run workers alone, for as long as the context is open; then drain. Gives the event
     that has it end. See `serving`."""
     _refuse_embedded(settings, "workers alone")
     stop = asyncio.Event()
-    async with _wired(settings, catalogue) as parts:
+    async with _wired(settings, catalogue, sink_types) as parts:
         manager = _manager(parts)
         worker = _Background(parts, stop, _download_urls(parts, manager, None))
         log.info("working", workers=settings.worker.concurrency)
@@ -205,7 +212,9 @@ class _Parts:
 
 
 @contextlib.asynccontextmanager
-async def _wired(settings: Settings, catalogue: Catalogue | None) -> AsyncIterator[_Parts]:
+async def _wired(
+    settings: Settings, catalogue: Catalogue | None, sink_types: SinkTypes | None
+) -> AsyncIterator[_Parts]:
     async with contextlib.AsyncExitStack() as stack:
         try:
             settings.data_dir.mkdir(parents=True, exist_ok=True)
@@ -224,7 +233,7 @@ async def _wired(settings: Settings, catalogue: Catalogue | None) -> AsyncIterat
         await _claim(ledger, store)
         readers = Readers(ledger)
         stack.push_async_callback(readers.close)
-        sinks = await asyncio.to_thread(_open_sinks, settings)
+        sinks = await asyncio.to_thread(_open_sinks, settings, sink_types)
         stack.push_async_callback(sinks.close)
         metrics.register_sinks(sinks.known())
         await stack.enter_async_context(_measured(settings, ledger, sinks))
@@ -239,8 +248,8 @@ def _manager(parts: _Parts) -> JobManager:
     )
 
 
-def _open_sinks(settings: Settings) -> Sinks:
-    types = SinkTypes.installed()
+def _open_sinks(settings: Settings, types: SinkTypes | None) -> Sinks:
+    types = types or SinkTypes.installed()
     connections = (
         Connections() if settings.sinks is None else load_connections(settings.sinks, types)
     )

@@ -18,6 +18,7 @@ import grpc
 from exportd.v1 import export_service_pb2_grpc
 from exportd_server.app import Running, serving
 from exportd_server.settings import Settings
+from exportd_server.sinks.registry import SinkTypes
 from exportd_server.sources.catalogue import Catalogue
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,10 +52,12 @@ class Server:
 
 @contextlib.asynccontextmanager
 async def serve(
-    options: Settings, catalogue: Catalogue | None = None
+    options: Settings,
+    catalogue: Catalogue | None = None,
+    sink_types: SinkTypes | None = None,
 ) -> AsyncIterator[Server]:
     """Run a server in this process."""
-    async with serving(options, catalogue=catalogue) as running:
+    async with serving(options, catalogue=catalogue, sink_types=sink_types) as running:
         address = f"127.0.0.1:{running.port}"
         async with grpc.aio.insecure_channel(
             address, options=(("grpc.max_receive_message_length", 8 * 2**20),)

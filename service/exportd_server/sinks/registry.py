@@ -49,6 +49,10 @@ class SinkTypes:
             found[entry.name] = entry
         return cls(found)
 
+    def with_type(self, type_: AnySinkType) -> SinkTypes:
+        """These, and one more."""
+        return SinkTypes({**self._sources, type_.name: type_})
+
     def names(self) -> list[str]:
         """Names of the types, in order."""
         return sorted(self._sources)
