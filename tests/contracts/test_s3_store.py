@@ -271,7 +271,7 @@ async def test_closing_the_store_below_a_writer_fails_it(
 async def test_a_part_has_at_most_ten_thousand_pieces_and_more_is_told(
     store: S3Store, monkeypatch: pytest.MonkeyPatch, raw: RawS3
 ) -> None:
-    monkeypatch.setattr("exportd_server.store.s3_upload._MOST_PARTS", 2)
+    monkeypatch.setattr("exportd_server.store.s3_upload.MOST_PARTS", 2)
     with pytest.raises(StoreFailed) as failure:
         put(store, part_key(), LARGE)
     assert failure.value.reason is ErrorReason.STORE_FULL
@@ -606,7 +606,7 @@ async def test_a_mistake_is_told_at_start_with_its_mend(
 ANSWERS: dict[str, tuple[Fault, str]] = {
     "another region": (
         error(400, "AuthorizationHeaderMalformed", extra="<Region>eu-west-3</Region>"),
-        "set region to that",
+        "set store.s3.region to that",
     ),
     "expired credentials": (error(400, "ExpiredToken"), "have expired"),
     "a wrong clock": (error(403, "RequestTimeTooSkewed"), "clock is wrong"),

@@ -6,7 +6,7 @@ import asyncio
 import io
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -45,6 +45,7 @@ class Fault:
     body: str = ""
     truncate: int | None = None
     corrupt: bool = False
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 def error(status: int, code: str, *, forward: bool = False, extra: str = "") -> Fault:
@@ -74,6 +75,11 @@ class S3Proxy:
     def count(self, operation: str) -> int:
         """How many requests of a kind there were."""
         return self._counts[operation]
+
+    @property
+    def active(self) -> int:
+        """How many requests are under way."""
+        return self._active.total()
 
     def release(self) -> None:
         """Let go of what is stalled, now and later."""
@@ -172,7 +178,10 @@ class S3Proxy:
             _cut(request)
             return web.Response()
         return web.Response(
-            status=fault.status, text=fault.body, content_type="application/xml"
+            status=fault.status,
+            text=fault.body,
+            content_type="application/xml",
+            headers=fault.headers,
         )
 
 

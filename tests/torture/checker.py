@@ -124,6 +124,7 @@ class Checker:
             "SELECT 'tasks', count(*) FROM exportd.tasks WHERE job_id IS NOT NULL "
             "UNION ALL "
             "SELECT 'parts', count(*) FROM exportd.parts UNION ALL "
+            "SELECT 'deliveries', count(*) FROM exportd.deliveries UNION ALL "
             "SELECT 'labels', count(*) FROM exportd.labels UNION ALL "
             "SELECT 'standing tasks that are there twice', "
             "count(*) - count(DISTINCT kind) FROM exportd.tasks WHERE job_id IS NULL"

@@ -22,7 +22,7 @@ from grpc_status import rpc_status
 
 from exportd import AsyncClient, Retry
 from exportd.errors import ExportdError
-from exportd.v1 import dataset_pb2, export_service_pb2_grpc, job_pb2
+from exportd.v1 import dataset_pb2, export_service_pb2_grpc, job_pb2, sink_pb2
 from exportd.v1 import export_service_pb2 as pb
 from tests.torture.data import BANK, LAKE, Bank, lake_fault, rows_of
 from tests.torture.history import History
@@ -194,7 +194,11 @@ class Clients:
         lake: pa.Table,
         bank: Bank,
         directory: Path,
+        sinks_of: Callable[[job_pb2.CreateExportRequest], Sequence[sink_pb2.Sink]] = (
+            lambda _request: ()
+        ),
     ) -> None:
+        self._sinks_of = sinks_of
         self._addresses = addresses
         self._history = history
         self._seed = seed
@@ -241,7 +245,7 @@ class Clients:
         await self.check(api, tracked)
         if tracked.request.ttl.seconds < _LONG_TTL:
             await self._see_it_expire(api, tracked)
-        elif chosen.random() < 0.4:
+        elif chosen.random() < 0.4 and not tracked.request.sinks:
             await self.delete(api, tracked)
 
     def _request(self, chosen: random.Random, number: int) -> job_pb2.CreateExportRequest:
@@ -253,7 +257,7 @@ class Clients:
         )
         text = form in (dataset_pb2.FORMAT_CSV, dataset_pb2.FORMAT_JSONL)
         ttl = chosen.choice([_LONG_TTL] * 5 + [1, 3])
-        return job_pb2.CreateExportRequest(
+        request = job_pb2.CreateExportRequest(
             request_id=str(uuid.UUID(int=chosen.getrandbits(128), version=4)),
             dataset=chosen.choice([LAKE, BANK]),
             format=form,
@@ -270,6 +274,10 @@ class Clients:
             priority=chosen.randint(-5, 5),
             labels={"seed": str(self._seed), "client": str(number)},
         )
+        # What is soon forgotten is not waited for by its sinks.
+        if ttl == _LONG_TTL and chosen.random() < 0.6:
+            request.sinks.extend(self._sinks_of(request))
+        return request
 
     async def _create(self, api: Api, tracked: Tracked) -> None:
         """Create it, now and then at two processes at once, or with another payload."""
@@ -610,6 +618,9 @@ def _unchanging(job: job_pb2.Job) -> bytes:
     kept = job_pb2.Job()
     kept.CopyFrom(job)
     kept.ClearField("revision")
+    # Deliveries go on after the job's end.
+    for name in ("delivery_status", "delivered_to", "deliveries"):
+        kept.ClearField(name)
     return kept.SerializeToString(deterministic=True)
 
 

@@ -27,6 +27,9 @@ class Report:
     leases_lost: int = 0
     restarts: int = 0
     verified: int = 0
+    delivered: int = 0
+    deliveries: int = 0
+    delivery_attempts: int = 0
     rows: int = 0
     bytes: int = 0
     retries: int = 0
@@ -50,6 +53,13 @@ class Report:
             (
                 "outputs proven",
                 f"{self.verified}: {self.rows} rows, {self.bytes / 2**20:.0f} MiB",
+            ),
+            (
+                "deliveries proven",
+                (
+                    f"{self.deliveries} of {self.delivered} jobs, tried "
+                    f"{self.delivery_attempts} times"
+                ),
             ),
             (
                 "calls repeated",

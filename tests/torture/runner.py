@@ -22,6 +22,7 @@ from tests.torture.audit import Audit
 from tests.torture.checker import Checker, states
 from tests.torture.clients import Clients
 from tests.torture.data import SHARD_ROWS, Bank, write_catalogue, write_lake
+from tests.torture.delivered import Delivered, sinks_of, write_sinks
 from tests.torture.faults import EVERY, Injector
 from tests.torture.fleet import Fleet, Member, free_port
 from tests.torture.history import History
@@ -126,7 +127,9 @@ async def run(options: Options, postgres: PostgresServer) -> Report:
         await bank.create()
         lake = write_lake(directory / "lake", random.Random(f"lake {options.seed}"))
         write_catalogue(directory, bank.url)
+        warehouse = postgres.url(postgres.create_database())
         env = environment(directory, url, lease=options.lease, max_attempts=_MAX_ATTEMPTS)
+        env["EXPORTD_SINKS"] = str(write_sinks(directory, warehouse))
         fleet = Fleet(
             members(options, directory), directory, env, history, cold=options.cold
         )
@@ -135,8 +138,15 @@ async def run(options: Options, postgres: PostgresServer) -> Report:
             async with fleet:
                 addresses = [member.address for member in fleet.apis]
                 clients = Clients(
-                    addresses, history, options.seed, lake, bank, directory / "fetched"
+                    addresses,
+                    history,
+                    options.seed,
+                    lake,
+                    bank,
+                    directory / "fetched",
+                    sinks_of,
                 )
+                delivered = Delivered(clients, history, directory, warehouse)
                 injector = Injector(options, fleet, postgres, url, history)
                 begun = time.monotonic()
                 await _hurt(options, clients, injector)
@@ -145,7 +155,7 @@ async def run(options: Options, postgres: PostgresServer) -> Report:
                 checker = Checker(
                     options, clients, history, url, directory / "store", fleet.logs
                 )
-                await _check(clients, checker)
+                await _check(clients, checker, delivered)
                 await fleet.stop()
         finally:
             mutating.cancel()
@@ -167,6 +177,9 @@ async def run(options: Options, postgres: PostgresServer) -> Report:
             leases_lost=logged["lease lost"],
             restarts=audit.restarts,
             verified=clients.verified,
+            delivered=delivered.jobs,
+            deliveries=delivered.deliveries,
+            delivery_attempts=delivered.attempts,
             rows=clients.rows,
             bytes=clients.bytes,
             retries=history.counts["retry"],
@@ -196,11 +209,13 @@ async def _hurt(options: Options, clients: Clients, injector: Injector) -> None:
         await asyncio.gather(*loops, return_exceptions=True)
 
 
-async def _check(clients: Clients, checker: Checker) -> None:
+async def _check(clients: Clients, checker: Checker, delivered: Delivered) -> None:
     api = clients.api("checker")
     try:
         await checker.all_ended(api)
         checker.failures()
+        await delivered.check(api)
+        delivered.leftovers(clients.jobs)
         await checker.tidy()
         await checker.look_again(api)
         await checker.delete_all(api)

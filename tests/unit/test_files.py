@@ -325,3 +325,38 @@ def test_entries_tell_directories_from_links_to_them(
     expected = {("d", True), ("f", False), ("l", False)}
     assert set(directory.entries()) == expected
     assert set(directory.entries()) == expected
+
+
+def test_modes_may_be_wider_than_the_owner(directory: Directory, tmp_path: Path) -> None:
+    umask = os.umask(0o027)
+    try:
+        directory.create("f", 0o666).close()
+        directory.make_child("d", 0o777).close()
+        directory.make_child("d", 0o700).close()
+    finally:
+        os.umask(umask)
+    assert stat.S_IMODE((tmp_path / "f").stat().st_mode) == 0o640
+    assert stat.S_IMODE((tmp_path / "d").stat().st_mode) == 0o750
+
+
+def test_the_time_of_the_last_write_is_that_of_regular_files_alone(
+    directory: Directory, tmp_path: Path
+) -> None:
+    directory.create("f").close()
+    os.utime(tmp_path / "f", (1, 1_700_000_000))
+    assert directory.modified("f") == 1_700_000_000
+    (tmp_path / "link").symlink_to("f")
+    (tmp_path / "d").mkdir()
+    for name in ("link", "d"):
+        with pytest.raises(OSError, match="regular"):
+            directory.modified(name)
+
+
+def test_a_directory_is_known_again_after_it_was_moved(
+    directory: Directory, tmp_path: Path
+) -> None:
+    first = directory.make_child("d")
+    (tmp_path / "d").rename(tmp_path / "moved")
+    with first, directory.make_child("d") as second, directory.child("moved") as moved:
+        assert first.same_as(moved)
+        assert not first.same_as(second)

@@ -98,6 +98,10 @@ _ENCODINGS = {
     Compression.GZIP: ("gzip", ".gz"),
     Compression.ZSTD: ("zstd", ".zst"),
 }
+_COMPRESSED = {
+    Compression.GZIP: "application/gzip",
+    Compression.ZSTD: "application/zstd",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +118,13 @@ class OutputFormat:
     def content_type(self) -> str:
         """Media type, without the compression."""
         return _CONTENT_TYPES[self.format]
+
+    @property
+    def file_content_type(self) -> str:
+        """Media type of a file as it is stored. Around a compressed one it is that of the
+        compression: named as `Content-Encoding` instead, clients would undo it and keep a
+        file whose name, size and checksum are another's."""
+        return _COMPRESSED.get(self.compression, self.content_type)
 
     @property
     def content_encoding(self) -> str:

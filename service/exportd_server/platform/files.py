@@ -124,23 +124,28 @@ class Directory(_Descriptor):
         """Open a directory by a path that is trusted: links in it are followed."""
         return cls(os.open(path, _DIRECTORY))
 
+    def same_as(self, other: Directory) -> bool:
+        """Whether both are one directory, by whatever path they were reached."""
+        return _identity(os.fstat(self._fd)) == _identity(os.fstat(other._fd))
+
     def child(self, name: str) -> Directory:
         """Open a directory in this one."""
         return Directory(
             os.open(_component(name), _DIRECTORY | os.O_NOFOLLOW, dir_fd=self._fd)
         )
 
-    def make_child(self, name: str) -> Directory:
-        """Open a directory in this one, made with mode 0700 if it is missing. Its entry
-        is durable after `sync` of this one."""
+    def make_child(self, name: str, mode: int = 0o700) -> Directory:
+        """Open a directory in this one, made if it is missing, with the mode that the
+        umask leaves of `mode`. Its entry is durable after `sync` of this one."""
         with suppress(FileExistsError):
-            os.mkdir(_component(name), 0o700, dir_fd=self._fd)
+            os.mkdir(_component(name), mode, dir_fd=self._fd)
         return self.child(name)
 
-    def create(self, name: str) -> File:
-        """Make a file with mode 0600, open for writing; raises `FileExistsError`."""
+    def create(self, name: str, mode: int = 0o600) -> File:
+        """Make a file, open for writing, with the mode that the umask leaves of `mode`;
+        raises `FileExistsError`."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_SURPRISE
-        return File(os.open(_component(name), flags, 0o600, dir_fd=self._fd))
+        return File(os.open(_component(name), flags, mode, dir_fd=self._fd))
 
     def open(self, name: str, *, writable: bool = False) -> File:
         """Open a regular file; anything else is refused with EINVAL."""
@@ -160,6 +165,11 @@ class Directory(_Descriptor):
     def identity(self, name: str) -> tuple[int, int]:
         """The `File.identity` of a regular file; anything else is refused with EINVAL."""
         return _identity(self._status(name))
+
+    def modified(self, name: str) -> float:
+        """When a regular file was last written, in seconds since the epoch; anything else
+        is refused with EINVAL."""
+        return self._status(name).st_mtime
 
     def has(self, name: str) -> bool:
         """Whether there is an entry of that name, of whatever kind."""

@@ -6,6 +6,7 @@ keeps the queues, the retries and the record of what arrived; a sink only delive
 
 from __future__ import annotations
 
+import builtins
 import enum
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -42,14 +43,16 @@ class ExportColumn:
 
 @dataclass(frozen=True, slots=True)
 class Export:
-    """What is exported. While a request is checked there is no job yet: `job_id` is
-    empty. `columns` are those of the output, in its order."""
+    """What is exported. While a request is checked there is no job yet: `job_id` and
+    `file_stem` are empty. `columns` are those of the output, in its order; `file_stem` is
+    what the names of all files of the job begin with, and of no other."""
 
     tenant: str
     dataset: str
     output: OutputFormat
     columns: tuple[ExportColumn, ...]
     job_id: str = ""
+    file_stem: str = ""
     generation: int = 1
     create_time: datetime | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
@@ -79,7 +82,7 @@ class Part:
     prefix_bytes: int
     suffix_bytes: int
     crc32c: int
-    sha256: bytes
+    sha256: builtins.bytes
     content: Content = field(repr=False, compare=False)
 
 
@@ -91,7 +94,7 @@ class Link:
     url: str
     expire_time: datetime
     bytes: int
-    sha256: bytes
+    sha256: builtins.bytes
 
 
 @dataclass(frozen=True, slots=True)

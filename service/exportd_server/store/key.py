@@ -12,6 +12,11 @@ _TENANT = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}\Z")
 _NAME = re.compile(r"(\d{6})-(\d{6})\.(\d{1,19})\Z")
 
 
+def is_tenant(text: str) -> bool:
+    """Whether a tenant may be called so."""
+    return _TENANT.match(text) is not None
+
+
 class OutputKind(enum.StrEnum):
     """What a part holds."""
 
@@ -29,7 +34,7 @@ class JobPrefix:
     job_id: str
 
     def __post_init__(self) -> None:
-        if not _TENANT.match(self.tenant):
+        if not is_tenant(self.tenant):
             raise ValueError(f"not a tenant: {self.tenant!r}")
         if str(UUID(self.job_id)) != self.job_id:
             raise ValueError(f"not a canonical UUID: {self.job_id!r}")

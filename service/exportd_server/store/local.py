@@ -423,6 +423,8 @@ class _Tree:
         name = f"{_OWNER}.{secrets.token_hex(8)}"
         while True:
             with suppress(FileNotFoundError), self._root.open(_OWNER) as file:
+                # Whoever noted it may have died before its name was durable.
+                self._root.sync()
                 return file.read_at(0, _OWNER_BYTES).decode(errors="replace").strip()
             try:
                 with self._root.create(name) as file:
@@ -432,7 +434,6 @@ class _Tree:
                     self._root.link(name, _OWNER)
             finally:
                 _unlink_quietly(self._root, name)
-            self._root.sync()
 
     def prune(self, prefix: JobPrefix) -> None:
         """Remove those directories of the job, and of its tenant, that are empty.

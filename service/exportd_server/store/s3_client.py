@@ -45,7 +45,8 @@ _FULL = frozenset(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class S3Options:
-    """Where the outputs lie, and how to get there. Times are in seconds.
+    """Where objects lie, and how to get there. Times are in seconds. `used_for` begins
+    what the operator is told.
 
     Without keys they are looked for as the AWS tools do: environment, files, the role of
     the container or machine. Without an endpoint it is AWS.
@@ -67,35 +68,38 @@ class S3Options:
     connect_timeout: float = 5.0
     read_timeout: float = 30.0
     call_timeout: float = 120.0
+    used_for: str = "output store"
 
     def __post_init__(self) -> None:
         """Raises `ConfigurationError`."""
         if not _BUCKET.match(self.bucket):
             raise ConfigurationError(
-                f"output store: {self.bucket!r} is no name of a bucket; use 3 to 63 lower "
-                "case letters, digits, dots and hyphens"
+                f"{self.used_for}: {self.bucket!r} is no name of a bucket; use 3 to 63 "
+                "lower case letters, digits, dots and hyphens"
             )
         if self.prefix and not _PREFIX.match(self.prefix):
             raise ConfigurationError(
-                f"output store: the prefix {self.prefix!r} must be names of letters, "
+                f"{self.used_for}: the prefix {self.prefix!r} must be names of letters, "
                 "digits, _, - and dots (not first), joined by single slashes"
             )
         if not _LEAST_PART <= self.part_bytes <= _MOST_PART:
             raise ConfigurationError(
-                f"output store: part_bytes must lie between {_LEAST_PART} and {_MOST_PART}"
+                f"{self.used_for}: part_bytes must lie between {_LEAST_PART} and "
+                f"{_MOST_PART}"
             )
         if self.parts_in_flight < 1 or self.attempts < 1:
             raise ConfigurationError(
-                "output store: parts_in_flight and attempts must be at least 1"
+                f"{self.used_for}: parts_in_flight and attempts must be at least 1"
             )
         if self.ca_file is not None and not self.ca_file.is_file():
             raise ConfigurationError(
-                f"output store: ca_file {str(self.ca_file)!r} is no file; name one that "
+                f"{self.used_for}: ca_file {str(self.ca_file)!r} is no file; name one that "
                 "holds the certificates to trust"
             )
         if bool(self.access_key_id) != bool(self.secret_access_key):
             raise ConfigurationError(
-                "output store: give both access_key_id and secret_access_key, or neither"
+                f"{self.used_for}: give both access_key_id and secret_access_key, or "
+                "neither"
             )
 
     @property
@@ -296,7 +300,9 @@ async def open_bucket(options: S3Options) -> AsyncIterator[Bucket]:
             given = options.access_key_id is not None
             credentials = None if given else await inner.get_credentials()
         except (exceptions.BotoCoreError, ValueError) as error:
-            raise ConfigurationError(f"output store: {options.url}: {error}") from error
+            raise ConfigurationError(
+                f"{options.used_for}: {options.url}: {error}"
+            ) from error
         _sign_bodies_without_tls(client)
         yield Bucket(options, client, signing, credentials)
 

@@ -15,23 +15,38 @@ log = structlog.get_logger(__name__)
 
 _TEXT = b"exportd was here"
 _MENDS = {
-    "NoSuchBucket": "there is no such bucket; create it, or name another one",
-    "InvalidAccessKeyId": "S3 does not know the access key id; correct it",
-    "SignatureDoesNotMatch": "the secret access key does not match its id; correct it",
-    "ExpiredToken": "the credentials have expired; get new ones",
-    "InvalidToken": "S3 does not know the session token; get new credentials",
+    "NoSuchBucket": "there is no such bucket; create it, or name another in store.url",
+    "InvalidAccessKeyId": (
+        "S3 does not know the access key id; correct store.s3.access_key_id"
+    ),
+    "SignatureDoesNotMatch": (
+        "the secret access key does not match its id; correct store.s3.secret_access_key"
+    ),
+    "ExpiredToken": (
+        "the credentials have expired; get new ones for store.s3.session_token and the "
+        "keys that go with it, or where they were found"
+    ),
+    "InvalidToken": (
+        "S3 does not know the session token; correct store.s3.session_token, or get new "
+        "credentials"
+    ),
     "RequestTimeTooSkewed": "this machine's clock is wrong; set it",
     "NoCredentials": (
-        "no credentials were found; set access_key_id and secret_access_key, or provide "
-        "them by the environment, the AWS configuration files or a role"
+        "no credentials were found; set store.s3.access_key_id and "
+        "store.s3.secret_access_key, or provide them by the environment, the AWS "
+        "configuration files or a role"
     ),
     "Tls": (
-        "its certificate is not trusted, or it does not speak TLS; set ca_file, or "
-        "correct the endpoint"
+        "its certificate is not trusted, or it does not speak TLS; set store.s3.ca_file, "
+        "or correct store.s3.endpoint_url"
     ),
-    "Unreachable": "the endpoint cannot be reached; correct it, or start it",
-    "Timeout": "the endpoint does not answer in time; correct it, or start it",
-    "Broken": "the endpoint does not answer as S3 does; correct it",
+    "Unreachable": (
+        "the endpoint cannot be reached; correct store.s3.endpoint_url, or start it"
+    ),
+    "Timeout": (
+        "the endpoint does not answer in time; correct store.s3.endpoint_url, or start it"
+    ),
+    "Broken": ("the endpoint does not answer as S3 does; correct store.s3.endpoint_url"),
 }
 _RIGHTS = {
     "list": "s3:ListBucket",
@@ -121,9 +136,10 @@ def _place(options: S3Options) -> str:
 
 def _mend(error: CallFailed, doing: str) -> str:
     if error.region and error.code not in _MENDS:
-        return f"the bucket is in the region {error.region!r}; set region to that"
+        return f"the bucket is in the region {error.region!r}; set store.s3.region to that"
     if error.code in _MENDS:
         return _MENDS[error.code]
     if error.status == 403:
-        return f"access is denied; allow {_RIGHTS[doing]}"
-    return f"S3 answered {error.status} {error.code}: {error.message}"
+        return f"access is denied; allow {_RIGHTS[doing]} to the keys of store.s3"
+    answer = f"{error.status} {error.code}: {error.message}".strip(": ")
+    return f"S3 answered {answer}; correct store.s3.endpoint_url if that is no S3"

@@ -13,6 +13,7 @@ import secrets
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import structlog
@@ -24,7 +25,7 @@ from exportd_server.store.s3_client import CallFailed, S3Options, open_bucket
 
 log = structlog.get_logger(__name__)
 
-_MOST_PARTS = 10_000
+MOST_PARTS = 10_000
 """S3 takes no more parts in one upload."""
 _MARK = "exportd-writer"
 """Name of the object's metadata that tells whose it is."""
@@ -86,19 +87,33 @@ class Uploads:
 class Upload:
     """One multipart upload. Everything here runs on the loop of the uploads.
 
-    It begins with the part, even for a few bytes, because it is what fences the writer:
-    deleting the job aborts it, and what was aborted cannot be completed.
+    In the store it begins with the part, even for a few bytes, because it is what fences
+    the writer: deleting the job aborts it, and what was aborted cannot be completed. With
+    `overwrite` an object that has the name already is replaced, and an abort removes none.
     """
 
-    def __init__(self, uploads: Uploads, name: str) -> None:
+    def __init__(
+        self,
+        uploads: Uploads,
+        name: str,
+        *,
+        content_type: str = "application/octet-stream",
+        overwrite: bool = False,
+    ) -> None:
         self._uploads = uploads
         self._bucket = uploads.bucket
         self.name = name
+        self._content_type = content_type
+        self._overwrite = overwrite
         self._mark = secrets.token_hex(16)
         self._id: str | None = None
         self._parts: dict[int, dict[str, Any]] = {}
         self._sending: set[asyncio.Task[Any]] = set()
         self._completing = False
+
+    @property
+    def _conditional(self) -> bool:
+        return self._uploads.conditional and not self._overwrite
 
     async def begin(self) -> None:
         """From here on the job is listed; raises `CallFailed`, as all of these do."""
@@ -106,10 +121,21 @@ class Upload:
             "create_multipart_upload",
             Key=self.name,
             Metadata={_MARK: self._mark},
-            ContentType="application/octet-stream",
+            ContentType=self._content_type,
             ChecksumAlgorithm="CRC32C",
         )
         self._id = answer["UploadId"]
+        if answer["ResponseMetadata"].get("RetryAttempts") and not self._overwrite:
+            await self._abort_others()
+
+    async def _abort_others(self) -> None:
+        """An earlier try may have begun an upload too, of which the answer was lost. As
+        nobody else has this name, every other one is such a one; a job that succeeds is
+        not looked through again until it is deleted."""
+        async for page in self._bucket.uploads(self.name):
+            for name, upload_id in page:
+                if name == self.name and upload_id != self._id:
+                    await self._bucket.abort(name, upload_id)
 
     async def send(self, number: int, body: Body) -> None:
         """Send one part of the upload, with a checksum that S3 compares."""
@@ -139,17 +165,19 @@ class Upload:
         try:
             await self._complete()
         except CallFailed as error:
-            if self._uploads.conditional and error.code == "NotImplemented":
+            if self._conditional and error.code == "NotImplemented":
                 self._uploads.conditional = False
                 await self.complete()
                 return
             # The first of several tries may have succeeded, and its answer been lost.
-            if not await self._is_there():
-                raise
+            with suppress(CallFailed):
+                if await self._is_there():
+                    return
+            raise
 
     async def _complete(self) -> None:
-        condition = {"IfNoneMatch": "*"} if self._uploads.conditional else {}
-        if not condition and await self._head() is not None:
+        condition = {"IfNoneMatch": "*"} if self._conditional else {}
+        if not self._overwrite and not condition and await self._head() is not None:
             raise CallFailed("PreconditionFailed", 412, "there is such an object")
         parts = [self._parts[number] for number in sorted(self._parts)]
         await self._bucket.call(
@@ -169,8 +197,9 @@ class Upload:
         if self._id is None:
             return
         await self._bucket.abort(self.name, self._id)
-        # A completion that was given up on may have come through before the abort.
-        if self._completing and await self._is_there():
+        # A completion that was given up on may have come through before the abort. It is
+        # whole; only where it must not be readable is it removed.
+        if self._completing and not self._overwrite and await self._is_there():
             await self._bucket.call("delete_object", Key=self.name)
 
     async def _is_there(self) -> bool:
@@ -283,8 +312,8 @@ class S3PartWriter:
         self._uploads.submit(self._upload.complete()).result()
 
     def _send(self) -> None:
-        if self._number == _MOST_PARTS:
-            raise CallFailed("StorageFull", message=f"more than {_MOST_PARTS} parts")
+        if self._number == MOST_PARTS:
+            raise CallFailed("StorageFull", message=f"more than {MOST_PARTS} parts")
         view = self._current if self._current is not None else memoryview(bytearray())
         self._number += 1
         sending = self._uploads.submit(
