@@ -114,16 +114,6 @@ def file_name(job: Job) -> str:
     return f"{file_stem(job)}.{job.spec.output.extension}"
 
 
-_COMPRESSED = {"gzip": "application/gzip", "zstd": "application/zstd"}
-
-
-def file_content_type(output: OutputFormat) -> str:
-    """The media type of a file as it is stored. Around a compressed one it is that of the
-    compression: named as `Content-Encoding` instead, browsers would undo it and keep a
-    file whose name, size and checksum are another's."""
-    return _COMPRESSED.get(output.content_encoding, output.content_type)
-
-
 def content_disposition(name: str) -> str:
     """A `Content-Disposition` header for a name made here (RFC 6266)."""
     return f'attachment; filename="{name}"'
