@@ -24,6 +24,7 @@ from exportd_server.sinks.object_storage import (
 from exportd_server.store.s3_client import S3Options
 from tests.support.seaweed import RawS3, SeaweedServer
 from tests.support.sinks import JOB_ID
+from tests.support.webhook_case import WebhookCase
 
 MANIFEST = f"orders-{JOB_ID}.manifest.json"
 
@@ -188,10 +189,17 @@ def data_of(parts: Sequence[Part]) -> dict[str, bytes]:
     return {part.file_name: part.content.data for part in parts}  # type: ignore[attr-defined]
 
 
+def _webhook(test: pytest.FixtureRequest) -> SinkCase:
+    case = WebhookCase(test.getfixturevalue("tmp_path"))
+    test.addfinalizer(case.close)
+    return case
+
+
 CASES: dict[str, Callable[[pytest.FixtureRequest], SinkCase]] = {
     "local_file": lambda test: LocalFileCase(test.getfixturevalue("tmp_path")),
     "object_storage": lambda test: ObjectStorageCase(
         test.getfixturevalue("seaweed"), test.getfixturevalue("s3_options")
     ),
+    "webhook": _webhook,
 }
 """To run the suite on another sink, add it here."""

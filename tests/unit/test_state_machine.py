@@ -28,7 +28,7 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
 
 def arrows() -> set[tuple[str, str]]:
     text = DRAWING.read_text(encoding="utf-8")
-    [diagram] = re.findall(r"```mermaid\nstateDiagram-v2\n(.*?)```", text, re.DOTALL)
+    diagram, _ = re.findall(r"```mermaid\nstateDiagram-v2\n(.*?)```", text, re.DOTALL)
     lines = [line.strip() for line in diagram.splitlines() if line.strip()]
     found = [re.fullmatch(r"(\S+) --> (\S+): .+", line) for line in lines]
     assert all(found), f"not an arrow: {lines}"

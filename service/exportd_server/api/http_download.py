@@ -32,7 +32,6 @@ from exportd_server.jobs.model import Job
 from exportd_server.jobs.output import (
     Layout,
     content_disposition,
-    file_content_type,
 )
 from exportd_server.jobs.readers import Cut, Readers
 from exportd_server.platform.clock import Clock
@@ -136,7 +135,7 @@ class HttpDownloads:
             )
         if _has(request.headers.getall("If-None-Match", []), etag):
             return web.Response(status=HTTPStatus.NOT_MODIFIED, headers=headers)
-        headers["Content-Type"] = file_content_type(job.spec.output)
+        headers["Content-Type"] = job.spec.output.file_content_type
         headers["Content-Disposition"] = content_disposition(name)
         if layout.sha256:
             digest = base64.b64encode(layout.sha256).decode()

@@ -18,7 +18,6 @@ from exportd_server.jobs.model import Job
 from exportd_server.jobs.output import (
     content_disposition,
     delivered_file_name,
-    file_content_type,
 )
 from exportd_server.platform.clock import Clock
 from exportd_server.sinks.base import Link as DeliveredLink
@@ -151,7 +150,7 @@ class DownloadUrls:
         self, job: Job, part: int | None, expires: datetime
     ) -> export_service_pb2.DownloadUrl:
         layout, name = choose_file(job, part)
-        content_type = file_content_type(job.spec.output)
+        content_type = job.spec.output.file_content_type
         if self._signer is not None and len(layout.segments) == 1:
             (segment,) = layout.segments
             signed = await self._signer.signed_url(
