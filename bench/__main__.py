@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 
-from bench import beside, fleet, memory, small
+from bench import beside, fleet, memory, reap, s3, small
 from bench.machine import CACHE
 from bench.report import Result
 
@@ -14,6 +14,8 @@ BENCHES: dict[str, Callable[[], Iterator[Result]]] = {
     "beside": beside.results,
     "memory": memory.results,
     "fleet": fleet.results,
+    "s3": s3.results,
+    "reap": reap.results,
 }
 
 

@@ -4,9 +4,10 @@ it."""
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,8 +33,11 @@ class Measured:
 
 
 @contextlib.contextmanager
-def server(data_dir: Path, catalogue: Path) -> Iterator[Measured]:
-    """Run a server with the default settings on a catalogue."""
+def server(
+    data_dir: Path, catalogue: Path, variables: Mapping[str, str] | None = None
+) -> Iterator[Measured]:
+    """Run a server on a catalogue with the default settings, but for those that are
+    given as environment variables."""
     process = subprocess.Popen(
         [
             *(sys.executable, "-m", "exportd_server.cli", "serve"),
@@ -42,6 +46,7 @@ def server(data_dir: Path, catalogue: Path) -> Iterator[Measured]:
         ],
         stdout=subprocess.PIPE,
         text=True,
+        env={**os.environ, **(variables or {})},
     )
     try:
         assert process.stdout is not None

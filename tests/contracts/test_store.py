@@ -16,10 +16,10 @@ import pytest
 from exportd_server.errors import ErrorReason, StoreFailed
 from exportd_server.store.base import OutputStore
 from exportd_server.store.key import JobPrefix, OutputKind
+from tests.support.faulty_store import FAILS, FULL, Fault, FaultyStore, on
 from tests.support.seaweed import S3Case
 from tests.support.store import (
     JOB,
-    FaultyStore,
     LocalCase,
     MemoryCase,
     StoreCase,
@@ -604,8 +604,7 @@ async def test_the_part_can_be_written_anew_after_its_writer_died(case: StoreCas
 async def test_a_faulty_store_fails_as_told_and_leaves_no_half_part(
     case: StoreCase,
 ) -> None:
-    store = FaultyStore(case.store)
-    store.fail("write", StoreFailed(full=True), skip=1)
+    store = FaultyStore(case.store, on("write", FULL, first=1, times=1))
     writer = store.create(part_key())
     writer.write(b"one")
     with pytest.raises(StoreFailed) as failure:
@@ -613,16 +612,34 @@ async def test_a_faulty_store_fails_as_told_and_leaves_no_half_part(
     assert failure.value.reason is ErrorReason.STORE_FULL
     writer.abort()
     assert case.remains() == []
-    store.fail("open", times=2)
+    store.plan = on("open", FAILS, times=2)
     put(store, part_key(), b"data")
     for _ in range(2):
         with pytest.raises(StoreFailed):
             await store.open(part_key())
     assert await read(store, part_key()) == b"data"
-    store.corrupt(part_key(), 2)
+    store.plan = on("readinto", Fault(flipped=True))
     assert await read(store, part_key()) == b"da" + bytes([ord("t") ^ 1]) + b"a"
-    assert await read(store, part_key(), 3) == b"a"
+    store.plan = on("readinto", Fault(ends=True), first=1)
+    assert await read(store, part_key()) == b"data"
+    store.plan = on("readinto", Fault(ends=True))
+    assert await read(store, part_key()) == b""
+    store.plan = on("readinto", Fault(short=True))
+    assert await read(store, part_key()) == b"data"
     assert store.counts["write"] == 3
+
+
+async def test_a_faulty_stores_lost_writer_leaves_what_a_sweep_takes(
+    case: StoreCase,
+) -> None:
+    plan = on("finalize", Fault(fails=True, lost=True), times=1)
+    store = FaultyStore(case.store, plan)
+    with pytest.raises(StoreFailed):
+        put(store, part_key(), b"data")
+    assert case.remains() != []
+    assert await keys(store) == set()
+    assert await store.sweep_unfinished(JOB) == 1
+    assert case.remains() == []
 
 
 # --- whose it is

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
@@ -131,13 +132,13 @@ def local_place(directory: Path) -> Place:
     """A directory of its own."""
 
     def remains() -> list[str]:
-        found = (path for path in directory.rglob("*") if path.is_file())
-        return sorted(str(path.relative_to(directory)) for path in found)
+        # Unlike a glob, a walk does not mind what is deleted meanwhile.
+        walk = os.walk(directory)
+        files = (Path(folder, name) for folder, _, names in walk for name in names)
+        found = sorted(str(file.relative_to(directory)) for file in files)
+        return [name for name in found if name != ".owner"]
 
-    return Place(
-        {"url": f"file://{directory}"},
-        lambda: [name for name in remains() if name != ".owner"],
-    )
+    return Place({"url": f"file://{directory}"}, remains)
 
 
 def s3_place(seaweed: SeaweedServer) -> Place:

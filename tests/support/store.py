@@ -7,10 +7,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -18,9 +16,8 @@ from typing import Any, Protocol
 
 import pytest
 
-from exportd_server.errors import StoreFailed
 from exportd_server.platform import files
-from exportd_server.store.base import Buffer, OutputStore, PartReader, PartWriter
+from exportd_server.store.base import Buffer, OutputStore, PartReader
 from exportd_server.store.key import JobPrefix, OutputKey, OutputKind
 from exportd_server.store.local import LocalStore
 from exportd_server.store.memory import MemoryStore
@@ -282,152 +279,3 @@ def full_from(index: int) -> Fault:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     return fault
-
-
-# --- faults of a store, for tests of those who use one
-
-
-class FaultyStore:
-    """Passes everything on to another store, but for what it was told to spoil.
-
-    Operations: create, write, finalize, open, readinto, size, delete, delete_job,
-    list_job, list_jobs, sweep_unfinished.
-    """
-
-    def __init__(self, inner: OutputStore) -> None:
-        self.inner = inner
-        self.counts: Counter[str] = Counter()
-        self._faults: dict[str, list[_Planned]] = {}
-        self._corrupt: dict[OutputKey, int] = {}
-
-    def fail(
-        self,
-        operation: str,
-        error: Exception | None = None,
-        *,
-        skip: int = 0,
-        times: int | None = 1,
-    ) -> None:
-        """Let `skip` calls of an operation pass and the `times` after them fail, all of
-        them with None; with a plain `StoreFailed` unless told otherwise."""
-        planned = _Planned(error or StoreFailed(), skip, times)
-        self._faults.setdefault(operation, []).append(planned)
-
-    def corrupt(self, key: OutputKey, position: int) -> None:
-        """Flip one bit of the byte at `position` for everyone who reads the part."""
-        self._corrupt[key] = position
-
-    def create(self, key: OutputKey) -> PartWriter:
-        self.note("create")
-        return _FaultyWriter(self, self.inner.create(key))
-
-    async def open(self, key: OutputKey, offset: int = 0) -> PartReader:
-        self.note("open")
-        reader = await self.inner.open(key, offset)
-        return _FaultyReader(self, reader, offset, self._corrupt.get(key))
-
-    async def size(self, key: OutputKey) -> int:
-        self.note("size")
-        return await self.inner.size(key)
-
-    async def delete(self, key: OutputKey) -> None:
-        self.note("delete")
-        await self.inner.delete(key)
-
-    async def delete_job(self, prefix: JobPrefix) -> int:
-        self.note("delete_job")
-        return await self.inner.delete_job(prefix)
-
-    async def list_job(self, prefix: JobPrefix) -> AsyncIterator[OutputKey]:
-        self.note("list_job")
-        async for key in self.inner.list_job(prefix):
-            yield key
-
-    async def list_jobs(self) -> AsyncIterator[JobPrefix]:
-        self.note("list_jobs")
-        async for prefix in self.inner.list_jobs():
-            yield prefix
-
-    async def sweep_unfinished(self, prefix: JobPrefix) -> int:
-        self.note("sweep_unfinished")
-        return await self.inner.sweep_unfinished(prefix)
-
-    async def claim(self, owner: str) -> str:
-        self.note("claim")
-        return await self.inner.claim(owner)
-
-    async def close(self) -> None:
-        await self.inner.close()
-
-    def note(self, operation: str) -> None:
-        """Count a call, and raise if it is one to fail."""
-        self.counts[operation] += 1
-        for planned in self._faults.get(operation, []):
-            if planned.due():
-                raise planned.error
-
-
-@dataclass
-class _Planned:
-    error: Exception
-    skip: int
-    times: int | None
-
-    def due(self) -> bool:
-        if self.skip:
-            self.skip -= 1
-            return False
-        if self.times is None:
-            return True
-        self.times -= 1
-        return self.times >= 0
-
-
-class _FaultyWriter:
-    """A writer that fails has thrown away what it had, like the real ones."""
-
-    def __init__(self, store: FaultyStore, inner: PartWriter) -> None:
-        self._store = store
-        self._inner = inner
-
-    def write(self, data: Buffer, /) -> int:
-        self._note("write")
-        return self._inner.write(data)
-
-    def finalize(self) -> None:
-        self._note("finalize")
-        self._inner.finalize()
-
-    def abort(self) -> None:
-        self._store.counts["abort"] += 1
-        self._inner.abort()
-
-    def _note(self, operation: str) -> None:
-        try:
-            self._store.note(operation)
-        except BaseException:
-            self._inner.abort()
-            raise
-
-
-class _FaultyReader:
-    def __init__(
-        self, store: FaultyStore, inner: PartReader, offset: int, corrupt: int | None
-    ) -> None:
-        self._store = store
-        self._inner = inner
-        self._offset = offset
-        self._corrupt = corrupt
-
-    async def readinto(self, buffer: memoryview, /) -> int:
-        self._store.note("readinto")
-        count = await self._inner.readinto(buffer)
-        if self._corrupt is not None:
-            position = self._corrupt - self._offset
-            if 0 <= position < count:
-                buffer[position] ^= 1
-        self._offset += count
-        return count
-
-    async def close(self) -> None:
-        await self._inner.close()

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import inspect
+import json
 import os
 import random
 import signal
@@ -15,11 +16,16 @@ import textwrap
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
+from exportd_server.encoders.base import Format, OutputFormat
 from exportd_server.errors import ConfigurationError, ErrorReason, StoreFailed
+from exportd_server.jobs.housekeeping import manifest_key
+from exportd_server.jobs.manifest import store_manifest
+from exportd_server.jobs.model import ExportSpec, Job, JobState, Manifest, PartRecord
 from exportd_server.platform.files import Directory, File
 from exportd_server.store import local
 from exportd_server.store.key import JobPrefix, OutputKey, OutputKind
@@ -274,6 +280,193 @@ async def test_a_disk_that_is_full_from_any_call_on_leaves_nothing_and_says_full
             stages.add(system.calls[index])
         await store.close()
     assert {"mkdir", "write", "fsync", "link"} <= stages
+
+
+# --- the manifest and the mark of the owner, under the same faults
+
+SPEC = ExportSpec("transfers", OutputFormat(Format.CSV))
+RECORD = PartRecord(
+    shard=0,
+    sequence=0,
+    token=1,
+    rows=10,
+    bytes=len(DATA),
+    prefix_bytes=0,
+    suffix_bytes=0,
+    crc32c=1,
+    prefix_crc32c=0,
+    body_crc32c=1,
+    suffix_crc32c=0,
+    sha256=bytes(32),
+)
+MANIFEST_KEY = manifest_key(JOB, 7)
+
+
+def write_manifest(store: LocalStore) -> None:
+    """What a worker does last before a job succeeds."""
+    moment = datetime(2026, 1, 2, tzinfo=UTC)
+    job = Job(
+        job_id=JOB.job_id,
+        tenant=JOB.tenant,
+        spec=SPEC,
+        state=JobState.RUNNING,
+        request_id="",
+        create_time=moment,
+    )
+    store_manifest(store, job, Manifest((), (RECORD,)), MANIFEST_KEY.token)
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["without effect", "with effect"])
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
+async def test_whichever_call_fails_the_manifest_is_whole_or_absent_and_the_parts_stay(
+    tmp_path: Path, number: int, late: bool
+) -> None:
+    """L8: what cannot be stored is not there, and the next attempt stores it."""
+    store = LocalStore(tmp_path / "counted")
+    put(store, KEY, DATA)
+    with FaultySystem().in_place() as counted:
+        write_manifest(store)
+    whole = await read(store, MANIFEST_KEY)
+    assert json.loads(whole)["parts"][0]["key"] == str(KEY)
+    await store.close()
+    failed = set()
+    for index, call in enumerate(counted.calls):
+        root = tmp_path / str(index)
+        store = LocalStore(root)
+        put(store, KEY, DATA)
+        before = open_descriptors()
+        told = None
+        with FaultySystem(fail_once(index, number), late=late).in_place():
+            try:
+                write_manifest(store)
+            except StoreFailed as failure:
+                told = failure
+        assert open_descriptors() == before, call
+        if told is None:
+            # A directory that is there already is no fault.
+            assert call in {"close", "mkdir"}
+            assert await keys(store) == {KEY, MANIFEST_KEY}
+        else:
+            failed.add(call)
+            assert told.retryable is (number == errno.EIO)
+            assert await keys(store) == {KEY}, call
+            assert [name for name in tree(root) if (root / name).is_file()] == [PATH]
+            write_manifest(store)
+        assert await read(store, MANIFEST_KEY) == whole
+        assert await read(store, KEY) == DATA
+        await store.close()
+    assert {"open", "mkdir", "write", "fsync", "link"} <= failed
+
+
+async def test_a_disk_that_is_full_from_any_call_on_has_no_half_manifest(
+    tmp_path: Path,
+) -> None:
+    stages = set()
+    for index in range(length_of(tmp_path / "counted")):
+        root = tmp_path / str(index)
+        store = LocalStore(root)
+        put(store, KEY, DATA)
+        with FaultySystem(full_from(index)).in_place() as system:
+            told = None
+            try:
+                write_manifest(store)
+            except StoreFailed as failure:
+                told = failure
+        if told is not None:
+            assert told.reason is ErrorReason.STORE_FULL
+            stages.add(system.calls[index])
+            assert await keys(store) == {KEY}
+        assert await read(store, KEY) == DATA
+        await store.close()
+    assert {"mkdir", "write", "fsync", "link"} <= stages
+
+
+MINE = "0197c1f0-7a3e-4000-8000-000000000001"
+THEIRS = "0197c1f0-7a3e-4000-8000-000000000002"
+
+
+async def calls_of_a_claim(root: Path) -> list[str]:
+    store = LocalStore(root)
+    with FaultySystem().in_place() as system:
+        assert await store.claim(MINE) == MINE
+    await store.close()
+    return system.calls
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
+@pytest.mark.parametrize("late", [False, True], ids=["without effect", "with effect"])
+async def test_whichever_call_of_a_claim_fails_the_owner_is_noted_whole_or_not_at_all(
+    tmp_path: Path, number: int, late: bool
+) -> None:
+    """Whoever claims next is told one owner, for good, and never a piece of one."""
+    calls = await calls_of_a_claim(tmp_path / "counted")
+    failed = set()
+    for index, call in enumerate(calls):
+        root = tmp_path / str(index)
+        store = LocalStore(root)
+        before = open_descriptors()
+        told = None
+        with FaultySystem(fail_once(index, number), late=late).in_place():
+            try:
+                assert await store.claim(MINE) == MINE
+            except StoreFailed as failure:
+                told = failure
+        assert open_descriptors() == before, call
+        if told is not None:
+            failed.add(call)
+            assert told.retryable is (number == errno.EIO)
+        noted = (root / ".owner").exists()
+        assert noted or told is not None
+        # A hidden name that cannot be removed is nothing's and nobody's.
+        left = [name for name in tree(root) if name != ".owner"]
+        assert len(left) == (call == "unlink" and not late), call
+        owner = MINE if noted else THEIRS
+        assert await store.claim(THEIRS) == owner
+        assert await store.claim(MINE) == owner
+        assert (root / ".owner").read_text() == f"{owner}\n"
+        assert await jobs(store) == set()
+        await store.close()
+    assert {"open", "write", "fsync", "link"} <= failed
+
+
+async def test_a_disk_that_is_full_from_any_call_of_a_claim_on_says_so(
+    tmp_path: Path,
+) -> None:
+    calls = await calls_of_a_claim(tmp_path / "counted")
+    stages = set()
+    for index in range(len(calls)):
+        root = tmp_path / str(index)
+        store = LocalStore(root)
+        with FaultySystem(full_from(index)).in_place() as system:
+            told = None
+            try:
+                await store.claim(MINE)
+            except StoreFailed as failure:
+                told = failure
+        if told is not None:
+            assert told.reason is ErrorReason.STORE_FULL
+            stages.add(system.calls[index])
+        assert [name for name in tree(root) if name != ".owner"] == []
+        assert await store.claim(MINE) == MINE
+        await store.close()
+    assert {"write", "fsync", "link"} <= stages
+
+
+async def test_an_owner_is_durable_before_anybody_is_told_of_it(store: LocalStore) -> None:
+    """Also when another one noted it and died, or failed, before its name was durable."""
+    synced = 0
+
+    def no_sync_of_the_directory(name: str, index: int) -> None:
+        nonlocal synced
+        synced += name == "fsync"
+        if name == "fsync" and synced == 2:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with FaultySystem(no_sync_of_the_directory).in_place(), pytest.raises(StoreFailed):
+        await store.claim(MINE)
+    with FaultySystem().in_place() as system:
+        assert await store.claim(THEIRS) == MINE
+    assert "fsync" in system.calls
 
 
 async def test_a_writer_that_failed_keeps_saying_why(store: LocalStore) -> None:
