@@ -1,0 +1,428 @@
+"""PostgreSQL as a sink.
+
+The rows go by COPY into a temporary table, which locks nothing of anybody's however long
+they take, and from there in one short stretch, with the note that they were delivered,
+into the target. Two attempts at one delivery therefore never wait for each other's
+network, and the second to get there finds the note.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import psycopg
+from psycopg import conninfo, sql
+from psycopg.rows import namedtuple_row
+
+from exportd_server.errors import ConfigurationError, DeliveryFailed
+from exportd_server.sinks.base import BadSinkRequest, Delivery, Export
+from exportd_server.sinks.database import postgres_errors as errors
+from exportd_server.sinks.database.postgres_target import (
+    RIGHTS,
+    Plan,
+    Session,
+    Target,
+    find,
+    may_create,
+    one,
+    plan_for,
+    target_of,
+)
+from exportd_server.sinks.database.postgres_types import (
+    Carrier,
+    over,
+)
+from exportd_server.sinks.database.request import (
+    DatabaseConnection,
+    DatabaseRequest,
+    parse_table,
+)
+from exportd_server.sinks.database.rows import Feed, csv_lines, csv_options
+from exportd_server.sinks.database.running import Call, run
+
+OLDEST = 14
+"""Of the major versions, the oldest that will do."""
+
+_LINK: Mapping[str, Any] = {
+    "connect_timeout": 10,
+    "application_name": "exportd",
+    "client_encoding": "UTF8",
+    # A host that is gone is noticed within a minute.
+    "keepalives_idle": 30,
+    "keepalives_interval": 10,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 60_000,
+}
+_SETTINGS = {
+    # When it says that it is done, it is.
+    "synchronous_commit": "on",
+    "lock_timeout": "60s",
+    # A process that was stopped in the short stretch lets others on.
+    "idle_in_transaction_session_timeout": "60s",
+}
+_MADE_MEANWHILE = (
+    psycopg.errors.DuplicateTable,
+    # Of its type, or in the database's own catalogue, when both make it at once.
+    psycopg.errors.DuplicateObject,
+    psycopg.errors.UniqueViolation,
+)
+_CHECK_CLIENT = "SELECT set_config('client_connection_check_interval', '1s', true)"
+
+
+class PostgresSink:
+    """A PostgreSQL database that exports are written to. Each call has a connection of
+    its own."""
+
+    def __init__(self, connection: DatabaseConnection) -> None:
+        url = connection.url.get_secret_value()
+        try:
+            given = conninfo.conninfo_to_dict(url)
+        except psycopg.ProgrammingError:
+            # What the library says of it may repeat the password.
+            raise ConfigurationError(
+                "url is no URL of PostgreSQL; give it as "
+                "postgresql://USER:PASSWORD@HOST:PORT/DATABASE, with characters such as "
+                "@ / : % in user and password written as %40 %2F %3A %25"
+            ) from None
+        self._parameters = {**_LINK, **given}
+        self._connection = connection
+        self._ledger_name = parse_table(connection.deliveries_table)
+
+    async def probe(self, request: DatabaseRequest, export: Export) -> None:
+        """See `Sink`."""
+        await run(lambda call: self._probe(call, request, export))
+
+    async def deliver(self, request: DatabaseRequest, delivery: Delivery) -> str:
+        """See `Sink`."""
+        feed = Feed(delivery.parts)
+        return await run(lambda call: self._deliver(call, request, delivery, feed), feed)
+
+    async def close(self) -> None:
+        """Nothing is held between calls."""
+
+    # All below runs in the call's thread.
+
+    def _probe(self, call: Call, request: DatabaseRequest, export: Export) -> None:
+        with self._session(call) as session, session.transaction(force_rollback=True):
+            _settle(session, self._connection.statement_timeout)
+            plan_for(self._connection, session, request, export)
+            rights = one(session, RIGHTS)
+            if not rights.temporary:
+                raise DeliveryFailed(
+                    "the connection's role may not make temporary tables; have the "
+                    "operator grant it TEMPORARY on the database",
+                    retryable=False,
+                )
+            if find(session, self._ledger_name) is None and not self._ledger_can_be_made(
+                session, rights
+            ):
+                raise self._no_ledger()
+
+    def _deliver(
+        self, call: Call, request: DatabaseRequest, delivery: Delivery, feed: Feed
+    ) -> str:
+        plan: Plan | None = None
+        with self._session(call) as session:
+            try:
+                ledger = self._ledger(session)
+                with session.transaction():
+                    _settle(session, self._connection.statement_timeout)
+                    receipt = _receipt(session, ledger, delivery)
+                    if receipt is not None:
+                        return receipt
+                    plan = plan_for(self._connection, session, request, delivery.export)
+                    staging = self._stage(session, plan, delivery, feed)
+                    _require_fitting(session, plan, staging)
+                    call.check()
+                    if not _note(session, ledger, plan.target, delivery):
+                        return cast("str", _receipt(session, ledger, delivery))
+                    self._put(session, request, delivery.export, plan, staging)
+                    call.check()
+                    return _told(_rows(delivery), str(plan.target))
+            except BadSinkRequest as error:
+                raise DeliveryFailed(error.description, retryable=False) from error
+            except psycopg.Error as error:
+                call.check()
+                raise errors.failure(error, _columns_of(plan)) from error
+
+    @contextlib.contextmanager
+    def _session(self, call: Call) -> Iterator[Session]:
+        call.check()
+        try:
+            session: Session = psycopg.connect(
+                **self._parameters, autocommit=True, row_factory=namedtuple_row
+            )
+        except psycopg.Error as error:
+            raise errors.unreachable(error) from error
+        with contextlib.closing(session):
+            call.cut_by(lambda: _cut(session))
+            try:
+                call.check()
+                if session.info.server_version < OLDEST * 10_000:
+                    raise DeliveryFailed(
+                        f"the database is older than PostgreSQL {OLDEST}", retryable=False
+                    )
+                session.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
+                session.read_only = False
+                yield session
+            except psycopg.Error as error:
+                call.check()
+                raise errors.failure(error, ()) from error
+            finally:
+                call.cut_by(None)
+
+    # What has been delivered.
+
+    def _ledger(self, session: Session) -> sql.Identifier:
+        """The table of deliveries, made when it is missing, in a transaction of its own:
+        nobody else's first delivery is to wait for this one."""
+        for _ in range(2):
+            found = find(session, self._ledger_name)
+            if found is not None:
+                return sql.Identifier(found.schema, found.name)
+            rights = one(session, RIGHTS)
+            if not self._ledger_can_be_made(session, rights):
+                raise self._no_ledger()
+            name = sql.Identifier(
+                self._ledger_name.schema or rights.schema, self._ledger_name.name
+            )
+            with (
+                contextlib.suppress(*_MADE_MEANWHILE),
+                session.transaction(),
+            ):
+                session.execute(
+                    sql.SQL(
+                        "CREATE TABLE {} (delivery_id text PRIMARY KEY, "
+                        "job_id text NOT NULL, target text NOT NULL, "
+                        "rows bigint NOT NULL, "
+                        "delivered_at timestamptz NOT NULL DEFAULT now())"
+                    ).format(name)
+                )
+        raise DeliveryFailed(
+            "the table of deliveries was made and dropped meanwhile", retryable=True
+        )
+
+    def _ledger_can_be_made(self, session: Session, rights: Any) -> bool:
+        if not self._ledger_name.schema:
+            return bool(rights.creates)
+        return may_create(session, self._ledger_name.schema)
+
+    def _no_ledger(self) -> DeliveryFailed:
+        return DeliveryFailed(
+            f"the table {self._ledger_name} is missing, and the connection's role may not "
+            "make it; have the operator make it",
+            retryable=False,
+        )
+
+    # How the rows get there.
+
+    def _stage(
+        self, session: Session, plan: Plan, delivery: Delivery, feed: Feed
+    ) -> sql.Identifier:
+        staging = sql.Identifier("pg_temp", f"exportd_{secrets.token_hex(8)}")
+        columns: list[sql.Composable] = [
+            sql.SQL("{} {}").format(_staged(index), _trusted(each.staging))
+            for index, each in enumerate(plan.carriers)
+        ]
+        if plan.keys:
+            # Which row came last, for those with the same key.
+            columns.append(sql.SQL("place bigint GENERATED ALWAYS AS IDENTITY"))
+        session.execute(
+            sql.SQL("CREATE TEMPORARY TABLE {} ({}) ON COMMIT DROP").format(
+                staging, sql.SQL(", ").join(columns)
+            )
+        )
+        options = csv_options(delivery.export)
+        copy_statement = sql.SQL(
+            "COPY {} ({}) FROM STDIN (FORMAT csv, DELIMITER {}, NULL {}, ENCODING 'UTF8')"
+        ).format(
+            staging,
+            sql.SQL(", ").join(map(_staged, range(len(plan.carriers)))),
+            sql.Literal(options.delimiter),
+            sql.Literal(options.null_marker),
+        )
+        lines = csv_lines(
+            feed, delivery.export, delivery.parts, self._connection.spool_directory
+        )
+        with session.cursor() as cursor:
+            with cursor.copy(copy_statement) as copy:
+                for piece in lines:
+                    copy.write(piece)
+            staged = cursor.rowcount
+        if staged != _rows(delivery):
+            raise DeliveryFailed(
+                f"{staged} rows were read of the {_rows(delivery)} that the export has",
+                retryable=False,
+            )
+        return staging
+
+    def _put(
+        self,
+        session: Session,
+        request: DatabaseRequest,
+        export: Export,
+        plan: Plan,
+        staging: sql.Identifier,
+    ) -> None:
+        target = plan.target
+        if not target.oid:
+            _make(session, plan)
+        # REPLACE keeps other writers away, so that what another one added meanwhile does
+        # not stay beside these rows. Readers go on with what was there.
+        lock = "SHARE ROW EXCLUSIVE" if request.mode == "REPLACE" else "ROW EXCLUSIVE"
+        session.execute(
+            sql.SQL("LOCK TABLE {} IN {} MODE").format(target.identifier, _trusted(lock))
+        )
+        if target.oid and target_of(self._connection, session, request, export) != target:
+            raise DeliveryFailed(
+                f"{target} was changed while rows were loaded", retryable=True
+            )
+        if request.mode == "REPLACE":
+            session.execute(sql.SQL("DELETE FROM {}").format(target.identifier))
+        session.execute(_insert(plan, staging))
+
+
+def _insert(plan: Plan, staging: sql.Identifier) -> sql.Composed:
+    names = [sql.Identifier(column.name) for column in plan.columns]
+    values = [_value(index, each) for index, each in enumerate(plan.carriers)]
+    comma = sql.SQL(", ")
+    parts: list[sql.Composable] = [
+        sql.SQL("INSERT INTO {} ({})").format(plan.target.identifier, comma.join(names))
+    ]
+    if not plan.keys:
+        parts.append(sql.SQL("SELECT {} FROM {}").format(comma.join(values), staging))
+        return sql.SQL(" ").join(parts)
+    keys = comma.join(names[index] for index in plan.keys)
+    distinct = comma.join(values[index] for index in plan.keys)
+    parts.append(
+        sql.SQL("SELECT DISTINCT ON ({}) {} FROM {} ORDER BY {}, place DESC").format(
+            distinct, comma.join(values), staging, distinct
+        )
+    )
+    others = [name for index, name in enumerate(names) if index not in plan.keys]
+    if others:
+        new = comma.join(sql.SQL("{0} = EXCLUDED.{0}").format(name) for name in others)
+        parts.append(sql.SQL("ON CONFLICT ({}) DO UPDATE SET {}").format(keys, new))
+    else:
+        parts.append(sql.SQL("ON CONFLICT ({}) DO NOTHING").format(keys))
+    return sql.SQL(" ").join(parts)
+
+
+def _make(session: Session, plan: Plan) -> None:
+    target = plan.target
+    columns = [
+        sql.SQL("{} {}").format(sql.Identifier(column.name), _trusted(column.type.shown))
+        for column in target.columns
+    ]
+    if plan.keys:
+        keys = [sql.Identifier(plan.columns[index].name) for index in plan.keys]
+        columns.append(sql.SQL("PRIMARY KEY ({})").format(sql.SQL(", ").join(keys)))
+    try:
+        session.execute(
+            sql.SQL("CREATE TABLE {} ({})").format(
+                target.identifier, sql.SQL(", ").join(columns)
+            )
+        )
+    except _MADE_MEANWHILE as error:
+        raise DeliveryFailed(
+            f"{target} was made while rows were loaded", retryable=True
+        ) from error
+
+
+def _require_fitting(session: Session, plan: Plan, staging: sql.Identifier) -> None:
+    """Raises `DeliveryFailed` for values that the target would change, and for keys that
+    are missing, which would meet no row ever."""
+    found = [
+        (over(each.misfit, f"c{index}"), plan.columns[index].name, each.why)
+        for index, each in enumerate(plan.carriers)
+        if each.misfit
+    ]
+    found += [
+        (f"c{index} IS NULL", plan.columns[index].name, "is missing, and it is a key")
+        for index in plan.keys
+    ]
+    if not found:
+        return
+    asked = sql.SQL(", ").join(
+        sql.SQL("bool_or({})").format(_trusted(condition)) for condition, _, _ in found
+    )
+    answers = (
+        session.cursor(row_factory=psycopg.rows.tuple_row)
+        .execute(sql.SQL("SELECT {} FROM {}").format(asked, staging))
+        .fetchone()
+    )
+    for (_, name, why), wrong in zip(found, answers or (), strict=True):
+        if wrong:
+            raise DeliveryFailed(f"column {name!r}: a value {why}", retryable=False)
+
+
+def _note(
+    session: Session, ledger: sql.Identifier, target: Target, delivery: Delivery
+) -> bool:
+    """Note the delivery. False: it is there already. Another attempt that has noted it
+    and not ended is waited for."""
+    done = session.execute(
+        sql.SQL(
+            "INSERT INTO {} (delivery_id, job_id, target, rows) "
+            "VALUES (%s, %s, %s, %s) ON CONFLICT (delivery_id) DO NOTHING"
+        ).format(ledger),
+        (delivery.delivery_id, delivery.export.job_id, str(target), _rows(delivery)),
+    )
+    return done.rowcount == 1
+
+
+def _receipt(session: Session, ledger: sql.Identifier, delivery: Delivery) -> str | None:
+    row = session.execute(
+        sql.SQL("SELECT rows, target FROM {} WHERE delivery_id = %s").format(ledger),
+        (delivery.delivery_id,),
+    ).fetchone()
+    return None if row is None else _told(row.rows, row.target)
+
+
+def _told(rows: int, target: str) -> str:
+    return f"{rows} rows in {target}"
+
+
+def _rows(delivery: Delivery) -> int:
+    return sum(part.rows for part in delivery.parts)
+
+
+def _settle(session: Session, timeout: float) -> None:
+    """What a role or a database has set otherwise must not decide what rows become."""
+    wanted = {**_SETTINGS, "statement_timeout": str(int(timeout * 1000))}
+    for name, value in wanted.items():
+        session.execute("SELECT set_config(%s, %s, true)", (name, value))
+    # A server that cannot look whether its client is there goes without.
+    with contextlib.suppress(psycopg.DataError), session.transaction():
+        session.execute(_CHECK_CLIENT)
+
+
+def _cut(session: Session) -> None:
+    """End a session under its thread, from another one."""
+    with (
+        contextlib.suppress(OSError, psycopg.Error),
+        socket.socket(fileno=os.dup(session.fileno())) as link,
+    ):
+        link.shutdown(socket.SHUT_RDWR)
+
+
+def _columns_of(plan: Plan | None) -> Sequence[tuple[str, str]]:
+    return [(each.name, each.type.shown) for each in plan.columns] if plan else []
+
+
+def _staged(index: int) -> sql.Identifier:
+    return sql.Identifier(f"c{index}")
+
+
+def _value(index: int, each: Carrier) -> sql.SQL:
+    return _trusted(over(each.value, f"c{index}"))
+
+
+def _trusted(text: str) -> sql.SQL:
+    """SQL that was written here, or quoted by the database itself."""
+    return sql.SQL(text)
