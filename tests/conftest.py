@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,9 @@ from tests.support.ledger import ledger_database
 from tests.support.postgres import postgres, postgres_database, postgres_url
 from tests.support.samples import SAMPLE_ROWS, write_samples
 from tests.support.seaweed import s3_options, seaweed
+
+# Many tests start processes; without compiled modules each of them compiles exportd anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 # A machine that is busy is no fault of what is tested.
 settings.register_profile("exportd", deadline=None)

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, closing, contextmanager, suppress
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 from uuid import UUID
@@ -19,7 +20,14 @@ import pytest
 
 from exportd_server.errors import ConfigurationError, ErrorReason, LedgerUnavailable
 from exportd_server.jobs.ledger import lanes, news, schema
-from exportd_server.jobs.ledger.base import ClaimLimits, Lease, LeaseLost, NewJob, TaskKind
+from exportd_server.jobs.ledger.base import (
+    ClaimLimits,
+    DeliveryQuery,
+    Lease,
+    LeaseLost,
+    NewJob,
+    TaskKind,
+)
 from exportd_server.jobs.ledger.postgres import (
     migrate_postgres_ledger,
     open_postgres_ledger,
@@ -27,7 +35,14 @@ from exportd_server.jobs.ledger.postgres import (
 from exportd_server.jobs.ledger.postgres_server import OLDEST, Address, require_version
 from exportd_server.jobs.ledger.signals import Changes
 from exportd_server.jobs.ledger.sql import SqlLedger
-from exportd_server.jobs.model import JobState
+from exportd_server.jobs.ledger.statements import reading
+from exportd_server.jobs.model import (
+    DeliveryState,
+    DeliveryStatus,
+    JobState,
+    QueuePolicy,
+)
+from tests.support.deliveries import DELIVER, DOWN, sink
 from tests.support.ledger import (
     CLEANUP,
     COLUMNS,
@@ -228,6 +243,252 @@ async def test_a_renewal_may_come_from_another_threads_loop(
         lambda: asyncio.run(fleet[0].renew([lease], timedelta(seconds=60)))
     )
     assert lost == []
+
+
+# --- deliveries
+
+
+async def deliveries_of(
+    ledger: SqlLedger, queues: dict[str, int], *, parts: int, tenants: int = 1
+) -> Lease:
+    """So many parts due to each queue, which allows so many under way; returns the lease
+    of the last job."""
+    sinks = tuple(sink(name, name) for name in queues)
+    policies = tuple(QueuePolicy(name, concurrency=most) for name, most in queues.items())
+    lease = None
+    for number in range(tenants):
+        one = new(1000 + number, f"tenant-{number}", sinks=sinks)
+        await ledger.create_job(replace(one, queues=policies))
+        plan = await claim(ledger)
+        assert plan is not None
+        lease = await ledger.record_plan(plan, shards(1), COLUMNS, estimated_rows=None)
+        for sequence in range(parts):
+            await ledger.add_part(lease, part(lease, sequence))
+    assert lease is not None
+    return lease
+
+
+def under_way(database: LedgerDatabase) -> dict[str, int]:
+    return dict(
+        database.ask(
+            "SELECT queue, count(*)::int FROM tasks WHERE state = 'leased' AND "
+            "queue IS NOT NULL GROUP BY queue"
+        )
+    )
+
+
+async def test_no_more_of_a_queue_are_under_way_however_many_claim_at_once(
+    fleet: list[SqlLedger], ledger_database: LedgerDatabase
+) -> None:
+    await deliveries_of(fleet[0], {"one": 1, "three": 3, "seven": 7}, parts=8, tenants=3)
+    for _ in range(3):
+        claims = [
+            ledger.claim("w", DELIVER, lease=LEASE) for ledger in fleet for _ in range(10)
+        ]
+        taken = [lease for lease in await asyncio.gather(*claims) if lease]
+        assert len(taken) == len({lease.task_id for lease in taken}) == 11
+        assert under_way(ledger_database) == {"one": 1, "three": 3, "seven": 7}
+        await asyncio.gather(
+            *(
+                fleet[at % 4].complete_delivery(lease, "ok")
+                for at, lease in enumerate(taken)
+            )
+        )
+        assert under_way(ledger_database) == {}
+
+
+async def test_every_delivery_is_made_once_while_queues_are_always_at_their_limit(
+    fleet: list[SqlLedger], ledger_database: LedgerDatabase
+) -> None:
+    """Twelve deliverers of four processes claim, complete, fail, release and renew, all at
+    once, while others look how many are under way."""
+    export = await deliveries_of(fleet[0], {"two": 2, "five": 5}, parts=12)
+    assert await fleet[0].complete_shard(export)
+    made: list[str] = []
+    looks = 0
+
+    async def deliver(ledger: SqlLedger, number: int) -> None:
+        while len(made) < 26:
+            lease = await ledger.claim("w", DELIVER, lease=LEASE)
+            if lease is None:
+                await ledger.wait_for_work(0.2)
+                continue
+            work = await ledger.delivery_work(lease)
+            assert await ledger.renew([lease], LEASE) == []
+            if number % 3 == 0 and lease.attempt == 1:
+                again = timedelta(milliseconds=20)
+                await ledger.fail_delivery(lease, DOWN, retry_in=again)
+            elif number % 3 == 1 and lease.attempt == 1 and len(made) % 2:
+                await ledger.release(lease)
+            else:
+                await ledger.complete_delivery(lease, "ok")
+                made.append(work.delivery_id)
+
+    async def watch() -> None:
+        nonlocal looks
+        while len(made) < 26:
+            found = await asyncio.to_thread(under_way, ledger_database)
+            assert found.get("two", 0) <= 2
+            assert found.get("five", 0) <= 5
+            looks += 1
+
+    async with asyncio.timeout(LONG):
+        await asyncio.gather(
+            watch(), *(deliver(fleet[number % 4], number) for number in range(12))
+        )
+    assert looks > 3
+    assert len(set(made)) == 26
+    job = await fleet[3].get_job(export.tenant, export.job_id)
+    assert job is not None
+    assert job.delivery_status is DeliveryStatus.DELIVERED
+
+
+async def test_deliveries_of_one_job_that_end_at_once_bring_one_completion(
+    fleet: list[SqlLedger],
+) -> None:
+    export = await deliveries_of(fleet[0], {"q": 100}, parts=16)
+    held = [await fleet[0].claim("w", DELIVER, lease=LEASE) for _ in range(16)]
+    ends = [
+        fleet[at % 4].complete_delivery(lease, "ok")
+        for at, lease in enumerate(held)
+        if lease
+    ]
+    await asyncio.gather(fleet[1].complete_shard(export), *ends)
+    completion = await fleet[2].claim("w", DELIVER, lease=LEASE)
+    assert completion is not None
+    assert (await fleet[2].delivery_work(completion)).completion
+    assert await fleet[3].claim("w", DELIVER, lease=LEASE) is None
+
+
+async def test_an_endpoint_is_disabled_once_however_many_see_it_gone(
+    fleet: list[SqlLedger],
+) -> None:
+    await deliveries_of(fleet[0], {"q": 100}, parts=4, tenants=3)
+    held = [await fleet[0].claim("w", DELIVER, lease=LEASE) for _ in range(12)]
+    async with asyncio.timeout(LONG):
+        told = await asyncio.gather(
+            *(
+                fleet[at % 4].fail_delivery(
+                    lease, DOWN, retry_in=timedelta(hours=1), gone=True
+                )
+                for at, lease in enumerate(held)
+                if lease
+            )
+        )
+    assert [each.disabled for each in told].count(True) == 1
+    assert all(each.dead for each in told)
+
+
+async def test_one_process_redrives_while_others_deliver_and_cancel(
+    fleet: list[SqlLedger],
+) -> None:
+    await deliveries_of(fleet[0], {"q": 100}, parts=6, tenants=5)
+
+    async def bury(ledger: SqlLedger) -> None:
+        for _ in range(20):
+            lease = await ledger.claim("w", DELIVER, lease=LEASE)
+            if lease is not None:
+                with suppress(LeaseLost):
+                    await ledger.fail_delivery(lease, DOWN, retry_in=None)
+
+    async def redrive(tenant: str) -> None:
+        for _ in range(5):
+            await fleet[3].redrive_deliveries(tenant, DeliveryQuery())
+
+    async with asyncio.timeout(LONG):
+        await asyncio.gather(
+            *(bury(ledger) for ledger in fleet[:3]),
+            *(redrive(f"tenant-{number}") for number in range(5)),
+            fleet[1].cancel_job("tenant-2", str(UUID(int=1002))),
+        )
+    for number in range(5):
+        tenant = f"tenant-{number}"
+        await fleet[3].redrive_deliveries(tenant, DeliveryQuery())
+        found = await fleet[0].list_deliveries(tenant, DeliveryQuery(), limit=100)
+        states = {each.state for each in found}
+        if number == 2:
+            assert states <= {DeliveryState.FAILED, DeliveryState.DEAD_LETTERED}
+        else:
+            assert states == {DeliveryState.PENDING}
+    due = 0
+    while await fleet[0].claim("w", DELIVER, lease=LEASE) is not None:
+        due += 1
+    assert due == 24
+
+
+async def test_deliveries_that_come_due_together_wake_more_than_one_process(
+    fleet: list[SqlLedger], ledger_database: LedgerDatabase
+) -> None:
+    """The first to look makes all of them ready, so the second, who slept until then,
+    would find nothing that is still to come due."""
+    here, there = fleet[:2]
+    await deliveries_of(here, {"q": 100}, parts=2)
+    soon = timedelta(milliseconds=300)
+    for _ in range(2):
+        lease = await here.claim("w", DELIVER, lease=LEASE)
+        assert lease is not None
+        await here.fail_delivery(lease, DOWN, retry_in=soon)
+    ledger_database.execute(
+        "UPDATE tasks SET run_at = (SELECT max(run_at) FROM tasks) "
+        "WHERE state = 'scheduled'"
+    )
+    assert await there.claim("w", DELIVER, lease=LEASE) is None
+    waiting = asyncio.create_task(there.wait_for_work(LONG))
+    # Sleeps by a clock that is not the server's, and a little longer than that.
+    with pytest.MonkeyPatch.context() as patch:
+        due = reading.next_due
+        patch.setattr(
+            reading,
+            "next_due",
+            lambda tx, since: None if (at := due(tx, since)) is None else at + 700_000,
+        )
+        await asyncio.wait((waiting,), timeout=0.1)
+        async with asyncio.timeout(5):
+            while await here.claim("w", DELIVER, lease=LEASE) is None:
+                await asyncio.sleep(0.02)
+            await waiting
+    assert await there.claim("w", DELIVER, lease=LEASE) is not None
+
+
+async def test_a_claim_of_a_delivery_reads_no_more_at_twenty_thousand_queued(
+    fleet: list[SqlLedger], ledger_database: LedgerDatabase
+) -> None:
+    """Pages of tables and indexes that the server looks at, whatever it has counted."""
+    await deliveries_of(fleet[0], {"q": 100, "full": 1}, parts=2)
+    assert await fleet[0].claim("w", DELIVER, lease=LEASE) is not None
+    columns = "kind, tenant, job_id, generation, state, priority, since, run_at, queue"
+
+    def fill(count: int) -> None:
+        ledger_database.execute(
+            f"INSERT INTO tasks ({columns}, lane) SELECT {columns}, queue || E'\\n' || "
+            f"'t' || n % 5 FROM tasks, generate_series(1, {count}) n WHERE task_id IN "
+            "(SELECT min(task_id) FROM tasks WHERE state = 'ready' AND queue IS NOT NULL "
+            "GROUP BY queue)"
+        )
+
+    def pages() -> int:
+        ask = (
+            "EXPLAIN (ANALYZE, BUFFERS, TIMING OFF, FORMAT JSON) "
+            "SELECT * FROM claim_delivery(NULL, 'w', 0, 1, 'me')"
+        )
+        with psycopg.connect(
+            ledger_database.url, options="-c search_path=exportd"
+        ) as connection:
+            for _ in range(3):
+                row = connection.execute(ask).fetchone()
+                connection.rollback()
+        assert row is not None
+        top = row[0][0]["Plan"]
+        return int(top["Shared Hit Blocks"]) + int(top["Shared Read Blocks"])
+
+    fill(500)
+    few = pages()
+    fill(9_500)
+    many = pages()
+    assert many < 2 * few
+    assert few < 500
+    ledger_database.execute("ANALYZE tasks")
+    assert pages() < 2 * few
 
 
 # --- peers that stop

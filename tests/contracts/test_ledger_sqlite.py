@@ -9,7 +9,6 @@ import sqlite3
 import stat
 import subprocess
 import sys
-import time
 from collections.abc import AsyncIterator
 from datetime import timedelta
 from pathlib import Path
@@ -28,12 +27,19 @@ from exportd_server.errors import (
     LedgerUnavailable,
 )
 from exportd_server.jobs.ledger import schema
-from exportd_server.jobs.ledger.base import ClaimLimits, JobQuery, LeaseLost
+from exportd_server.jobs.ledger.base import (
+    ClaimLimits,
+    DeliveryQuery,
+    JobQuery,
+    LeaseLost,
+)
 from exportd_server.jobs.ledger.sql import SqlLedger
 from exportd_server.jobs.ledger.sqlite import SqliteDatabase, open_sqlite_ledger
-from exportd_server.jobs.ledger.tables import METADATA, jobs, tasks
+from exportd_server.jobs.ledger.statements import delivering
+from exportd_server.jobs.ledger.tables import METADATA, deliveries, jobs, tasks
 from exportd_server.jobs.ledger.transaction import Transaction
-from exportd_server.jobs.model import JobState
+from exportd_server.jobs.model import DeliveryState, JobState, OnFull
+from tests.support.deliveries import DOWN, SOON, Deliveries, sink, whole
 from tests.support.ledger import (
     CLEANUP,
     EXPORT,
@@ -355,9 +361,11 @@ async def test_a_slow_database_does_not_hold_up_the_event_loop(
 # --- cost
 
 
-async def test_a_long_backlog_costs_no_scan(world: World) -> None:
+@pytest.mark.parametrize("life", ["jobs", "deliveries"])
+async def test_a_long_backlog_costs_no_scan(world: World, life: str) -> None:
     """No statement of a job's whole life, nor of the lists and the reaper, reads a table
-    from end to end: SQLite's plan for each statement that was run says how it looks."""
+    from end to end: SQLite's plan for each statement that was run says how it looks. Nor
+    does one of a delivery's."""
     database = database_of(world)
     seen: dict[str, Any] = {}
     for engine in (database._writer, database._readers):
@@ -369,7 +377,10 @@ async def test_a_long_backlog_costs_no_scan(world: World) -> None:
             if not many:
                 seen[statement] = parameters
 
-    await one_of_everything(world)
+    if life == "jobs":
+        await one_of_everything(world)
+    else:
+        await every_delivery(Deliveries(world))
     scans = {}
     connection = sqlite3.connect(database._path)
     for statement, parameters in seen.items():
@@ -381,7 +392,9 @@ async def test_a_long_backlog_costs_no_scan(world: World) -> None:
         bad = [
             s
             for s in steps
-            if re.match(r"SCAN (jobs|tasks|ready|parts|labels|tenants)", s)
+            if re.match(
+                r"SCAN (jobs|tasks|ready|parts|labels|tenants|deliveries|queues)", s
+            )
             # As long as there are leases, not as the backlog.
             and not s.endswith("USING INDEX tasks_leased")
         ]
@@ -437,6 +450,114 @@ async def one_of_everything(world: World) -> None:
     assert done
     await ledger.known_jobs([job.job_id])
     await ledger.wait_for_change(job.job_id, 1, 0.01)
+
+
+async def every_delivery(on: Deliveries) -> None:
+    """All that happens to deliveries, and all that is asked about them."""
+    ledger = on.ledger
+    on.allow("d", depth=1, on_full=OnFull.DROP)
+    sinks = (sink(), sink("drops", "d"), whole())
+    job, lease = await on.running(*sinks, parts=3, drop_after_delivery=True)
+    assert await ledger.has_room(lease)
+    await ledger.fail_delivery(await on.lease(), DOWN, retry_in=SOON)
+    await ledger.release(await on.lease())
+    await on.bury()
+    await ledger.fail_delivery(
+        await on.lease(), DOWN, retry_in=SOON, disable_after=timedelta(0)
+    )
+    assert await ledger.complete_shard(lease)
+    on.clock.advance(60)
+    await on.bury_all()
+    for queue in await ledger.list_queues("acme", limit=10):
+        assert await ledger.enable_queue("acme", queue.queue)
+    record = (await on.all())[0]
+    assert await on.redrive(delivery_id=record.delivery_id) <= 1
+    assert await on.redrive(job_id=job.job_id, sink="drops") >= 1
+    assert await on.redrive(queue="q", states=frozenset({DeliveryState.DEAD_LETTERED}))
+    await on.redrive()
+    await on.deliver_all()
+    assert (await on.world.job(job)).drop_time is not None
+    await ledger.list_jobs("acme", JobQuery(), limit=10)
+    dead = frozenset({DeliveryState.DEAD_LETTERED, DeliveryState.DROPPED})
+    place = (record.create_time, record.delivery_id)
+    for query in (
+        DeliveryQuery(),
+        DeliveryQuery(delivery_id=record.delivery_id),
+        DeliveryQuery(job_id=job.job_id, sink="drops"),
+        DeliveryQuery(queue="q"),
+        DeliveryQuery(queue="q", states=dead),
+        DeliveryQuery(states=dead),
+    ):
+        await ledger.list_deliveries("acme", query, limit=3)
+        await ledger.list_deliveries("acme", query, limit=3, before=place)
+    anew, lease = await on.running(*sinks, parts=2)
+    await ledger.restart_output(lease)
+    await ledger.cancel_job("acme", anew.job_id)
+    assert await ledger.delete_job("acme", job.job_id) is JobState.SUCCEEDED
+    on.clock.advance(60)
+    assert await on.world.work_off()
+
+
+async def test_a_claim_of_a_delivery_takes_no_longer_at_twenty_thousand_queued(
+    world: World,
+) -> None:
+    """Nor does looking whether a queue is full, or what is in it of a job's."""
+    database = database_of(world)
+    on = Deliveries(world)
+    _, lease = await on.running(sink(), parts=1)
+    (record,) = await on.all()
+
+    def fill(tx: Transaction, begin: int, count: int) -> None:
+        def like(table: sa.Table, *keys: sa.ColumnElement[bool]) -> dict[str, Any]:
+            row = tx.connection.execute(sa.select(table).where(*keys)).mappings().one()
+            return dict(row)
+
+        one = like(deliveries, deliveries.c.delivery_id == record.delivery_id)
+        task = like(tasks, tasks.c.task_id == one["task_id"])
+        numbers = range(begin, begin + count)
+        first = 1_000
+        tx.connection.execute(
+            sa.insert(tasks),
+            [task | {"task_id": first + n, "lane": f"q\ntenant-{n % 5}"} for n in numbers],
+        )
+        tx.connection.execute(
+            sa.insert(deliveries),
+            [
+                one | {"delivery_id": f"x{n}", "task_id": first + n, "sequence": n + 1}
+                for n in numbers
+            ],
+        )
+
+    async def steps() -> int:
+        count = 0
+
+        def step() -> int:
+            nonlocal count
+            count += 1
+            return 0
+
+        def install(tx: Transaction, handler: Any) -> None:
+            connection = tx.connection.connection.driver_connection
+            assert isinstance(connection, sqlite3.Connection)
+            connection.set_progress_handler(handler, 10)
+
+        await database.write(lambda tx: install(tx, step))
+        await database.write(lambda tx: delivering.has_room(tx, lease))
+        held = [await on.lease() for _ in range(3)]
+        for each in held:
+            await on.ledger.release(each)
+        await database.write(lambda tx: install(tx, None))
+        return 10 * count
+
+    on.allow("q", depth=500)
+    await on.create(sink())
+    await database.write(lambda tx: fill(tx, 0, 1_000))
+    few = await steps()
+    await database.write(lambda tx: fill(tx, 1_000, 19_000))
+    many = await steps()
+    assert 0 < many < 1.5 * few
+    assert few < 40_000
+    assert not await on.ledger.has_room(lease)
 
 
 async def test_a_claim_takes_no_longer_at_a_hundred_thousand_queued_jobs(

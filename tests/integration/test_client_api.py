@@ -97,6 +97,24 @@ def test_retries_are_bounded_by_number_and_by_time(server: ScriptedServer) -> No
     assert time.monotonic() - begun < 2
 
 
+async def test_calls_about_deliveries_ride_out_a_server_that_is_away_for_a_moment(
+    server: ScriptedServer, client: Client
+) -> None:
+    calls = ("ListDeliveries", "RedriveDeliveries", "ListSinkQueues", "EnableSinkQueue")
+    server.script.unavailable = Counter(calls)
+    assert list(client.deliveries(job_id=JOB)) == []
+    assert client.redrive(job_id=JOB) == 0
+    assert list(client.sink_queues()) == []
+    assert client.enable_sink_queue("q").queue == "q"
+    server.script.unavailable = Counter(calls)
+    async with AsyncClient(server.address, retry=QUICK) as c:
+        assert [each async for each in c.deliveries(job_id=JOB)] == []
+        assert await c.redrive(job_id=JOB) == 0
+        assert [each async for each in c.sink_queues()] == []
+        assert (await c.enable_sink_queue("q")).queue == "q"
+    assert {server.calls[name] for name in calls} == {4}
+
+
 def test_a_refused_request_is_not_retried(server: ScriptedServer, client: Client) -> None:
     server.script.create_error = (
         grpc.StatusCode.INVALID_ARGUMENT,
@@ -150,12 +168,19 @@ def test_every_reason_of_the_contract_has_an_error() -> None:
         "ATTEMPTS_EXHAUSTED",
         "SOURCE_CHANGED",
     }
+    of_deliveries = {  # stand in last_error, which is a DeliveryFailed whatever the reason
+        "DELIVERY_FAILED",
+        "DELIVERY_REFUSED",
+        "ENDPOINT_GONE",
+        "PARTS_NOT_DELIVERED",
+        "SINK_UNAVAILABLE",
+    }
     plain = {"UNSPECIFIED", "INTERNAL"}
     names = {
         n.removeprefix("ERROR_REASON_")
         for n in error_pb2.ErrorReason.DESCRIPTOR.values_by_name
     }
-    assert names - of_jobs - plain == set(e._BY_REASON)
+    assert names - of_jobs - of_deliveries - plain == set(e._BY_REASON)
 
 
 def test_a_server_that_is_down_is_named_with_the_mend() -> None:

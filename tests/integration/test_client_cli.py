@@ -22,11 +22,21 @@ import grpc
 import pytest
 from click.testing import CliRunner
 
-from exportd import Client, Retry
-from exportd.cli import commands
+from exportd import (
+    Client,
+    Retry,
+    Sink,
+    to_database,
+    to_file,
+    to_plugin,
+    to_s3,
+    to_webhook,
+)
+from exportd._sinks import plugin
+from exportd.cli import session
 from exportd.cli.commands import cli, exit_code, run
 from exportd.errors import ExportdError, OutputExpired
-from exportd.v1 import dataset_pb2, job_pb2
+from exportd.v1 import dataset_pb2, job_pb2, sink_pb2
 from tests.support.scripted_server import (
     JOB,
     Script,
@@ -67,6 +77,7 @@ def exportd(
     tmp_path: Path,
 ) -> Any:
     monkeypatch.setenv("EXPORTD_SERVER", server.address)
+    monkeypatch.delenv("EXPORTD_WEBHOOK_SECRET", raising=False)
     monkeypatch.chdir(tmp_path)
 
     def call(*arguments: str) -> Result:
@@ -88,7 +99,7 @@ def start(server: ScriptedServer, *arguments: str, **options: Any) -> Any:
 def test_the_installed_command_runs_and_documents_its_exit_codes() -> None:
     command = Path(sys.executable).with_name("exportd")
     done = subprocess.run([command, "--help"], capture_output=True, text=True, check=True)
-    for code in (0, 1, 2, 3, 4, 5, 6, 7, 8, 130):
+    for code in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 130):
         assert re.search(rf"^ +{code}  \w", done.stdout, re.MULTILINE), code
 
 
@@ -146,6 +157,146 @@ def test_create_sends_what_was_typed_and_prints_the_id(
     assert (sent.ttl.seconds, sent.priority) == (86_400, -5)
     assert dict(sent.labels) == {"team": "data", "a": "b=c"}
     assert sent.request_id == "6f1f1c1e-0000-4000-8000-000000000001"
+
+
+def sent_sinks(server: ScriptedServer) -> list[sink_pb2.Sink]:
+    """The sinks of the last export that was asked for."""
+    created = [r for r in server.requests if isinstance(r, job_pb2.CreateExportRequest)]
+    return list(created[-1].sinks)
+
+
+@pytest.mark.parametrize(
+    ("typed", "sink"),
+    [
+        (("file:reports",), to_file("reports")),
+        (("file:reports/daily/flights/",), to_file("reports", "daily/flights")),
+        (("s3:lake/a/b",), to_s3("lake", "a/b")),
+        (("webhook:https://h/in?k=v",), to_webhook("https://h/in?k=v")),
+        (("webhook:hook",), to_webhook(connection="hook")),
+        (
+            ("webhook:hook", "--webhook-mode", "push-parts"),
+            to_webhook(connection="hook", mode="PUSH_PARTS"),
+        ),
+        (("db:warehouse/sales.orders",), to_database("warehouse", "sales.orders")),
+        (
+            (
+                *("db:warehouse/a/b", "--db-mode", "merge", "--key", "id", "--key", "day"),
+                "--db-create-table",
+            ),
+            to_database(
+                "warehouse",
+                "a/b",
+                mode="MERGE",
+                key_columns=["id", "day"],
+                create_table=True,
+            ),
+        ),
+        (("plugin:kafka",), to_plugin("kafka")),
+        (
+            ('plugin:kafka:main?{"topic": "a?b", "n": [1, null], "name": "x"}',),
+            plugin("kafka", "main", {"topic": "a?b", "n": [1, None], "name": "x"}),
+        ),
+    ],
+)
+def test_a_sink_that_is_typed_is_the_one_that_is_sent(
+    exportd: Any, server: ScriptedServer, typed: tuple[str, ...], sink: Sink
+) -> None:
+    assert exportd("create", "t", "-f", "csv", "--to", *typed).code == 0
+    assert sent_sinks(server) == [sink.proto]
+
+
+def test_several_sinks_share_the_options_of_their_kind(
+    exportd: Any, server: ScriptedServer
+) -> None:
+    result = exportd(
+        *("create", "t", "-f", "csv", "--to", "db:a/t", "--to", "file:reports"),
+        *("--to", "db:b/t", "--db-mode", "replace", "--drop-after-delivery"),
+    )
+    assert result.code == 0
+    assert [sink.WhichOneof("kind") for sink in sent_sinks(server)] == [
+        "database",
+        "local_file",
+        "database",
+    ]
+    assert sent_sinks(server)[2] == to_database("b", "t", mode="REPLACE").proto
+    created = [r for r in server.requests if isinstance(r, job_pb2.CreateExportRequest)]
+    assert created[-1].drop_after_delivery
+
+
+def test_the_key_of_a_webhook_comes_from_the_environment_or_before_that_from_a_file(
+    exportd: Any,
+    server: ScriptedServer,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    create = ("create", "t", "-f", "csv", "--to", "webhook:https://h/in")
+    monkeypatch.setenv("EXPORTD_WEBHOOK_SECRET", "whsec_environment")
+    assert exportd(*create).code == 0
+    assert sent_sinks(server)[0].webhook.secret == "whsec_environment"
+    file = tmp_path / "key"
+    file.write_text("whsec_file\n")
+    assert exportd(*create, "--webhook-secret-file", str(file)).code == 0
+    assert sent_sinks(server)[0].webhook.secret == "whsec_file"
+    for nothing in (b" \n", b"\xff\xfe"):
+        file.write_bytes(nothing)
+        refused = exportd(*create, "--webhook-secret-file", str(file))
+        assert refused.code == 2
+        assert "holds no text; write whsec_... into it" in refused.err
+    # One that is there for other commands is no sink's business.
+    assert exportd("create", "t", "-f", "csv", "--to", "file:reports").code == 0
+
+
+@pytest.mark.parametrize(
+    ("typed", "says"),
+    [
+        (
+            ("--to", "reports"),
+            "--to: cannot read 'reports'; write file:CONNECTION[/PATH], ",
+        ),
+        (("--to", "fil:reports"), "--to: cannot read 'fil:reports'; write file:CONN"),
+        (("--to", "DB:a/b"), "--to: cannot read 'DB:a/b'; write db:CONNECTION/TABLE"),
+        (("--to", "file:"), "--to: cannot read 'file:'; write file:CONNECTION[/PATH]"),
+        (("--to", "db:warehouse"), "'db:warehouse'; write db:CONNECTION/TABLE"),
+        (("--to", "webhook:h.example/in"), "write webhook:https://... or webhook:CONN"),
+        (("--to", "https://u:canary@h/x?canary"), "cannot read 'https://...@h/x?...'"),
+        (("--to", 'plugin:kafka?{"a": canary'), "'plugin:kafka?...': what follows ? is no"),
+        (("--to", "plugin:kafka?[1]"), "'plugin:kafka?...': write {...} after ?"),
+        (("--to", 'plugin:k?{"a": 9007199254740993}'), "too large to stay exact"),
+        (("--to", 'plugin:k?{"a": {"b": NaN}}'), "config.a.b: nan is no number"),
+        (("--to", "plugin:k?" + "[" * 100_000), "nested too deep"),
+        (("--webhook-mode", "notify"), "--webhook-mode: goes with --to webhook:https://"),
+        (("--db-mode", "merge", "--to", "file:a"), "--db-mode: goes with --to db:CONN"),
+        (("--key", "id"), "--key: goes with --to db:CONNECTION/TABLE"),
+        (("--db-create-table",), "--db-create-table: goes with --to db:CONN"),
+        (("--webhook-secret-file", __file__), "--webhook-secret-file: goes with --to web"),
+    ],
+)
+def test_a_sink_that_cannot_be_read_names_its_option_and_the_mend(
+    exportd: Any, server: ScriptedServer, typed: tuple[str, ...], says: str
+) -> None:
+    refused = exportd("create", "t", "-f", "csv", *typed)
+    assert (refused.code, refused.out) == (2, "")
+    assert says in refused.err
+    assert "canary" not in refused.err
+    assert not server.created
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("redrive",), "say which: a JOB, --delivery ID or --queue QUEUE"),
+        (("redrive", "--queue", "q", "--sink", "a"), "--sink is a name inside a job"),
+        (("deliveries", "--sink", "a"), "--sink is a name inside a job: give --job, too"),
+        (("deliveries", "--state", "done"), "dead-lettered"),
+    ],
+)
+def test_deliveries_that_are_not_named_well_are_a_wrong_usage(
+    exportd: Any, server: ScriptedServer, arguments: tuple[str, ...], says: str
+) -> None:
+    refused = exportd(*arguments)
+    assert (refused.code, refused.out) == (2, "")
+    assert says in refused.err
+    assert not server.requests
 
 
 def test_create_download_waits_downloads_and_prints_the_path(
@@ -338,7 +489,7 @@ def test_a_download_that_gives_up_says_how_to_go_on(
     def impatient(address: str, **options: Any) -> Client:
         return Client(address, stream_retry=Retry(attempts=2, initial=0.01), **options)
 
-    monkeypatch.setattr(commands, "Client", impatient)
+    monkeypatch.setattr(session, "Client", impatient)
     server.script.cuts = [4, 0, 0]
     result = exportd("download", JOB, "a b.csv", "--force")
     assert result.code == 5

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sqlite3
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from exportd.v1 import export_service_pb2 as pb
 from exportd.v1 import job_pb2, sink_pb2
 from exportd_server.errors import DeliveryFailed
 from exportd_server.platform import metrics
-from exportd_server.sinks.base import Delivery
+from exportd_server.sinks.base import Batching, Delivery
 from exportd_server.sinks.registry import SinkTypes
 from tests.support import rpc
 from tests.support.gate import BATCH_ROWS, GateSource
@@ -375,6 +377,46 @@ async def test_no_more_deliveries_of_one_queue_are_under_way_than_it_allows(
         assert scripted.most_at_work == 2
 
 
+async def test_a_sink_that_gains_by_it_is_given_several_parts_together(
+    run: Serving, scripted: ScriptedSink
+) -> None:
+    failed: set[str] = set()
+
+    def third_once(delivery: Delivery) -> DeliveryFailed | None:
+        third = delivery.part is not None and delivery.part.sequence == 2
+        if third and delivery.delivery_id not in failed:
+            failed.add(delivery.delivery_id)
+            return passing()
+        return None
+
+    scripted.defaults = replace(scripted.defaults, batching=Batching(4, wait=5.0))
+    scripted.behaviour["a"] = third_once
+    async with run(GateSource(8, wide=True)) as server:
+        job = await create(server, to("a"))
+        done = await settled(server, job.job_id)
+        assert done.delivery_status == S.DELIVERY_STATUS_DELIVERED
+        assert done.deliveries[0].attempts == 8 + 1 + 1, "one failed alone"
+        assert max(scripted.batches) == 4, "up to its size, and what its queue allows"
+        assert scripted.got["a"][-1].part is None, "the completion comes last and alone"
+        arrived = [each.part.sequence for each in scripted.got["a"] if each.part]
+        assert sorted(arrived) == list(range(8))
+
+
+async def test_a_batch_waits_no_longer_than_it_is_worth(
+    run: Serving, scripted: ScriptedSink
+) -> None:
+    scripted.defaults = replace(scripted.defaults, batching=Batching(4, wait=0.2))
+    source = GateSource(8)
+    async with run(source) as server:
+        job = await create(server, to("a"))
+        source.allow(2)
+        await scripted.arrived("a", 1)
+        now = await rpc.get(server.stub, job.job_id)
+        assert now.state == job_pb2.JOB_STATE_RUNNING
+        source.open_wide()
+        await settled(server, job.job_id)
+
+
 # --- ends
 
 
@@ -410,6 +452,25 @@ async def test_a_restart_sends_again_what_was_under_way_and_waits_as_before(
         assert await redrive(server, job_id=job.job_id, sink="later") == 1
         await settled(server, job.job_id)
         assert [each.attempt for each in scripted.got["later"]] == [2]
+
+
+async def test_a_delivery_that_kills_its_process_comes_to_an_end(
+    run: Serving, scripted: ScriptedSink
+) -> None:
+    """Each process that takes it up dies: the next one sees that from the attempts."""
+    free = scripted.hold("a")
+    async with run() as server:
+        job = await create(server, to("a", takes="whole"))
+        await scripted.was_tried("a", 1)
+        ledger = server.data_dir / "ledger.db"
+        with sqlite3.connect(ledger) as database:
+            database.execute("UPDATE tasks SET attempts = 4 WHERE kind = 'deliver'")
+    free.set()
+    async with run() as server:
+        done = await settled(server, job.job_id)
+        assert done.deliveries[0].dead_lettered == 1
+        assert "ATTEMPTS_EXHAUSTED" in done.deliveries[0].last_error.message
+        assert len(scripted.tried["a"]) == 1
 
 
 async def test_a_failed_export_marks_its_deliveries_failed(

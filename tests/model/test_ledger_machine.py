@@ -34,6 +34,9 @@ from hypothesis.stateful import (
 from exportd_server.errors import ErrorReason, ErrorRecord
 from exportd_server.jobs.ledger.base import (
     ClaimLimits,
+    DeliveryFailure,
+    DeliveryQuery,
+    EndpointDisabled,
     JobQuery,
     Lease,
     LeaseLost,
@@ -46,7 +49,18 @@ from exportd_server.jobs.ledger.postgres import open_postgres_ledger
 from exportd_server.jobs.ledger.sql import SqlLedger
 from exportd_server.jobs.ledger.sqlite import open_sqlite_ledger
 from exportd_server.jobs.ledger.statements.working import MOST_GENERATIONS
-from exportd_server.jobs.model import TRANSITIONS, CancelOutcome, Job, JobState
+from exportd_server.jobs.model import (
+    TRANSITIONS,
+    CancelOutcome,
+    DeliveryRecord,
+    DeliveryState,
+    Job,
+    JobState,
+    OnFull,
+    QueuePolicy,
+)
+from exportd_server.sinks.base import Takes
+from tests.support.deliveries import sink
 from tests.support.ledger import (
     COLUMNS,
     FakeClock,
@@ -66,6 +80,22 @@ GRACE = 5.0
 TTL = 60.0
 ERROR = ErrorRecord(ErrorReason.SOURCE_FAILED, "down")
 EXPORT = {TaskKind.PLAN, TaskKind.SHARD}
+DELIVER = {TaskKind.DELIVER}
+
+POLICIES = {
+    "b": QueuePolicy("b", concurrency=2, depth=2, on_full=OnFull.BLOCK),
+    "d": QueuePolicy("d", concurrency=1, depth=1, on_full=OnFull.DROP),
+}
+SINKS = {
+    "parts": sink("parts", "b"),
+    "drops": sink("drops", "d"),
+    "whole": sink("whole", "b", Takes.WHOLE),
+}
+
+PENDING = DeliveryState.PENDING
+DELIVERED = DeliveryState.DELIVERED
+DROPPED = DeliveryState.DROPPED
+DEAD = DeliveryState.DEAD_LETTERED
 
 _empty = Path(tempfile.mkdtemp(prefix="exportd-model-"))
 atexit.register(shutil.rmtree, _empty)
@@ -89,6 +119,38 @@ class ModelTask:
     token: int = 0
     expires: float = 0.0
     parts: list[int] = field(default_factory=list)
+    delivery: ModelDelivery | None = None
+    ready: bool = True
+    """Of a delivery that waits: whether a claim has seen that it is due."""
+
+    @property
+    def queue(self) -> str:
+        return self.delivery.queue if self.delivery else ""
+
+
+@dataclass(eq=False)
+class ModelDelivery:
+    job: ModelJob
+    sink: str
+    part: tuple[int, int] | None
+    state: DeliveryState = PENDING
+    attempts: int = 0
+    task: ModelTask | None = None
+    delivery_id: str = ""
+    former: list[str] = field(default_factory=list)
+
+    @property
+    def queue(self) -> str:
+        return SINKS[self.sink].queue
+
+    def tried(self) -> int:
+        return self.attempts + (self.task.attempts if self.task else 0)
+
+
+@dataclass(eq=False)
+class ModelQueue:
+    failing_since: float | None = None
+    disabled: bool = False
 
 
 @dataclass(eq=False)
@@ -110,6 +172,24 @@ class ModelJob:
     published: int = 0
     manifest: int | None = None
     pins: dict[str, float] = field(default_factory=dict)
+    sinks: tuple[str, ...] = ()
+    drops: bool = False
+    dropped: bool = False
+    deliveries: list[ModelDelivery] = field(default_factory=list)
+
+    def of(self, name: str, *states: DeliveryState) -> list[ModelDelivery]:
+        """The deliveries of parts to a sink that are in one of the states."""
+        return [
+            each
+            for each in self.deliveries
+            if each.sink == name and each.part is not None and each.state in states
+        ]
+
+    def completion(self, name: str) -> ModelDelivery | None:
+        for each in self.deliveries:
+            if each.sink == name and each.part is None:
+                return each
+        return None
 
     def pinned(self, now: float, reader: str = "") -> bool:
         return any(
@@ -123,6 +203,8 @@ class Model:
         self.token = 0
         self.jobs: dict[str, ModelJob] = {}
         self.served: dict[str, int] = {}
+        self.delivered: dict[str, int] = {}
+        self.queues = {name: ModelQueue() for name in POLICIES}
         self.tasks = [
             ModelTask(kind, "", None, 1000, -1.0, -1.0)
             for kind in (TaskKind.REAP, TaskKind.SWEEP)
@@ -187,10 +269,17 @@ class Model:
         for task in self.work(job):
             if task.state != "done":
                 task.state = "closed"
+        if state is not JobState.SUCCEEDED:
+            for each in job.deliveries:
+                if each.state is PENDING:
+                    self.close(each, DeliveryState.FAILED)
         if state is JobState.SUCCEEDED:
             job.published += 1
             if job.untidy:
                 self.cleanup(job, job.late)
+            for name in job.sinks:
+                job.deliveries.append(ModelDelivery(job, name, None))
+                self.follow(job, name)
         else:
             self.cleanup(job, self.now)
             if job.late > self.now:
@@ -198,9 +287,200 @@ class Model:
 
     def hide(self, job: ModelJob) -> None:
         job.hidden = True
+        self.undeliver(job)
         if job.late > self.now:
             self.cleanup(job, self.now)
         self.cleanup(job, job.late, forget=True)
+
+    # --- deliveries
+
+    def undeliver(self, job: ModelJob) -> None:
+        for each in job.deliveries:
+            if each.task:
+                self.tasks.remove(each.task)
+        job.deliveries.clear()
+
+    def close(self, delivery: ModelDelivery, state: DeliveryState) -> None:
+        delivery.state = state
+        self.take_back(delivery)
+
+    def take_back(self, delivery: ModelDelivery) -> None:
+        if delivery.task:
+            delivery.attempts += delivery.task.attempts
+            self.tasks.remove(delivery.task)
+            delivery.task = None
+
+    def make_due(self, delivery: ModelDelivery) -> None:
+        job = delivery.job
+        task = ModelTask(
+            TaskKind.DELIVER, job.tenant, job, job.priority, self.now, self.now
+        )
+        task.delivery, delivery.task, delivery.state = delivery, task, PENDING
+        self.tasks.append(task)
+
+    def follow(self, job: ModelJob, name: str) -> None:
+        completion = job.completion(name)
+        if (
+            completion is None
+            or completion.state is not PENDING
+            or completion.task
+            or job.of(name, PENDING)
+        ):
+            return
+        if job.of(name, DEAD):
+            completion.state = DEAD
+        else:
+            self.make_due(completion)
+
+    def add_part(self, job: ModelJob, shard: int, sequence: int) -> list[int]:
+        without = []
+        for index, name in enumerate(job.sinks):
+            if SINKS[name].takes is Takes.WHOLE:
+                continue
+            delivery = ModelDelivery(job, name, (shard, sequence))
+            job.deliveries.append(delivery)
+            drops = POLICIES[delivery.queue].on_full is OnFull.DROP
+            if drops and self.full(delivery.queue):
+                delivery.state = DROPPED
+                without.append(index)
+            else:
+                self.make_due(delivery)
+        return without
+
+    def full(self, queue: str) -> bool:
+        standing = [
+            task
+            for task in self.tasks
+            if task.queue == queue and (task.ready or task.state == "leased")
+        ]
+        return len(standing) >= POLICIES[queue].depth
+
+    def promote(self) -> None:
+        for task in self.tasks:
+            if task.state == "waiting" and task.run_at <= self.now:
+                task.ready = True
+
+    def choose_delivery(self) -> ModelTask | None:
+        leased = [task for task in self.tasks if task.queue and task.state == "leased"]
+        busy = Counter(task.queue for task in leased)
+        lanes = Counter((task.queue, task.tenant) for task in leased)
+
+        def may(task: ModelTask) -> bool:
+            if task.state == "leased":
+                return task.expires <= self.now
+            room = busy[task.queue] < POLICIES[task.queue].concurrency
+            return room and task.run_at <= self.now
+
+        return min(
+            (task for task in self.tasks if task.queue and may(task)),
+            key=lambda task: (
+                task.state != "leased",
+                busy[task.queue],
+                lanes[task.queue, task.tenant],
+                self.delivered.get(task.tenant, 0),
+                -task.priority,
+                task.since,
+                self.tasks.index(task),
+            ),
+            default=None,
+        )
+
+    def deliver(self, delivery: ModelDelivery) -> None:
+        job = delivery.job
+        self.close(delivery, DELIVERED)
+        self.queues[delivery.queue].failing_since = None
+        if job.state is not JobState.SUCCEEDED:
+            return
+        if delivery.part is not None:
+            self.follow(job, delivery.sink)
+        elif job.drops and all(each.state is DELIVERED for each in job.deliveries):
+            job.dropped = True
+            self.cleanup(job, self.now)
+
+    def fail_delivery(
+        self,
+        delivery: ModelDelivery,
+        retry: float | None,
+        disable_after: float | None,
+        *,
+        gone: bool,
+    ) -> DeliveryFailure:
+        queue, job = self.queues[delivery.queue], delivery.job
+        by_this = False
+        if not queue.disabled:
+            if queue.failing_since is None:
+                queue.failing_since = self.now
+            failed_for = self.now - queue.failing_since
+            tired = disable_after is not None and failed_for >= disable_after
+            queue.disabled = by_this = gone or tired
+        if by_this:
+            for task in self.tasks:
+                if task.queue == delivery.queue and task.state == "waiting":
+                    task.run_at, task.ready = min(task.run_at, self.now), True
+        if retry is not None and not queue.disabled:
+            assert delivery.task is not None
+            delivery.task.state = "waiting"
+            delivery.task.run_at = self.now + retry
+            delivery.task.ready = retry == 0
+            return DeliveryFailure(dead=False, disabled=False)
+        self.close(delivery, DEAD)
+        if job.state is JobState.SUCCEEDED and delivery.part is not None:
+            self.follow(job, delivery.sink)
+        return DeliveryFailure(dead=True, disabled=by_this)
+
+    def redrive(self, tenant: str, job_id: str, states: set[DeliveryState]) -> int:
+        count = 0
+        for job in self.jobs.values():
+            ended = job.state in (JobState.FAILED, JobState.CANCELLED)
+            expired = job.expire is not None and job.expire <= self.now
+            if job.tenant != tenant or job_id not in ("", job.job_id):
+                continue
+            if ended or expired or job.hidden or job.dropped:
+                continue
+            wanted = [
+                each
+                for each in job.deliveries
+                if (not states or each.state in states)
+                and (
+                    each.state in (DEAD, DROPPED)
+                    or (each.task and each.task.state == "waiting" and not each.task.ready)
+                )
+            ]
+            # Parts come before completions.
+            wanted.sort(key=lambda each: each.part is None)
+            count += sum([self.redriven(job, each) for each in wanted])
+            if job.state is JobState.SUCCEEDED:
+                for name in job.sinks:
+                    self.follow(job, name)
+        return count
+
+    def redriven(self, job: ModelJob, delivery: ModelDelivery) -> bool:
+        if self.queues[delivery.queue].disabled:
+            return False
+        if delivery.state is PENDING:
+            if delivery.task is None:
+                return False
+            delivery.task.run_at, delivery.task.ready = self.now, True
+            return True
+        if delivery.part is None:
+            if job.of(delivery.sink, DEAD):
+                return False
+            delivery.state = PENDING
+            return True
+        self.make_due(delivery)
+        completion = job.completion(delivery.sink)
+        if completion is not None:
+            told = completion.state is DELIVERED or (
+                completion.task is not None and completion.tried() > 0
+            )
+            self.take_back(completion)
+            completion.state = PENDING
+            if told:
+                completion.former.append(completion.delivery_id)
+                completion.delivery_id = ""
+        return True
+
+    # ---
 
     def exhausted(self, tasks: list[ModelTask]) -> list[ModelJob]:
         return [
@@ -222,13 +502,20 @@ class Model:
     def recover(self) -> None:
         dead = [task for task in self.tasks if task.state == "leased"]
         for task in dead:
-            task.state, task.run_at = "waiting", self.now
+            task.state, task.run_at, task.ready = "waiting", self.now, True
             if task.job and task.kind in EXPORT:
                 task.job.untidy = True
                 task.job.state = JobState.PENDING
         self.fail_exhausted(self.exhausted(dead))
 
     def choose(self, kinds: set[TaskKind], limit: int | None) -> ModelTask | None:
+        self.promote()
+        chosen = self.choose_other(kinds - DELIVER, limit)
+        if chosen is None and TaskKind.DELIVER in kinds:
+            chosen = self.choose_delivery()
+        return chosen
+
+    def choose_other(self, kinds: set[TaskKind], limit: int | None) -> ModelTask | None:
         running: dict[str, int] = {}
         for job in self.jobs.values():
             if job.state is JobState.RUNNING:
@@ -271,6 +558,8 @@ class Model:
     def lease(self, task: ModelTask) -> None:
         self.token += 1
         job = task.job
+        if task.kind is TaskKind.DELIVER:
+            self.delivered[task.tenant] = self.token
         if job and task.kind in EXPORT:
             self.served[task.tenant] = self.token
             if task.state == "leased":
@@ -285,6 +574,7 @@ class Model:
         del self.jobs[job.job_id]
         if not any(other.tenant == job.tenant for other in self.jobs.values()):
             self.served.pop(job.tenant, None)
+            self.delivered.pop(job.tenant, None)
 
 
 # --- the machine
@@ -299,6 +589,7 @@ KINDS = st.sampled_from(
         {TaskKind.PLAN},
         {TaskKind.SHARD},
         {TaskKind.CLEANUP},
+        DELIVER,
         {TaskKind.REAP, TaskKind.CLEANUP},
         set(TaskKind),
     ]
@@ -355,6 +646,10 @@ class LedgerMachine(RuleBasedStateMachine):
         request_id=st.sampled_from(["", "", "r"]),
         fingerprint=st.sampled_from(["x", "x", "y"]),
         max_active=st.sampled_from([None, None, 2]),
+        sinks=st.sampled_from(
+            [(), ("parts",), ("drops",), ("whole",), ("parts", "drops", "whole")]
+        ),
+        drops=st.booleans(),
     )
     def create(
         self,
@@ -363,15 +658,25 @@ class LedgerMachine(RuleBasedStateMachine):
         request_id: str,
         fingerprint: str,
         max_active: int | None,
+        sinks: tuple[str, ...],
+        *,
+        drops: bool,
     ) -> Any:
         self.numbers += 1
         new = NewJob(
             str(UUID(int=self.numbers)),
             tenant,
-            spec(priority=priority, ttl=timedelta(seconds=TTL)),
+            spec(
+                priority=priority,
+                ttl=timedelta(seconds=TTL),
+                sinks=tuple(SINKS[name] for name in sinks),
+                drop_after_delivery=drops,
+            ),
             request_id,
             fingerprint,
+            tuple(POLICIES[SINKS[name].queue] for name in sinks),
         )
+        disabled = [self.model.queues[policy.queue].disabled for policy in new.queues]
         mine = [
             job
             for job in self.model.jobs.values()
@@ -390,14 +695,22 @@ class LedgerMachine(RuleBasedStateMachine):
             assert max_active is not None
             assert len(active) >= max_active
             return multiple()
+        except EndpointDisabled as refused:
+            first = (refused.sink, refused.queue)
+            assert not known
+            places = [at for at, is_disabled in enumerate(disabled) if is_disabled]
+            assert (places[0], new.queues[places[0]].queue) == first
+            return multiple()
         if known:
             assert (job.job_id, is_new) == (known[0].job_id, False)
             assert known[0].fingerprint == fingerprint
             return multiple()
         assert is_new
+        assert not any(disabled)
         assert max_active is None or len(active) < max_active
         now = self.model.now
         made = ModelJob(job.job_id, tenant, priority, now, request_id, fingerprint)
+        made.sinks, made.drops = sinks, drops
         self.model.jobs[job.job_id] = made
         self.model.tasks.append(ModelTask(TaskKind.PLAN, tenant, made, priority, now, now))
         return (tenant, job.job_id)
@@ -440,7 +753,10 @@ class LedgerMachine(RuleBasedStateMachine):
             known is not None
             and known.state is JobState.SUCCEEDED
             and known.expire is not None
-            and ((not known.hidden and now < known.expire) or known.pinned(now, reader))
+            and (
+                (not known.hidden and not known.dropped and now < known.expire)
+                or known.pinned(now, reader)
+            )
         )
         assert pinned == may
         if known is not None and pinned:
@@ -477,6 +793,20 @@ class LedgerMachine(RuleBasedStateMachine):
         got = self.claimed(EXPORT, None)
         if isinstance(got, Lease) and got.kind is TaskKind.PLAN:
             return self.planned(got, number)
+        return got
+
+    @rule(target=leases, parts=st.integers(1, 3))
+    def export_whole(self, parts: int) -> Any:
+        """A whole shard at once, so that deliveries get far, too."""
+        got = self.claimed(EXPORT, None)
+        if isinstance(got, Lease) and got.kind is TaskKind.PLAN:
+            got = self.planned(got, 1)
+        if isinstance(got, Lease):
+            for _ in range(parts):
+                self.add_part(got)
+            # No state is passed over unseen.
+            self.ledger_and_model_agree()
+            self.complete(got, manifest=False)
         return got
 
     def claimed(self, kinds: set[TaskKind], limit: int | None) -> Any:
@@ -528,7 +858,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def release(self, lease: Lease) -> None:
         if done := self.attempt(lease, self.ledger.release(lease)):
             task, _ = done
-            task.state, task.run_at = "waiting", self.model.now
+            task.state, task.run_at, task.ready = "waiting", self.model.now, True
             task.attempts -= 1
             if task.job and task.kind in EXPORT:
                 task.job.untidy = True
@@ -573,8 +903,13 @@ class LedgerMachine(RuleBasedStateMachine):
             return
         task = self.model.holds(lease)
         sequence = len(task.parts) if task else 0
-        if self.attempt(lease, self.ledger.add_part(lease, part(lease, sequence))) and task:
+        adding = self.ledger.add_part(lease, part(lease, sequence))
+        if done := self.attempt(lease, adding):
+            task, without = done
+            assert task.job is not None
+            assert task.shard is not None
             task.parts.append(lease.token)
+            assert list(without) == self.model.add_part(task.job, task.shard, sequence)
 
     @rule(lease=leases)
     def progress(self, lease: Lease) -> None:
@@ -634,6 +969,7 @@ class LedgerMachine(RuleBasedStateMachine):
                 self.model.end(job, JobState.FAILED, ErrorReason.SOURCE_CHANGED)
                 return
             self.model.fence(job)
+            self.model.undeliver(job)
             self.model.tasks = [t for t in self.model.tasks if t.job is not job]
             plan = ModelTask(
                 TaskKind.PLAN, job.tenant, job, job.priority, job.created, self.model.now
@@ -646,6 +982,8 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(lease=leases, retry=st.sampled_from([None, 0.0, 20.0]))
     def fail(self, lease: Lease, retry: float | None) -> None:
+        if lease.kind is TaskKind.DELIVER:
+            return
         pause = None if retry is None else timedelta(seconds=retry)
         done = self.attempt(lease, self.ledger.fail_attempt(lease, ERROR, retry_in=pause))
         if done is None:
@@ -666,6 +1004,109 @@ class LedgerMachine(RuleBasedStateMachine):
             job.last_error = ERROR.reason
             self.model.settle(job)
 
+    # --- deliveries
+
+    @rule(target=leases)
+    def claim_delivery(self) -> Any:
+        return self.claimed(DELIVER, None)
+
+    @rule(lease=leases)
+    def deliver(self, lease: Lease) -> None:
+        if lease.kind is TaskKind.DELIVER:
+            self.delivered(lease)
+
+    @rule(most=st.integers(1, 6))
+    def deliver_some(self, most: int) -> None:
+        """So that histories get far."""
+        for _ in range(most):
+            lease = self.claimed(DELIVER, None)
+            if not isinstance(lease, Lease):
+                return
+            self.delivered(lease)
+
+    def delivered(self, lease: Lease) -> None:
+        done = self.attempt(lease, self.ledger.delivery_work(lease))
+        if done is None:
+            return
+        delivery = done[0].delivery
+        assert delivery is not None
+        work, job = done[1], delivery.job
+        assert work.delivery_id not in delivery.former
+        assert work.attempt == delivery.tried()
+        assert work.completion == (delivery.part is None)
+        assert work.disabled == self.model.queues[delivery.queue].disabled
+        told = {(p.shard, p.sequence) for p in work.parts}
+        if delivery.part is not None:
+            assert told == {delivery.part}
+        else:
+            missing = {each.part for each in job.of(delivery.sink, DROPPED)}
+            every = {(shard, at) for shard, at, _ in self.model.manifest(job)}
+            assert told == every - missing
+            assert work.dropped == len(missing)
+            if SINKS[delivery.sink].takes is Takes.PARTS:
+                arrived = {each.part for each in job.of(delivery.sink, DELIVERED)}
+                assert told == arrived, "it tells of what the sink has, and of no more"
+        if self.attempt(lease, self.ledger.complete_delivery(lease, work.delivery_id)):
+            self.model.deliver(delivery)
+
+    @rule(
+        lease=leases,
+        retry=st.sampled_from([None, 0.0, 20.0, 20.0]),
+        gone=st.sampled_from([False, False, False, True]),
+        disable_after=st.sampled_from([None, None, 30.0]),
+    )
+    def fail_delivery(
+        self, lease: Lease, retry: float | None, disable_after: float | None, *, gone: bool
+    ) -> None:
+        if lease.kind is not TaskKind.DELIVER:
+            return
+        failing = self.ledger.fail_delivery(
+            lease,
+            ERROR,
+            retry_in=None if retry is None else timedelta(seconds=retry),
+            disable_after=None if disable_after is None else timedelta(0, disable_after),
+            gone=gone,
+        )
+        if done := self.attempt(lease, failing):
+            delivery = done[0].delivery
+            assert delivery is not None
+            came_to = self.model.fail_delivery(delivery, retry, disable_after, gone=gone)
+            assert done[1] == came_to
+
+    @rule(lease=leases)
+    def has_room(self, lease: Lease) -> None:
+        if lease.kind in EXPORT and (
+            done := self.attempt(lease, self.ledger.has_room(lease))
+        ):
+            job = done[0].job
+            assert job is not None
+            assert done[1] == (not ("parts" in job.sinks and self.model.full("b")))
+
+    @rule(
+        tenant=TENANTS,
+        job=st.one_of(st.none(), created),
+        states=st.sampled_from([set(), {DEAD}, {DROPPED}, {PENDING}]),
+    )
+    def redrive(
+        self, tenant: str, job: tuple[str, str] | None, states: set[DeliveryState]
+    ) -> None:
+        job_id = job[1] if job else ""
+        query = DeliveryQuery(job_id=job_id, states=frozenset(states))
+        count = self.run(self.ledger.redrive_deliveries(tenant, query))
+        assert count == self.model.redrive(tenant, job_id, states)
+
+    @rule(tenant=TENANTS, queue=st.sampled_from(list(POLICIES)))
+    def enable(self, tenant: str, queue: str) -> None:
+        mine = any(
+            each.queue == queue
+            for job in self.model.jobs.values()
+            if job.tenant == tenant
+            for each in job.deliveries
+        )
+        assert self.run(self.ledger.enable_queue(tenant, queue)) == mine
+        if mine:
+            self.model.queues[queue] = ModelQueue()
+
     # --- housekeeping
 
     @rule(lease=leases)
@@ -677,7 +1118,8 @@ class LedgerMachine(RuleBasedStateMachine):
             job = kept[0].job
             assert job is not None
             assert job.expire is not None
-            good = not job.hidden and self.model.now < job.expire
+            gone = job.hidden or job.dropped
+            good = not gone and self.model.now < job.expire
             read = not good and job.pinned(self.model.now)
             stays = job.state is JobState.SUCCEEDED and (good or read)
             assert (kept[1] is not None) == stays
@@ -743,6 +1185,13 @@ class LedgerMachine(RuleBasedStateMachine):
         assert listed == visible
         ever = [str(UUID(int=number + 1)) for number in range(self.numbers)]
         assert self.run(self.ledger.known_jobs(ever)) == set(self.model.jobs)
+        records: dict[str, list[DeliveryRecord]] = {}
+        for tenant in ("a", "b"):
+            listing = self.ledger.list_deliveries(tenant, DeliveryQuery(), limit=10_000)
+            for record in self.run(listing):
+                assert record.tenant == tenant
+                records.setdefault(record.job_id, []).append(record)
+            self.compare_queues(tenant)
         for known in self.model.jobs.values():
             job = self.run(self.ledger.get_job(known.tenant, known.job_id))
             cut = known.state in (JobState.CANCELLED, JobState.FAILED) or (
@@ -751,9 +1200,11 @@ class LedgerMachine(RuleBasedStateMachine):
             assert self.run(self.ledger.is_cut(known.job_id, "r")) == cut
             if known.hidden:
                 assert job is None
+                assert known.job_id not in records
                 continue
             assert job is not None
             self.compare(known, job)
+            self.compare_deliveries(known, job, records.get(known.job_id, []))
             self.check_history(job)
 
     def compare(self, known: ModelJob, job: Job) -> None:
@@ -777,6 +1228,56 @@ class LedgerMachine(RuleBasedStateMachine):
         leased = any(task.state == "leased" for task in self.model.work(known))
         assert (job.state is JobState.RUNNING) == leased
 
+    def compare_deliveries(
+        self, known: ModelJob, job: Job, records: list[DeliveryRecord]
+    ) -> None:
+        assert (job.drop_time is not None) == known.dropped
+        found = {(record.sink, record.part): record for record in records}
+        assert len(found) == len(records) == len(known.deliveries)
+        for each in known.deliveries:
+            record = found[each.sink, each.part]
+            assert (record.state, record.attempts) == (each.state, each.tried())
+            each.delivery_id = each.delivery_id or record.delivery_id
+            assert record.delivery_id == each.delivery_id
+            assert record.delivery_id not in each.former
+            later = each.task and each.task.state == "waiting" and not each.task.ready
+            assert (record.next_attempt_time is not None) == bool(later)
+            assert (record.finish_time is None) == (each.state is PENDING)
+            if each.part is None and each.task:
+                assert not known.of(each.sink, PENDING, DEAD), "it comes last"
+        assert [told.sink for told in job.deliveries] == list(known.sinks)
+        for told in job.deliveries:
+            mine = [each for each in known.deliveries if each.sink == told.sink]
+            count = Counter(each.state for each in mine)
+            assert (told.pending, told.delivered) == (count[PENDING], count[DELIVERED])
+            assert (told.dropped, told.dead_lettered) == (count[DROPPED], count[DEAD])
+            assert told.attempts == sum(each.tried() for each in mine)
+
+    def compare_queues(self, tenant: str) -> None:
+        mine = {
+            each.queue
+            for job in self.model.jobs.values()
+            if job.tenant == tenant
+            for each in job.deliveries
+        }
+        found = self.run(self.ledger.list_queues(tenant, limit=10))
+        assert [each.queue for each in found] == sorted(mine)
+        for each in found:
+            known = self.model.queues[each.queue]
+            assert (each.disabled_time is not None) == known.disabled
+            assert (each.failing_since is None) == (known.failing_since is None)
+            tasks = [task for task in self.model.tasks if task.queue == each.queue]
+            under_way = sum(task.state == "leased" for task in tasks)
+            assert under_way <= POLICIES[each.queue].concurrency
+            standing = [
+                task.tenant == tenant
+                for task in tasks
+                if task.ready or task.state == "leased"
+            ]
+            assert each.waiting == sum(standing)
+            theirs = [task for task in tasks if task.tenant == tenant]
+            assert each.waiting + each.retrying == len(theirs)
+
     def check_history(self, job: Job) -> None:
         before = self.seen.get(job.job_id)
         if before is not None:
@@ -785,10 +1286,21 @@ class LedgerMachine(RuleBasedStateMachine):
                 assert job.state in TRANSITIONS[before.state]
             if before.state.terminal:
                 ended = replace(before, expired=job.expired)
-                assert job == ended, "what has ended never changes"
+                if job.spec.sinks:
+                    ended = replace(
+                        ended,
+                        revision=job.revision,
+                        deliveries=job.deliveries,
+                        drop_time=job.drop_time,
+                    )
+                assert job == ended, "what has ended never changes, but is delivered"
             if job.revision == before.revision:
                 assert job.state is before.state
                 assert job.generation == before.generation
+                # An attempt counts when it begins, and changes nothing until it ends.
+                assert [replace(each, attempts=0) for each in job.deliveries] == [
+                    replace(each, attempts=0) for each in before.deliveries
+                ]
         self.seen[job.job_id] = job
 
 

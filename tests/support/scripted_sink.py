@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, SecretStr
@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, SecretStr
 from exportd_server.errors import DeliveryFailed
 from exportd_server.sinks.base import (
     BadSinkRequest,
+    Batching,
     Delivery,
     Export,
     RetryPolicy,
@@ -60,8 +61,10 @@ class ScriptedSink:
         timeout: float = 30.0,
         concurrency: int = 4,
         disable_after: float | None = None,
+        batching: Batching | None = None,
     ) -> None:
-        self.defaults = SinkDefaults(retry, timeout, concurrency, disable_after)
+        self.defaults = SinkDefaults(retry, timeout, concurrency, disable_after, batching)
+        self.batches: list[int] = []
         self.behaviour: dict[str, Behaviour] = {}
         self.held: dict[str, asyncio.Event] = {}
         self.got: dict[str, list[Delivery]] = {}
@@ -144,6 +147,19 @@ class ScriptedSink:
             return f"got {label or 'it'}"
         finally:
             self.at_work -= 1
+
+    async def deliver_batch(
+        self, request: ScriptedRequest, deliveries: Sequence[Delivery]
+    ) -> list[str | DeliveryFailed]:
+        """See `BatchSink`."""
+        self.batches.append(len(deliveries))
+        outcomes: list[str | DeliveryFailed] = []
+        for delivery in deliveries:
+            try:
+                outcomes.append(await self.deliver(request, delivery))
+            except DeliveryFailed as error:
+                outcomes.append(error)
+        return outcomes
 
     async def close(self) -> None:
         """See `Sink`."""

@@ -55,12 +55,18 @@ async def serve(
     options: Settings,
     catalogue: Catalogue | None = None,
     sink_types: SinkTypes | None = None,
+    *,
+    credentials: grpc.ChannelCredentials | None = None,
 ) -> AsyncIterator[Server]:
-    """Run a server in this process."""
+    """Run a server in this process; with credentials, it is called as `localhost`."""
     async with serving(options, catalogue=catalogue, sink_types=sink_types) as running:
-        address = f"127.0.0.1:{running.port}"
-        async with grpc.aio.insecure_channel(
-            address, options=(("grpc.max_receive_message_length", 8 * 2**20),)
+        limit = (("grpc.max_receive_message_length", 8 * 2**20),)
+        async with (
+            grpc.aio.insecure_channel(f"127.0.0.1:{running.port}", options=limit)
+            if credentials is None
+            else grpc.aio.secure_channel(
+                f"localhost:{running.port}", credentials, options=limit
+            )
         ) as channel:
             stub = export_service_pb2_grpc.ExportServiceStub(channel)
             yield Server(running, channel, stub, options.data_dir)

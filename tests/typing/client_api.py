@@ -16,6 +16,9 @@ from exportd import (
     CancelOutcome,
     Client,
     Dataset,
+    Delivery,
+    DeliveryState,
+    DeliveryStatus,
     Download,
     DownloadProgress,
     DownloadUrl,
@@ -27,8 +30,18 @@ from exportd import (
     Manifest,
     Progress,
     Retry,
+    Sink,
+    SinkDelivery,
+    SinkLike,
+    SinkQueue,
+    to_database,
+    to_file,
+    to_plugin,
+    to_s3,
+    to_webhook,
 )
-from exportd.errors import ExportdError, JobFailed, QuotaExceeded
+from exportd.errors import DeliveryFailed, ExportdError, JobFailed, QuotaExceeded
+from exportd.v1 import sink_pb2
 
 
 def show(info: JobInfo) -> None:
@@ -88,6 +101,43 @@ def blocking(path: Path) -> None:
         client.export("d")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
 
 
+def delivering() -> None:
+    sinks: list[SinkLike] = [
+        to_file("reports", "daily/"),
+        to_s3("lake", "flights", name="archive"),
+        to_webhook("https://example.com/in", mode="PUSH_PARTS", headers={"x": "y"}),
+        to_webhook(connection="hook", secret="whsec_x"),
+        to_database("warehouse", "sales.orders", mode="MERGE", key_columns=["id"]),
+        to_plugin("kafka", "main", topic="exports", retries=3, tags=["a", None]),
+        sink_pb2.Sink(local_file=sink_pb2.LocalFileSink(connection="reports")),
+    ]
+    with Client() as client:
+        job = client.export("d", format="csv", sinks=sinks, drop_after_delivery=True)
+        client.export("d", format="csv", sinks=[to_file("reports")])
+        assert_type(job.wait(until_delivered=True), Job)
+        assert_type(job.delivery_status, DeliveryStatus | None)
+        assert_type(job.info.deliveries, tuple[SinkDelivery, ...])
+        assert_type(job.info.delivered_to, tuple[str, ...])
+        for info in job.watch(until_delivered=True):
+            assert_type(info.settled, bool)
+        states = [DeliveryState.DEAD_LETTERED, "DROPPED"]
+        for delivery in client.deliveries(job_id=job.id, sink="archive", states=states):
+            assert_type(delivery, Delivery)
+            assert_type(delivery.last_error, DeliveryFailed | None)
+            assert_type(delivery.next_attempt_time, datetime | None)
+        for delivery in job.deliveries(states=["PENDING"]):
+            assert_type(delivery.state, DeliveryState)
+        assert_type(client.redrive(queue="webhook/hook"), int)
+        assert_type(job.redrive(sink="archive"), int)
+        for queue in client.sink_queues():
+            assert_type(queue, SinkQueue)
+        assert_type(client.enable_sink_queue("webhook/hook"), SinkQueue)
+        assert_type(to_file("reports"), Sink)
+        to_database("w", "t", mode="UPSERT")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+        to_plugin("kafka", key=object())  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+        client.export("d", format="csv", sinks=["file:x"])  # type: ignore[list-item]  # pyright: ignore[reportArgumentType]
+
+
 async def in_asyncio(path: Path) -> None:
     async with AsyncClient("localhost:50051", tls=True) as client:
         job = await client.export("token_transfers", format="csv", header=False)
@@ -102,6 +152,18 @@ async def in_asyncio(path: Path) -> None:
             assert_type(other, AsyncJob)
         async for dataset in client.datasets():
             assert_type(dataset, Dataset)
+        assert_type(await job.wait(until_delivered=True), AsyncJob)
+        async for info in job.watch(until_delivered=True):
+            assert_type(info, JobInfo)
+        async for delivery in client.deliveries(queue="q"):
+            assert_type(delivery, Delivery)
+        async for delivery in job.deliveries(sink="archive"):
+            assert_type(delivery, Delivery)
+        assert_type(await client.redrive(delivery_id="x"), int)
+        assert_type(await job.redrive(), int)
+        async for queue in client.sink_queues():
+            assert_type(queue, SinkQueue)
+        assert_type(await client.enable_sink_queue("q"), SinkQueue)
 
 
 def failing(error: ExportdError) -> None:

@@ -8,14 +8,30 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
+from google.protobuf import any_pb2
+from google.protobuf.json_format import MessageToDict
+from google.rpc import error_details_pb2, status_pb2
 
-from exportd import Client, Filter
+from exportd import (
+    Client,
+    DeliveryState,
+    DeliveryStatus,
+    Filter,
+    JobInfo,
+    Sink,
+    to_database,
+    to_file,
+    to_plugin,
+    to_s3,
+    to_webhook,
+)
 from exportd._model import Column, Dataset, JobState, counted
-from exportd._request import create_export, filter_proto, list_jobs
+from exportd._request import create_export, filter_proto, list_deliveries, list_jobs
 from exportd.cli.progress import fit
+from exportd.cli.show import delivery_json, job_json, queue_json
 from exportd.cli.where import parse_duration, parse_moment, parse_where
-from exportd.errors import InvalidRequest
-from exportd.v1 import dataset_pb2, job_pb2
+from exportd.errors import InvalidRequest, NotDelivered
+from exportd.v1 import dataset_pb2, export_service_pb2, job_pb2, sink_pb2
 from tests.support.scripted_server import dataset as scripted_dataset
 
 DATASET = Dataset.of(scripted_dataset("token_transfers"))
@@ -340,6 +356,167 @@ def test_a_narrow_line_shortens_the_name_first_and_then_the_details(
 )
 def test_one_row_is_no_rows(number: int, text: str) -> None:
     assert counted(number, "row") == text
+    assert counted(2, "delivery") == "2 deliveries"
+
+
+@pytest.mark.parametrize(
+    ("sink", "message"),
+    [
+        (
+            to_file("reports", "daily/", name="archive"),
+            sink_pb2.Sink(
+                name="archive",
+                local_file=sink_pb2.LocalFileSink(connection="reports", path="daily"),
+            ),
+        ),
+        (
+            to_s3("lake", "a/b"),
+            sink_pb2.Sink(
+                object_storage=sink_pb2.ObjectStorageSink(connection="lake", prefix="a/b")
+            ),
+        ),
+        (
+            to_webhook(
+                "https://h/in",
+                connection="c",
+                mode="PUSH_PARTS",
+                secret="whsec_x",
+                headers={"x-team": "data"},
+            ),
+            sink_pb2.Sink(
+                webhook=sink_pb2.WebhookSink(
+                    connection="c",
+                    url="https://h/in",
+                    mode=sink_pb2.WEBHOOK_MODE_PUSH_PARTS,
+                    headers={"x-team": "data"},
+                    secret="whsec_x",
+                )
+            ),
+        ),
+        (
+            to_database(
+                "warehouse", "sales.orders", mode="MERGE", key_columns=["a"], name="db"
+            ),
+            sink_pb2.Sink(
+                name="db",
+                database=sink_pb2.DatabaseSink(
+                    connection="warehouse",
+                    table="sales.orders",
+                    mode=sink_pb2.WRITE_MODE_MERGE,
+                    key_columns=["a"],
+                ),
+            ),
+        ),
+    ],
+)
+def test_each_sink_reaches_its_message(sink: Sink, message: sink_pb2.Sink) -> None:
+    request = build(sinks=[sink, message], drop_after_delivery=True)
+    assert list(request.sinks) == [message, message]
+    assert request.drop_after_delivery
+
+
+def test_the_configuration_of_a_plugin_arrives_as_it_was_given() -> None:
+    values: dict[str, Any] = {
+        "topic": "t",
+        "acks": 1,
+        "share": 0.5,
+        "tls": True,
+        "none": None,
+    }
+    sink = to_plugin("kafka", "main", **values, more={"list": [1, "a"]}).proto
+    assert (sink.plugin.type, sink.plugin.connection) == ("kafka", "main")
+    assert MessageToDict(sink.plugin.config) == {**values, "more": {"list": [1, "a"]}}
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        (2**53 + 1, "config.x: 9007199254740993 is too large to stay exact"),
+        (float("inf"), "config.x: inf is no number"),
+        ([1, {"a": b"x"}], r"config.x\[1\].a: JSON cannot hold a bytes"),
+        ({1: 2}, "config.x: JSON cannot hold a dict"),
+        (date(2026, 1, 1), "config.x: JSON cannot hold a date"),
+    ],
+)
+def test_what_json_would_lose_is_refused(value: Any, says: str) -> None:
+    with pytest.raises(InvalidRequest, match=says):
+        to_plugin("kafka", x=value)
+
+
+def test_sinks_that_cannot_be_meant_are_refused() -> None:
+    with pytest.raises(InvalidRequest, match=r"sinks\[1\]: a sink is needed, not a str"):
+        build(sinks=[to_file("reports"), "file:reports"])
+    with pytest.raises(InvalidRequest, match="sinks: give a list"):
+        build(sinks=to_file("reports"))
+    with pytest.raises(InvalidRequest, match="mode: 'merge': use APPEND, REPLACE, MERGE"):
+        to_database("c", "t", mode="merge")  # type: ignore[arg-type]  # wrong on purpose
+    with pytest.raises(InvalidRequest, match=r"key_columns: give a list: \['id'\]"):
+        to_database("c", "t", mode="MERGE", key_columns="id")
+
+
+def test_error_details_of_a_kind_unknown_here_do_not_keep_a_delivery_from_being_shown() -> (
+    None
+):
+    unknown = any_pb2.Any(type_url="type.example.com/acme.Odd", value=b"\xff")
+    known = any_pb2.Any()
+    known.Pack(error_details_pb2.ErrorInfo(reason="DELIVERY_FAILED"))
+    status = status_pb2.Status(message="down", details=[unknown, known])
+    delivery = sink_pb2.Delivery(last_error=status)
+    queue = sink_pb2.SinkQueue(disabled_reason=status)
+    job = job_pb2.Job(error=status, deliveries=[sink_pb2.SinkDelivery(last_error=status)])
+    for told in (
+        delivery_json(delivery)["last_error"],
+        queue_json(queue)["disabled_reason"],
+        job_json(job)["error"],
+        job_json(job)["deliveries"][0]["last_error"],
+    ):
+        assert [each["reason"] for each in told["details"]] == ["DELIVERY_FAILED"]
+    assert len(delivery.last_error.details) == 2, "what is shown is a copy"
+    assert "last_error" not in delivery_json(sink_pb2.Delivery())
+
+
+def test_the_text_of_a_sink_shows_no_secret() -> None:
+    sink = to_webhook(
+        "https://h/in?token=canary",
+        connection="c",
+        secret="canary",
+        headers={"x": "canary"},
+        name="hook",
+    )
+    assert repr(sink) == "<Sink webhook connection='c' name='hook'>"
+    assert repr(to_plugin("kafka", password="canary")) == "<Sink plugin>"
+
+
+def test_delivery_states_may_be_given_by_name() -> None:
+    request = list_deliveries(
+        job_id="j", sink="s", queue="q", states=["PENDING", DeliveryState.DROPPED]
+    )
+    assert request == export_service_pb2.ListDeliveriesRequest(
+        job_id="j",
+        sink="s",
+        queue="q",
+        states=[sink_pb2.DELIVERY_STATE_PENDING, sink_pb2.DELIVERY_STATE_DROPPED],
+    )
+    with pytest.raises(InvalidRequest, match="DEAD_LETTERED, DELIVERED"):
+        list_deliveries(states=["DONE"])
+    with pytest.raises(InvalidRequest, match="page_size"):
+        list_deliveries(page_size=2**31)
+
+
+def test_a_status_of_tomorrow_is_unknown_and_not_delivered() -> None:
+    job = job_pb2.Job(
+        job_id="j",
+        state=job_pb2.JOB_STATE_SUCCEEDED,
+        manifest=job_pb2.Manifest(rows=1),
+        deliveries=[sink_pb2.SinkDelivery(sink="a"), sink_pb2.SinkDelivery(sink="b")],
+    )
+    job.delivery_status = 99  # type: ignore[assignment]  # a newer server's
+    job.deliveries[0].status = 99  # type: ignore[assignment]  # a newer server's
+    job.deliveries[1].status = sink_pb2.DELIVERY_STATUS_DELIVERED
+    info = JobInfo.of(job)
+    assert info.delivery_status is DeliveryStatus.UNKNOWN
+    with pytest.raises(NotDelivered, match=r"\(a: unknown\)"):
+        info.raise_unless_delivered()
 
 
 def test_durations() -> None:

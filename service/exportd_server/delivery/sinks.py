@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -178,9 +178,21 @@ class Sinks:
     async def deliver(self, kept: KeptSink, delivery: Delivery) -> str:
         """Deliver within the sink's time limit; returns its receipt. Raises
         `DeliveryFailed`, and leaves through `StoreFailed` and `KeyError` of the content."""
+        (outcome,) = await self.deliver_batch(kept, [delivery])
+        if isinstance(outcome, DeliveryFailed):
+            raise outcome
+        return outcome
+
+    async def deliver_batch(
+        self, kept: KeptSink, deliveries: Sequence[Delivery]
+    ) -> Sequence[str | DeliveryFailed]:
+        """Deliver what one sink of one job takes together, which is one thing alone unless
+        it has `batching`; for each its receipt or why it did not arrive. Raises as
+        `deliver` what holds for all."""
         type_ = self._types.get(kept.type)
         connection = self._connections.get(kept.connection)
-        if type_ is None or (kept.connection and not _fits(connection, kept, delivery)):
+        tenant = deliveries[0].export.tenant
+        if type_ is None or (kept.connection and not _fits(connection, kept, tenant)):
             raise DeliveryFailed(
                 f"this server has no connection {kept.connection!r} of type {kept.type}"
                 if type_ is not None
@@ -192,7 +204,9 @@ class Sinks:
         try:
             async with asyncio.timeout(limit) as deadline:
                 sink = await self._sink(type_, kept.connection, connection)
-                return await sink.deliver(request, delivery)
+                if len(deliveries) == 1:
+                    return [await sink.deliver(request, deliveries[0])]
+                return await _together(sink, request, deliveries)
         except TimeoutError as error:
             if not deadline.expired():
                 raise DeliveryFailed(
@@ -272,12 +286,22 @@ def _limits(type_: AnySinkType, connection: Connection | None) -> SinkLimits:
     return default_limits(type_.defaults) if connection is None else connection.limits
 
 
-def _fits(connection: Connection | None, kept: KeptSink, delivery: Delivery) -> bool:
+async def _together(
+    sink: Any, request: BaseModel, deliveries: Sequence[Delivery]
+) -> Sequence[str | DeliveryFailed]:
+    outcomes: Sequence[str | DeliveryFailed]
+    outcomes = await sink.deliver_batch(request, deliveries)
+    if len(outcomes) != len(deliveries):
+        raise RuntimeError(f"{len(outcomes)} outcomes of {len(deliveries)} deliveries")
+    return outcomes
+
+
+def _fits(connection: Connection | None, kept: KeptSink, tenant: str) -> bool:
     """Whether the connection is the kind of sink the job knew, and still the tenant's."""
     if connection is None or connection.type != kept.type:
         return False
     tenants = connection.limits.tenants
-    return tenants is None or delivery.export.tenant in tenants
+    return tenants is None or tenant in tenants
 
 
 def _parsed(type_: AnySinkType, config: Mapping[str, Any]) -> BaseModel:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import timedelta
 
 import structlog
@@ -12,7 +13,6 @@ import structlog
 from exportd_server.delivery.retry import pause
 from exportd_server.delivery.sinks import KeptSink, Sinks
 from exportd_server.errors import (
-    TABLE,
     DeliveryFailed,
     ErrorReason,
     ErrorRecord,
@@ -25,7 +25,7 @@ from exportd_server.jobs.ledger.base import DeliveryWork, LeaseLost, Ledger
 from exportd_server.jobs.model import Job, ManifestColumn, PartRecord
 from exportd_server.jobs.output import delivered_file_name, file_stem
 from exportd_server.platform import metrics
-from exportd_server.sinks.base import Delivery, Export, ExportColumn, Link, Part
+from exportd_server.sinks.base import Batching, Delivery, Export, ExportColumn, Link, Part
 from exportd_server.store.base import OutputStore, PartReader
 from exportd_server.store.key import JobPrefix, OutputKey
 
@@ -34,9 +34,8 @@ log = structlog.get_logger(__name__)
 LinkMaker = Callable[[Job], Awaitable[Sequence[Link]]]
 """Makes links to the parts of a succeeded job."""
 
-_DISABLED = ErrorRecord(
-    ErrorReason.ENDPOINT_DISABLED, TABLE[ErrorReason.ENDPOINT_DISABLED].text
-)
+_DISABLED = ExportdError(ErrorReason.ENDPOINT_DISABLED)
+_EXHAUSTED = ExportdError(ErrorReason.ATTEMPTS_EXHAUSTED)
 
 
 class StoredContent:
@@ -56,6 +55,42 @@ class StoredContent:
             await reader.close()
 
 
+class _Batch:
+    """Deliveries that are made together."""
+
+    def __init__(self, most: int) -> None:
+        self.members: list[tuple[Held, DeliveryWork]] = []
+        self.recorded: set[Held] = set()
+        """Of whom it is known what became of them."""
+        self.done = asyncio.Event()
+        self._most = most
+        self._full = asyncio.Event()
+
+    @classmethod
+    def alone(cls, held: Held, work: DeliveryWork) -> _Batch:
+        """One by itself."""
+        batch = cls(1)
+        batch.add(held, work)
+        return batch
+
+    def add(self, held: Held, work: DeliveryWork) -> None:
+        """Take one along."""
+        self.members.append((held, work))
+        if len(self.members) >= self._most:
+            self._full.set()
+
+    @property
+    def full(self) -> bool:
+        """Whether it takes no more."""
+        return self._full.is_set()
+
+    async def full_within(self, seconds: float) -> None:
+        """Return once it is full, or after so many seconds."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._full.wait()
+
+
 class Deliverer:
     """Does the work of delivery tasks."""
 
@@ -72,6 +107,7 @@ class Deliverer:
         self._sinks = sinks
         self._leases = leases
         self._links = links
+        self._collecting: dict[tuple[str, str], _Batch] = {}
 
     async def deliver(self, held: Held) -> None:
         """Make one attempt, and record its outcome. Raises `LeaseLost` or `GivenBack`."""
@@ -81,56 +117,104 @@ class Deliverer:
             with structlog.contextvars.bound_contextvars(
                 sink=work.sink.name, queue=work.sink.queue, delivery_id=work.delivery_id
             ):
-                await self._attempt(held, work)
+                limits = self._sinks.limits(work.sink.type, work.sink.connection)
+                if work.disabled:
+                    await self._failed(held, work, _DISABLED)
+                elif lease.attempt > limits.retry.max_attempts:
+                    # Each time so far the process died at it.
+                    await self._failed(held, work, _EXHAUSTED)
+                elif work.completion or limits.batching is None:
+                    await self._attempt(_Batch.alone(held, work))
+                else:
+                    await self._attempt_together(held, work, limits.batching)
 
-    async def _attempt(self, held: Held, work: DeliveryWork) -> None:
-        if work.disabled:
-            await self._failed(held, work, None)
+    async def _attempt_together(
+        self, held: Held, work: DeliveryWork, batching: Batching
+    ) -> None:
+        """Deliver together with what else this process takes up for the sink meanwhile.
+        The first of them waits for the others, and delivers all."""
+        key = (work.job.job_id, work.sink.name)
+        batch = self._collecting.get(key)
+        if batch is not None and not batch.full:
+            batch.add(held, work)
+            await held.unless_stopped(batch.done.wait())
+            if held not in batch.recorded:
+                # The first of them was stopped.
+                raise GivenBack
             return
+        batch = self._collecting[key] = _Batch(batching.most)
+        batch.add(held, work)
+        try:
+            try:
+                await held.unless_stopped(batch.full_within(batching.wait))
+            finally:
+                # Whoever comes from now on begins the next one.
+                if self._collecting.get(key) is batch:
+                    del self._collecting[key]
+            await self._attempt(batch)
+        finally:
+            batch.done.set()
+
+    async def _attempt(self, batch: _Batch) -> None:
+        held, work = batch.members[0]
         labels = (work.sink.type, work.sink.connection)
         begun = time.monotonic()
-        receipt = ""
-        error: ExportdError | None = None
+        outcomes: Sequence[str | ExportdError] = ()
 
         async def deliver() -> None:
-            nonlocal receipt
-            receipt = await self._sinks.deliver(_kept(work), self._delivery(work))
+            nonlocal outcomes
+            deliveries = [self._delivery(one) for _, one in batch.members]
+            outcomes = await self._sinks.deliver_batch(_kept(work), deliveries)
 
         try:
             await held.unless_stopped(deliver())
         except GivenBack:
-            metrics.deliveries.labels(*labels, "given_back").inc()
+            metrics.deliveries.labels(*labels, "given_back").inc(len(batch.members))
             raise
         except LeaseLost:
             raise
         except (DeliveryFailed, StoreFailed) as failed:
-            error = failed
+            outcomes = [failed] * len(batch.members)
         except KeyError as gone:
             # The job has expired or was deleted, and its lease is about to be lost: the
             # ledger says so when it is told.
             error = DeliveryFailed("the output is gone", retryable=True)
             error.__cause__ = gone
+            outcomes = [error] * len(batch.members)
         if held.lost:
             raise LeaseLost
         metrics.delivery_seconds.labels(*labels).observe(time.monotonic() - begun)
-        if error is not None:
-            await self._failed(held, work, error)
+        # The first one last: while it holds its lease, nobody gives up waiting for it.
+        for (mine, one), outcome in reversed(
+            list(zip(batch.members, outcomes, strict=True))
+        ):
+            batch.recorded.add(mine)
+            if mine is held:
+                await self._record(mine, one, outcome)
+            else:
+                with suppress(LeaseLost):
+                    await self._record(mine, one, outcome)
+
+    async def _record(
+        self, held: Held, work: DeliveryWork, outcome: str | ExportdError
+    ) -> None:
+        if isinstance(outcome, ExportdError):
+            await self._failed(held, work, outcome)
             return
         lease = held.lease
-        await held.insist(lambda: self._ledger.complete_delivery(lease, receipt))
+        await held.insist(lambda: self._ledger.complete_delivery(lease, outcome))
+        labels = (work.sink.type, work.sink.connection)
         metrics.deliveries.labels(*labels, "delivered").inc()
         if not work.completion:
             metrics.delivered_bytes.labels(*labels).inc(sum(p.bytes for p in work.parts))
-        log.info("delivered", what=_what(work), attempt=work.attempt, receipt=receipt)
+        log.info("delivered", what=_what(work), attempt=work.attempt, receipt=outcome)
 
-    async def _failed(
-        self, held: Held, work: DeliveryWork, error: ExportdError | None
-    ) -> None:
-        """Record a failure; without an error the endpoint was disabled before."""
+    async def _failed(self, held: Held, work: DeliveryWork, error: ExportdError) -> None:
+        """Record a failure."""
         lease = held.lease
         labels = (work.sink.type, work.sink.connection)
         limits = self._sinks.limits(*labels)
-        record = _DISABLED if error is None else ErrorRecord.of(error)
+        record = ErrorRecord.of(error)
         retry_in: timedelta | None = None
         disable_after: timedelta | None = None
         gone = False
@@ -141,7 +225,6 @@ class Deliverer:
             if error.retryable:
                 retry_in = pause(limits.retry, lease.attempt, error.retry_after)
         elif isinstance(error, StoreFailed):
-            # Ours, and no fault of the endpoint's.
             retry_in = pause(limits.retry, lease.attempt)
         came_to = await held.insist(
             lambda: self._ledger.fail_delivery(
@@ -150,6 +233,8 @@ class Deliverer:
                 retry_in=retry_in,
                 disable_after=disable_after,
                 gone=gone,
+                # A store that fails is ours, and no fault of the endpoint's.
+                blame=isinstance(error, DeliveryFailed),
             )
         )
         outcome = "dead_lettered" if came_to.dead else "retried"
@@ -161,7 +246,7 @@ class Deliverer:
             reason=record.reason.value,
             message=record.message,
             retry_in=None if retry_in is None else round(retry_in.total_seconds(), 3),
-            exc_info=error.__cause__ if error is not None else None,
+            exc_info=error.__cause__,
         )
         if came_to.disabled:
             metrics.endpoints_disabled.labels(*labels).inc()

@@ -17,6 +17,7 @@ from typing import Protocol, TypeVar
 from pydantic import BaseModel
 
 from exportd_server.encoders.base import OutputFormat
+from exportd_server.errors import DeliveryFailed
 from exportd_server.store.base import PartReader
 
 
@@ -153,17 +154,27 @@ class RetryPolicy:
 
 
 @dataclass(frozen=True, slots=True)
+class Batching:
+    """How many parts of one job a sink gains by taking together, and how many seconds it
+    is worth waiting for them while the job still makes some."""
+
+    most: int
+    wait: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class SinkDefaults:
     """What holds for a connection unless its operator says otherwise; times in seconds.
 
     An endpoint that has failed for `disable_after` without a success in between is
-    disabled; None: never.
+    disabled; None: never. A sink with `batching` is a `BatchSink`.
     """
 
     retry: RetryPolicy = RetryPolicy()
     timeout: float = 300.0
     concurrency: int = 4
     disable_after: float | None = None
+    batching: Batching | None = None
 
 
 RequestT = TypeVar("RequestT", bound=BaseModel)
@@ -194,6 +205,18 @@ class Sink(Protocol[_RequestT_contra]):
 
     async def close(self) -> None:
         """Free what is held. Nothing is under way any more."""
+        ...
+
+
+class BatchSink(Sink[_RequestT_contra], Protocol[_RequestT_contra]):
+    """A sink that gains by taking several parts of one job together. It may be given one
+    alone, and completions always are, by `deliver`."""
+
+    async def deliver_batch(
+        self, request: _RequestT_contra, deliveries: Sequence[Delivery]
+    ) -> Sequence[str | DeliveryFailed]:
+        """As `deliver`, of several: for each, in their order, its receipt, or why it did
+        not arrive. What it raises holds for all of them."""
         ...
 
 

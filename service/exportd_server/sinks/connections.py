@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, NoReturn
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from exportd_server.errors import ConfigurationError
-from exportd_server.sinks.base import RetryPolicy, SinkDefaults
+from exportd_server.sinks.base import Batching, RetryPolicy, SinkDefaults
 from exportd_server.sinks.registry import SinkTypes
 
 _NAME = re.compile(r"[a-z][a-z0-9_-]{0,62}\Z")
@@ -38,6 +38,8 @@ class _Limits(BaseModel):
     retry_base_seconds: _Seconds | None = None
     retry_cap_seconds: _Seconds | None = None
     disable_after_seconds: _Seconds | None = None
+    batch_size: _Count | None = None
+    batch_wait_seconds: Annotated[float, Field(ge=0, le=60)] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,7 @@ class SinkLimits:
     timeout: float
     retry: RetryPolicy
     disable_after: float | None
+    batching: Batching | None = None
     tenants: frozenset[str] | None = None
 
 
@@ -84,7 +87,18 @@ def _limits(defaults: SinkDefaults, said: _Limits) -> SinkLimits:
             schedule=() if paced else retry.schedule,
         ),
         disable_after=said.disable_after_seconds or defaults.disable_after,
+        batching=_batching(defaults.batching, said),
         tenants=None if said.tenants is None else frozenset(said.tenants),
+    )
+
+
+def _batching(default: Batching | None, said: _Limits) -> Batching | None:
+    # Who cannot take several together is not made to by being told so.
+    if default is None:
+        return None
+    wait = said.batch_wait_seconds
+    return Batching(
+        most=said.batch_size or default.most, wait=default.wait if wait is None else wait
     )
 
 
@@ -159,6 +173,10 @@ class _Loader:
             )
         shared = {k: values.pop(k) for k in list(values) if k in _Limits.model_fields}
         limits = self._parsed(key, _Limits, shared)
+        if type_.defaults.batching is None and {"batch_size", "batch_wait_seconds"} & set(
+            shared
+        ):
+            self._fail(key, f"{type_name} takes one part at a time; leave batch_* out")
         settings = self._parsed(key, type_.connection_model, values)
         return Connection(name, type_name, settings, _limits(type_.defaults, limits))
 

@@ -6,6 +6,7 @@
         job = client.export("token_transfers", format="parquet")
         job.wait().download("transfers.parquet")
 
+`sinks=[to_file("reports"), ...]` has an export delivered, too.
 `AsyncClient` has the same shape for asyncio. Errors are in `exportd.errors`, the
 generated contract in `exportd.v1`.
 """
@@ -15,6 +16,13 @@ from __future__ import annotations
 from exportd._aio import AsyncClient, AsyncJob
 from exportd._client import Client, Job
 from exportd._connection import Retry
+from exportd._deliveries import (
+    Delivery,
+    DeliveryState,
+    DeliveryStatus,
+    SinkDelivery,
+    SinkQueue,
+)
 from exportd._download import Download, DownloadProgress
 from exportd._model import (
     CancelOutcome,
@@ -30,6 +38,15 @@ from exportd._model import (
     Progress,
 )
 from exportd._request import ExportOptions, Filter, FilterLike
+from exportd._sinks import (
+    Sink,
+    SinkLike,
+    to_database,
+    to_file,
+    to_plugin,
+    to_s3,
+    to_webhook,
+)
 from exportd.errors import ExportdError
 
 __all__ = [
@@ -39,6 +56,9 @@ __all__ = [
     "Client",
     "Column",
     "Dataset",
+    "Delivery",
+    "DeliveryState",
+    "DeliveryStatus",
     "Download",
     "DownloadProgress",
     "DownloadUrl",
@@ -55,4 +75,13 @@ __all__ = [
     "Part",
     "Progress",
     "Retry",
+    "Sink",
+    "SinkDelivery",
+    "SinkLike",
+    "SinkQueue",
+    "to_database",
+    "to_file",
+    "to_plugin",
+    "to_s3",
+    "to_webhook",
 ]

@@ -33,6 +33,7 @@ from exportd._connection import (
     OptionValue,
     Retry,
 )
+from exportd._deliveries import Delivery, DeliveryState, SinkQueue
 from exportd._download import (
     Download,
     Downloader,
@@ -84,9 +85,12 @@ class AsyncJob(JobHandle):
         self._info = await self._client._get_job(self.id)  # noqa: SLF001 - one unit
         return self
 
-    async def watch(self, *, timeout: float | None = None) -> AsyncIterator[JobInfo]:
+    async def watch(
+        self, *, timeout: float | None = None, until_delivered: bool = False
+    ) -> AsyncIterator[JobInfo]:
         """As `Job.watch`."""
-        async for info in self._client._watch(self.id, timeout):  # noqa: SLF001 - one unit
+        watch = self._client._watch(self.id, timeout, until_delivered)  # noqa: SLF001 - one unit
+        async for info in watch:
             self._info = info
             yield info
 
@@ -94,14 +98,27 @@ class AsyncJob(JobHandle):
         self,
         *,
         timeout: float | None = None,
+        until_delivered: bool = False,
         on_progress: Callable[[JobInfo], object] | None = None,
     ) -> Self:
         """As `Job.wait`."""
-        async for info in self.watch(timeout=timeout):
+        async for info in self.watch(timeout=timeout, until_delivered=until_delivered):
             if on_progress is not None:
                 on_progress(info)
         self._info.raise_unless_succeeded()
+        if until_delivered:
+            self._info.raise_unless_delivered()
         return self
+
+    def deliveries(
+        self, *, sink: str = "", states: Iterable[DeliveryState | str] = ()
+    ) -> AsyncIterator[Delivery]:
+        """As `Job.deliveries`."""
+        return self._client.deliveries(job_id=self.id, sink=sink, states=states)
+
+    async def redrive(self, *, sink: str = "") -> int:
+        """As `Job.redrive`."""
+        return await self._client.redrive(job_id=self.id, sink=sink)
 
     async def cancel(self) -> CancelOutcome:
         """As `Job.cancel`."""
@@ -258,6 +275,52 @@ class AsyncClient:
                 return
             request.page_token = page.next_page_token
 
+    async def deliveries(
+        self,
+        *,
+        job_id: str = "",
+        sink: str = "",
+        queue: str = "",
+        states: Iterable[DeliveryState | str] = (),
+        page_size: int = 0,
+    ) -> AsyncIterator[Delivery]:
+        """As `Client.deliveries`."""
+        request = _request.list_deliveries(
+            job_id=job_id, sink=sink, queue=queue, states=states, page_size=page_size
+        )
+        while True:
+            page = await self._call(self._stub.ListDeliveries, request)
+            for proto in page.deliveries:
+                yield Delivery.of(proto)
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
+
+    async def redrive(
+        self, *, delivery_id: str = "", job_id: str = "", sink: str = "", queue: str = ""
+    ) -> int:
+        """As `Client.redrive`."""
+        request = export_service_pb2.RedriveDeliveriesRequest(
+            delivery_id=delivery_id, job_id=job_id, sink=sink, queue=queue
+        )
+        return (await self._call(self._stub.RedriveDeliveries, request)).redriven
+
+    async def sink_queues(self, *, page_size: int = 0) -> AsyncIterator[SinkQueue]:
+        """As `Client.sink_queues`."""
+        request = _request.list_sink_queues(page_size)
+        while True:
+            page = await self._call(self._stub.ListSinkQueues, request)
+            for proto in page.queues:
+                yield SinkQueue.of(proto)
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
+
+    async def enable_sink_queue(self, queue: str) -> SinkQueue:
+        """As `Client.enable_sink_queue`."""
+        request = export_service_pb2.EnableSinkQueueRequest(queue=queue)
+        return SinkQueue.of((await self._call(self._stub.EnableSinkQueue, request)).queue)
+
     async def _get_job(self, job_id: str) -> JobInfo:
         request = export_service_pb2.GetJobRequest(job_id=job_id)
         return JobInfo.of((await self._call(self._stub.GetJob, request)).job)
@@ -324,8 +387,12 @@ class AsyncClient:
                 running.exception()  # looked at, so that nobody complains of it
             raise
 
-    async def _watch(self, job_id: str, timeout: float | None) -> AsyncIterator[JobInfo]:
-        request = export_service_pb2.WatchJobRequest(job_id=job_id)
+    async def _watch(
+        self, job_id: str, timeout: float | None, until_delivered: bool
+    ) -> AsyncIterator[JobInfo]:
+        request = export_service_pb2.WatchJobRequest(
+            job_id=job_id, until_delivered=until_delivered
+        )
         attempts = Attempts(self._connection.stream_retry, None)
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
@@ -341,7 +408,7 @@ class AsyncClient:
                     attempts.progress()
                     info = JobInfo.of(response.job)
                     yield info
-                    if info.state.final:
+                    if info.settled if until_delivered else info.state.final:
                         return
             except grpc.RpcError as raised:
                 error = from_rpc_error(raised, self._connection.address)

@@ -19,6 +19,7 @@ from exportd._connection import (
     OptionValue,
     Retry,
 )
+from exportd._deliveries import Delivery, DeliveryState, SinkQueue
 from exportd._download import (
     Download,
     Downloader,
@@ -76,12 +77,16 @@ class Job(JobHandle):
         self._info = self._client._get_job(self.id)  # noqa: SLF001 - one unit
         return self
 
-    def watch(self, *, timeout: float | None = None) -> Iterator[JobInfo]:
-        """The job now, at every change and every few seconds, until it has ended.
+    def watch(
+        self, *, timeout: float | None = None, until_delivered: bool = False
+    ) -> Iterator[JobInfo]:
+        """The job now, at every change and every few seconds, until it has ended, and
+        with `until_delivered` until its deliveries to sinks have, too.
 
         Rides out restarts of the server. Raises `TimedOut` after `timeout` seconds.
         """
-        for info in self._client._watch(self.id, timeout):  # noqa: SLF001 - one unit
+        client = self._client
+        for info in client._watch(self.id, timeout, until_delivered):  # noqa: SLF001 - one unit
             self._info = info
             yield info
 
@@ -89,19 +94,35 @@ class Job(JobHandle):
         self,
         *,
         timeout: float | None = None,
+        until_delivered: bool = False,
         on_progress: Callable[[JobInfo], object] | None = None,
     ) -> Self:
-        """Wait until it has succeeded.
+        """Wait until it has succeeded, and with `until_delivered` until every sink has
+        everything.
 
         Raises:
             JobFailed, JobCancelled: It ended otherwise.
+            NotDelivered: With `until_delivered`: it succeeded, but deliveries failed for
+                good or were dropped. The output is there; `redrive` sends them again.
             TimedOut: It did not end within `timeout` seconds; it goes on at the server.
         """
-        for info in self.watch(timeout=timeout):
+        for info in self.watch(timeout=timeout, until_delivered=until_delivered):
             if on_progress is not None:
                 on_progress(info)
         self._info.raise_unless_succeeded()
+        if until_delivered:
+            self._info.raise_unless_delivered()
         return self
+
+    def deliveries(
+        self, *, sink: str = "", states: Iterable[DeliveryState | str] = ()
+    ) -> Iterator[Delivery]:
+        """Its deliveries to sinks, newest first; see `Client.deliveries`."""
+        return self._client.deliveries(job_id=self.id, sink=sink, states=states)
+
+    def redrive(self, *, sink: str = "") -> int:
+        """Send its deliveries again that failed or were dropped; see `Client.redrive`."""
+        return self._client.redrive(job_id=self.id, sink=sink)
 
     def cancel(self) -> CancelOutcome:
         """Cancel it; says what was found."""
@@ -134,7 +155,8 @@ class Job(JobHandle):
             on_progress: Called on this thread, some ten times a second.
 
         Raises:
-            NotFinished, JobFailed, JobCancelled, OutputExpired: There is nothing to get.
+            NotFinished, JobFailed, JobCancelled, OutputExpired, OutputDropped: There is
+                nothing to get.
             OutputExists: A file stands in the way.
             DataLoss: The bytes do not match their checksums, whatever was tried.
             LocalFileError: The disk is full or refuses; what is there is kept.
@@ -173,7 +195,8 @@ class Job(JobHandle):
 
         Raises:
             UrlsUnavailable: The server cannot give any.
-            NotFinished, JobFailed, JobCancelled, OutputExpired: There is nothing to get.
+            NotFinished, JobFailed, JobCancelled, OutputExpired, OutputDropped: There is
+                nothing to get.
         """
         return self._client._download_urls(self.id, lifetime, part)  # noqa: SLF001 - one unit
 
@@ -272,6 +295,7 @@ class Client:
             InvalidRequest: `violations` names each bad field.
             DatasetNotFound, DatasetNotExportable: As they say.
             RequestIdConflict: `request_id` was used with another payload.
+            EndpointDisabled: A sink's endpoint is; see `enable_sink_queue`.
             QuotaExceeded: Try again after `retry_after`.
         """
         request = _request.create_export(dataset, options)
@@ -308,6 +332,74 @@ class Client:
             if not page.next_page_token:
                 return
             request.page_token = page.next_page_token
+
+    def deliveries(
+        self,
+        *,
+        job_id: str = "",
+        sink: str = "",
+        queue: str = "",
+        states: Iterable[DeliveryState | str] = (),
+        page_size: int = 0,
+    ) -> Iterator[Delivery]:
+        """Deliveries to sinks, newest first, fetched page by page; all conditions hold.
+
+        Args:
+            job_id: Only of this job.
+            sink: Only to the job's sink of this name; needs `job_id`.
+            queue: Only those in this queue.
+            states: Only those in one of these states.
+            page_size: Most deliveries in one call; 0: as the server has it.
+
+        Raises:
+            JobNotFound: There is no such job.
+        """
+        request = _request.list_deliveries(
+            job_id=job_id, sink=sink, queue=queue, states=states, page_size=page_size
+        )
+        while True:
+            page = self._call(self._stub.ListDeliveries, request)
+            yield from map(Delivery.of, page.deliveries)
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
+
+    def redrive(
+        self, *, delivery_id: str = "", job_id: str = "", sink: str = "", queue: str = ""
+    ) -> int:
+        """Send deliveries again that failed for good or were dropped, without exporting
+        again; what waits to be tried again is tried now. All conditions hold; one of
+        `delivery_id`, `job_id` and `queue` is required, and `sink` needs `job_id`.
+
+        Answers how many are due again; that may be fewer than there were when the call
+        itself had to be repeated.
+
+        Raises:
+            JobNotFound, DeliveryNotFound, OutputExpired: There is nothing to send.
+            JobFailed, JobCancelled: There never was.
+            EndpointDisabled: Mend the endpoint, then `enable_sink_queue`.
+        """
+        request = export_service_pb2.RedriveDeliveriesRequest(
+            delivery_id=delivery_id, job_id=job_id, sink=sink, queue=queue
+        )
+        return self._call(self._stub.RedriveDeliveries, request).redriven
+
+    def sink_queues(self, *, page_size: int = 0) -> Iterator[SinkQueue]:
+        """The queues that the caller's deliveries stand in, or stood in, by name; fetched
+        page by page."""
+        request = _request.list_sink_queues(page_size)
+        while True:
+            page = self._call(self._stub.ListSinkQueues, request)
+            yield from map(SinkQueue.of, page.queues)
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
+
+    def enable_sink_queue(self, queue: str) -> SinkQueue:
+        """Let deliveries to a disabled endpoint go on; those that were dead-lettered stay
+        so until `redrive`. Raises `SinkQueueNotFound`."""
+        request = export_service_pb2.EnableSinkQueueRequest(queue=queue)
+        return SinkQueue.of(self._call(self._stub.EnableSinkQueue, request).queue)
 
     def _create(self, request: job_pb2.CreateExportRequest) -> Job:
         response = self._call(self._stub.CreateExport, request)
@@ -353,8 +445,12 @@ class Client:
             whole.next_page_token = page.next_page_token
         return DownloadUrls.of(whole)
 
-    def _watch(self, job_id: str, timeout: float | None) -> Iterator[JobInfo]:
-        request = export_service_pb2.WatchJobRequest(job_id=job_id)
+    def _watch(
+        self, job_id: str, timeout: float | None, until_delivered: bool
+    ) -> Iterator[JobInfo]:
+        request = export_service_pb2.WatchJobRequest(
+            job_id=job_id, until_delivered=until_delivered
+        )
         attempts = Attempts(self._connection.stream_retry, None)
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
@@ -370,7 +466,7 @@ class Client:
                     attempts.progress()
                     info = JobInfo.of(response.job)
                     yield info
-                    if info.state.final:
+                    if info.settled if until_delivered else info.state.final:
                         return
             except grpc.RpcError as raised:
                 error = from_rpc_error(raised, self._connection.address)
@@ -409,7 +505,7 @@ def watch_delay(
         ExportdError: `error`, when there is no use in trying again.
     """
     if deadline is not None and time.monotonic() >= deadline - 0.002:
-        raise TimedOut(f"job {job_id} has not ended in the time given; it goes on")
+        raise TimedOut(f"job {job_id} is not done in the time given; it goes on")
     retryable = isinstance(error, Unavailable | TimedOut) or (
         not error.reason and error.code is grpc.StatusCode.INTERNAL
     )

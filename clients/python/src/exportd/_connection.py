@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 
 import grpc
 import grpc.aio
@@ -128,6 +129,36 @@ class Connection:
             merged["grpc.enable_http_proxy"] = 0
         merged.update(self.options)
         return list(merged.items())
+
+
+def tls_from_files(
+    ca_cert: Path | None = None,
+    client_cert: Path | None = None,
+    client_key: Path | None = None,
+) -> grpc.ChannelCredentials:
+    """TLS with the roots of one PEM file instead of the system's, and with a certificate
+    of the client's own, for servers that ask for one.
+
+    Raises:
+        InvalidRequest: A file cannot be read, or one of certificate and key is missing.
+    """
+    if (client_cert is None) != (client_key is None):
+        raise InvalidRequest.of(
+            "client_key" if client_key is None else "client_cert",
+            "is missing; a certificate and its key go together",
+        )
+    named = {"ca_cert": ca_cert, "client_key": client_key, "client_cert": client_cert}
+    content: dict[str, bytes | None] = {}
+    for name, path in named.items():
+        try:
+            content[name] = None if path is None else path.read_bytes()
+        except OSError as error:
+            raise InvalidRequest.of(
+                name, f"{path} cannot be read ({error.strerror}); give a PEM file"
+            ) from None
+    return grpc.ssl_channel_credentials(
+        content["ca_cert"], content["client_key"], content["client_cert"]
+    )
 
 
 class Attempts:

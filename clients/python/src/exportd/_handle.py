@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from exportd._deliveries import DeliveryStatus
 from exportd._model import JobInfo, JobState, Manifest, Progress
 from exportd.errors import JobFailed
 
@@ -46,6 +47,12 @@ class JobHandle:
     def error(self) -> JobFailed | None:
         """Why it failed; None unless it did."""
         return self._info.error
+
+    @property
+    def delivery_status(self) -> DeliveryStatus | None:
+        """How its delivery to all sinks stands; None when it has none. `info.deliveries`
+        tells it of each sink."""
+        return self._info.delivery_status
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.id or '(not recorded)'} {self.state}>"

@@ -7,10 +7,16 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Self
 
-from google.protobuf.descriptor import EnumDescriptor
-from google.protobuf.timestamp_pb2 import Timestamp
-
-from exportd.errors import JobCancelled, JobFailed, NotFinished, from_job_error
+from exportd._deliveries import DeliveryStatus, SinkDelivery, delivery_status
+from exportd._wire import enum_name, moment
+from exportd.errors import (
+    JobCancelled,
+    JobFailed,
+    NotDelivered,
+    NotFinished,
+    Violation,
+    from_job_error,
+)
 from exportd.v1 import dataset_pb2, export_service_pb2, job_pb2
 
 
@@ -65,11 +71,11 @@ class Column:
         """From the wire."""
         return cls(
             proto.name,
-            _name(dataset_pb2.ColumnKind.DESCRIPTOR, proto.kind, "COLUMN_KIND_"),
+            enum_name(dataset_pb2.ColumnKind.DESCRIPTOR, proto.kind, "COLUMN_KIND_"),
             proto.type,
             proto.nullable,
             tuple(
-                _name(dataset_pb2.FilterOperator.DESCRIPTOR, o, "FILTER_OPERATOR_")
+                enum_name(dataset_pb2.FilterOperator.DESCRIPTOR, o, "FILTER_OPERATOR_")
                 for o in proto.operators
             ),
             proto.description,
@@ -308,7 +314,11 @@ class DownloadUrls:
 
 @dataclass(frozen=True, slots=True)
 class JobInfo:
-    """A job at one moment. Times are UTC; `error` is an exception that is not raised."""
+    """A job at one moment. Times are UTC; `error` is an exception that is not raised.
+
+    Without sinks `delivery_status` is None, and `delivered_to` and `deliveries` are empty.
+    Lists of jobs leave out `deliveries`, as they do the manifest.
+    """
 
     id: str
     state: JobState
@@ -325,6 +335,10 @@ class JobInfo:
     attempt: int
     revision: int
     labels: dict[str, str]
+    delivery_status: DeliveryStatus | None
+    delivered_to: tuple[str, ...]
+    deliveries: tuple[SinkDelivery, ...]
+    drop_time: datetime | None
     proto: job_pb2.Job = field(repr=False, compare=False)
 
     @classmethod
@@ -339,16 +353,25 @@ class JobInfo:
             Progress.of(proto.progress),
             Manifest.of(proto.manifest) if proto.HasField("manifest") else None,
             from_job_error(proto.error, proto.job_id) if failed else None,
-            _time(proto.create_time),
-            _time(proto.start_time),
-            _time(proto.finish_time),
-            _time(proto.expire_time),
+            moment(proto.create_time),
+            moment(proto.start_time),
+            moment(proto.finish_time),
+            moment(proto.expire_time),
             proto.generation,
             proto.attempt,
             proto.revision,
             dict(proto.request.labels),
+            delivery_status(proto.delivery_status),
+            tuple(proto.delivered_to),
+            tuple(SinkDelivery.of(d) for d in proto.deliveries),
+            moment(proto.drop_time),
             proto,
         )
+
+    @property
+    def settled(self) -> bool:
+        """Whether the job has ended, and its deliveries to sinks, too."""
+        return self.state.final and self.delivery_status is not DeliveryStatus.PENDING
 
     def raise_unless_succeeded(self) -> Manifest:
         """The manifest of a job that succeeded.
@@ -374,35 +397,52 @@ class JobInfo:
             )
         return self.manifest
 
+    def raise_unless_delivered(self) -> None:
+        """Return when every sink has everything, or when there are no sinks.
+
+        Raises:
+            NotFinished, JobFailed, JobCancelled: There is nothing to deliver.
+            NotDelivered: It was not delivered, or not yet; `violations` names each sink.
+        """
+        self.raise_unless_succeeded()
+        status = self.delivery_status
+        if status in {None, DeliveryStatus.DELIVERED}:
+            return
+        metadata = {"job_id": self.id}
+        if status is DeliveryStatus.PENDING:
+            raise NotDelivered(
+                f"job {self.id} succeeded, and is still being delivered", metadata=metadata
+            )
+        lacking = [Violation(d.sink, d.lacks) for d in self.deliveries if d.lacks]
+        sinks = "; ".join(f"{each.subject}: {each.description}" for each in lacking)
+        raise NotDelivered(
+            f"job {self.id} succeeded, but not all of it was delivered ({sinks})",
+            metadata=metadata,
+            violations=lacking,
+        )
+
 
 def counted(number: int, noun: str) -> str:
-    """So many of something: `1 part`, `2,000 rows`."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+    """So many of something: `1 part`, `2,000 rows`, `3 deliveries`."""
+    if number == 1:
+        return f"1 {noun}"
+    many = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
+    return f"{number:,} {many}"
 
 
 def job_state(state: int) -> JobState:
     """The state by its number; `UNKNOWN` for one this client does not know."""
-    name = _name(job_pb2.JobState.DESCRIPTOR, state, "JOB_STATE_")
+    name = enum_name(job_pb2.JobState.DESCRIPTOR, state, "JOB_STATE_")
     return JobState.__members__.get(name, JobState.UNKNOWN)
 
 
 def cancel_outcome(outcome: int) -> CancelOutcome:
     """The outcome by its number; `UNKNOWN` for one this client does not know."""
-    short = _name(export_service_pb2.CancelOutcome.DESCRIPTOR, outcome, "CANCEL_OUTCOME_")
+    short = enum_name(
+        export_service_pb2.CancelOutcome.DESCRIPTOR, outcome, "CANCEL_OUTCOME_"
+    )
     return CancelOutcome.__members__.get(short, CancelOutcome.UNKNOWN)
 
 
 def _format(number: int) -> str:
-    return _name(dataset_pb2.Format.DESCRIPTOR, number, "FORMAT_").lower()
-
-
-def _name(descriptor: EnumDescriptor, number: int, prefix: str) -> str:
-    """An enum value's name without its prefix; its number when it is newer than us."""
-    value = descriptor.values_by_number.get(number)
-    return str(number) if value is None else value.name.removeprefix(prefix)
-
-
-def _time(proto: Timestamp) -> datetime | None:
-    if not proto.seconds and not proto.nanos:
-        return None
-    return proto.ToDatetime(tzinfo=UTC)
+    return enum_name(dataset_pb2.Format.DESCRIPTOR, number, "FORMAT_").lower()

@@ -8,14 +8,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
+from enum import StrEnum
 from typing import Literal, Required, TypedDict, TypeVar, cast
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from exportd._deliveries import DeliveryState
 from exportd._model import JobState
+from exportd._sinks import SinkLike, sink_proto
 from exportd.errors import InvalidRequest
-from exportd.v1 import dataset_pb2, export_service_pb2, job_pb2
+from exportd.v1 import dataset_pb2, export_service_pb2, job_pb2, sink_pb2
 
 _T = TypeVar("_T")
 
@@ -87,7 +90,10 @@ class ExportOptions(TypedDict, total=False):
         on_row_error: Whether a row that cannot be exported fails the job, the default,
             or is left out and told in `manifest.error_parts`.
         max_row_errors: With "skip": most rows that may be left out.
-        validate_only: Check and estimate, but record nothing.
+        sinks: Where to deliver the export besides keeping it, each made by `to_file`,
+            `to_s3`, `to_webhook`, `to_database` or `to_plugin`.
+        drop_after_delivery: Drop the stored output once every sink has all of it.
+        validate_only: Check, try the sinks and estimate, but record nothing.
     """
 
     format: Required[FormatName]
@@ -112,6 +118,8 @@ class ExportOptions(TypedDict, total=False):
     request_id: str | uuid.UUID | None
     on_row_error: RowErrorPolicyName
     max_row_errors: int | None
+    sinks: Iterable[SinkLike]
+    drop_after_delivery: bool
     validate_only: bool
 
 
@@ -177,6 +185,8 @@ def create_export(dataset: str, options: ExportOptions) -> job_pb2.CreateExportR
         ],
         priority=_within(_INT32, "priority", options.get("priority", 0)),
         labels=dict(options.get("labels", {})),
+        sinks=_sinks(options.get("sinks", ())),
+        drop_after_delivery=options.get("drop_after_delivery", False),
         validate_only=options.get("validate_only", False),
     )
     if (limit := options.get("limit")) is not None:
@@ -238,6 +248,31 @@ def list_jobs(
     if created_before is not None:
         request.created_before.CopyFrom(timestamp("created_before", created_before))
     return request
+
+
+def list_deliveries(
+    *,
+    job_id: str = "",
+    sink: str = "",
+    queue: str = "",
+    states: Iterable[DeliveryState | str] = (),
+    page_size: int = 0,
+) -> export_service_pb2.ListDeliveriesRequest:
+    """Build the request for the first page."""
+    return export_service_pb2.ListDeliveriesRequest(
+        job_id=job_id,
+        sink=sink,
+        queue=queue,
+        states=[_delivery_state(s) for s in states],
+        page_size=_within(_INT32, "page_size", page_size),
+    )
+
+
+def list_sink_queues(page_size: int = 0) -> export_service_pb2.ListSinkQueuesRequest:
+    """Build the request for the first page."""
+    return export_service_pb2.ListSinkQueuesRequest(
+        page_size=_within(_INT32, "page_size", page_size)
+    )
 
 
 def timestamp(name: str, moment: object) -> Timestamp:
@@ -402,8 +437,24 @@ def _names(where: str, names: Sequence[str]) -> Sequence[str]:
     return names
 
 
+def _sinks(sinks: Iterable[SinkLike]) -> list[sink_pb2.Sink]:
+    if not isinstance(sinks, Iterable):  # one sink, most likely
+        raise InvalidRequest.of("sinks", "give a list: [...]")
+    return [sink_proto(f"sinks[{i}]", sink) for i, sink in enumerate(sinks)]
+
+
 def _state(state: JobState | str) -> job_pb2.JobState.ValueType:
-    known = {s.value for s in JobState} - {JobState.UNKNOWN.value}
+    return job_pb2.JobState.Value(f"JOB_STATE_{_known(JobState, state)}")
+
+
+def _delivery_state(state: DeliveryState | str) -> sink_pb2.DeliveryState.ValueType:
+    name = _known(DeliveryState, state)
+    return sink_pb2.DeliveryState.Value(f"DELIVERY_STATE_{name}")
+
+
+def _known(states: type[StrEnum], state: str) -> str:
+    """The state, which must be one that the contract has."""
+    known = {s.value for s in states} - {"UNKNOWN"}
     if state not in known:
         raise InvalidRequest.of("states", f"{state!r}: use {', '.join(sorted(known))}")
-    return job_pb2.JobState.Value(f"JOB_STATE_{state}")
+    return state

@@ -7,7 +7,10 @@
         │   ├── JobNotFound
         │   ├── DatasetNotFound
         │   ├── PartNotFound
-        │   └── OutputExpired
+        │   ├── OutputExpired
+        │   ├── OutputDropped       every sink has it (`drop_after_delivery`)
+        │   ├── DeliveryNotFound
+        │   └── SinkQueueNotFound
         ├── PreconditionFailed
         │   ├── NotFinished         ask again after `retry_after`
         │   ├── DatasetNotExportable
@@ -15,10 +18,13 @@
         │   ├── PartsNotJoinable
         │   ├── RequestIdConflict
         │   ├── UrlsUnavailable
+        │   ├── EndpointDisabled    mend it, then `enable_sink_queue`
         │   └── OutputExists        a file stands in the way (FileExistsError)
         ├── JobEnded
         │   ├── JobFailed           `job_reason` says why
         │   └── JobCancelled
+        ├── NotDelivered            the job succeeded, but a sink lacks something
+        ├── DeliveryFailed          why a delivery failed; told, never raised
         ├── QuotaExceeded
         ├── DataLoss                bytes do not match their checksums
         ├── Unavailable             nobody answered, or the server cannot at the moment
@@ -49,7 +55,7 @@ _DETAILS_KEY = "grpc-status-details-bin"
 
 @dataclass(frozen=True, slots=True)
 class Violation:
-    """One bad field, quota or precondition: what it is, and what to do about it."""
+    """One bad field, quota, precondition or sink: what it is, and what is wrong."""
 
     subject: str
     description: str
@@ -65,7 +71,8 @@ class ExportdError(Exception):
         code: The gRPC status; None when the error did not come from a call.
         metadata: The reason's details, such as `job_id`.
         retry_after: When to try again, where the server said so.
-        violations: The bad fields, used up quotas or unmet preconditions.
+        violations: The bad fields, used up quotas, unmet preconditions, or sinks that
+            lack something.
         reference: What the operator can look up in the server's log; empty if none.
     """
 
@@ -129,6 +136,18 @@ class OutputExpired(NotFound):
     """The output reached its `expire_time`; create the export anew."""
 
 
+class OutputDropped(NotFound):
+    """The output was dropped once every sink had it, as the export asked."""
+
+
+class DeliveryNotFound(NotFound):
+    """There is no such delivery for this caller."""
+
+
+class SinkQueueNotFound(NotFound):
+    """There is no such sink queue for this caller."""
+
+
 class PreconditionFailed(ExportdError):
     """The call does not fit the state things are in."""
 
@@ -157,6 +176,11 @@ class UrlsUnavailable(PreconditionFailed):
     """The server has no way to give download URLs; `Job.download` does without."""
 
 
+class EndpointDisabled(PreconditionFailed):
+    """The endpoint of a sink is gone or has failed for too long; mend it, then
+    `enable_sink_queue` with metadata `queue`."""
+
+
 class OutputExists(PreconditionFailed, FileExistsError):
     """There is a file under the name the download would get."""
 
@@ -180,6 +204,16 @@ class JobFailed(JobEnded):
 
 class JobCancelled(JobEnded):
     """The job was cancelled."""
+
+
+class NotDelivered(ExportdError):
+    """The job succeeded, but not everything has reached its sinks; `violations` names
+    each sink that lacks something. The output is there all the same."""
+
+
+class DeliveryFailed(ExportdError):
+    """Why a delivery to a sink failed. It is what `last_error` and `disabled_reason`
+    hold, and is never raised."""
 
 
 class QuotaExceeded(ExportdError):
@@ -237,9 +271,15 @@ _BY_REASON: Mapping[str, type[ExportdError]] = {
     "GENERATION_MISMATCH": GenerationMismatch,
     "PARTS_NOT_JOINABLE": PartsNotJoinable,
     "DOWNLOAD_URLS_UNAVAILABLE": UrlsUnavailable,
+    "OUTPUT_DROPPED": OutputDropped,
+    "DELIVERY_NOT_FOUND": DeliveryNotFound,
+    "SINK_QUEUE_NOT_FOUND": SinkQueueNotFound,
+    "ENDPOINT_DISABLED": EndpointDisabled,
     "JOB_FAILED": JobFailed,
     "JOB_CANCELLED": JobCancelled,
     "QUOTA_EXCEEDED": QuotaExceeded,
+    "UNAUTHENTICATED": AccessDenied,
+    "PERMISSION_DENIED": AccessDenied,
     "CHECKSUM_MISMATCH": DataLoss,
     "DRAINING": Unavailable,
     "LEDGER_UNAVAILABLE": Unavailable,
@@ -294,6 +334,18 @@ def from_job_error(status: status_pb2.Status, job_id: str) -> JobFailed:
         message or f"job {job_id} failed",
         reason="JOB_FAILED",
         metadata=metadata,
+        violations=details.violations,
+    )
+
+
+def from_delivery_error(status: status_pb2.Status) -> DeliveryFailed:
+    """The error of a delivery or of a queue, from its `google.rpc.Status`."""
+    details = _Details.of(status)
+    reason, message = _split_reason(status.message)
+    return DeliveryFailed(
+        message or "the delivery failed",
+        reason=details.reason or reason,
+        metadata=details.metadata,
         violations=details.violations,
     )
 

@@ -423,11 +423,12 @@ class Ledger(Protocol):
         retry_in: timedelta | None,
         disable_after: timedelta | None = None,
         gone: bool = False,
+        blame: bool = True,
     ) -> DeliveryFailure:
         """End an attempt: with `retry_in` the delivery is due again after it, else it is
         a dead letter. An endpoint that is `gone`, or has failed for `disable_after` since
         its last success, is disabled: no delivery of its queue is tried any more, nor
-        this one again."""
+        this one again. Without `blame` it was not the endpoint's fault."""
         ...
 
     async def list_deliveries(

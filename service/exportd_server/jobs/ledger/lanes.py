@@ -131,7 +131,7 @@ class Lane:
         for left in reversed(range(self._connections + 1)):
             connection = self._engine.connect()
             try:
-                row = self._execute(connection, text, None)
+                (row,) = self._execute(connection, text, None)
             except psycopg.Error as error:
                 broken = self._broken(connection)
                 self._give_up(connection)
@@ -145,31 +145,31 @@ class Lane:
                 return connection, row
         raise AssertionError("unreachable")
 
-    def ask_once(self, text: str, parameters: Any) -> Any:
-        """Run a statement that must not be repeated without need; returns its row."""
+    def ask_once(self, text: str, parameters: Any) -> list[Any]:
+        """Run a statement that must not be repeated without need; returns its rows."""
         connection = self._engine.connect()
         used: float = connection.info.get("used", 0.0)
         if time.monotonic() - used > _FRESH_SECONDS:
             connection.close()
             connection, _ = self.ask("SELECT 1")
         try:
-            row = self._execute(connection, text, parameters)
+            rows = self._execute(connection, text, parameters)
         except BaseException:
             self._give_up(connection)
             raise
         connection.close()
-        return row
+        return rows
 
-    def _execute(self, connection: Connection, text: str, parameters: Any) -> Any:
+    def _execute(self, connection: Connection, text: str, parameters: Any) -> list[Any]:
         raw = _raw(connection)
         self._own.call.uses(raw)
         with raw.cursor(row_factory=namedtuple_row) as cursor:
             cursor.execute(text.encode(), parameters)
             while cursor.nextset():
                 pass
-            row = cursor.fetchone()
+            rows = cursor.fetchall()
         connection.info["used"] = time.monotonic()
-        return row
+        return rows
 
     @staticmethod
     def _broken(connection: Connection) -> bool:

@@ -284,14 +284,14 @@ class PostgresDatabase:
             *(lifecycle.LATE_WRITER_GRACE, self._instance),
         )
         with _available():
-            return self._pool.ask_once(_CLAIM, parameters)
+            return self._pool.ask_once(_CLAIM, parameters)[0]
 
     def _claim_delivery(self, owner: str, lease: int, depth: int) -> Any:
         now = None if self._clock is None else codec.to_micros(self._clock.now())
         with _available():
             return self._pool.ask_once(
                 _CLAIM_DELIVERY, (now, owner, lease, depth, self._instance)
-            )
+            )[0]
 
     # --- news
 

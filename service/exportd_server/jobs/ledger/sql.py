@@ -25,6 +25,7 @@ from exportd_server.jobs.ledger.base import (
     Totals,
 )
 from exportd_server.jobs.ledger.codec import span_to_micros
+from exportd_server.jobs.ledger.keys import LedgerKeys
 from exportd_server.jobs.ledger.statements import (
     delivering,
     pinning,
@@ -66,6 +67,7 @@ class SqlLedger:
     def __init__(self, database: Database) -> None:
         self._database = database
         self._giving_back: set[asyncio.Task[None]] = set()
+        self.keys = LedgerKeys(database)
 
     # --- callers
 
@@ -324,6 +326,7 @@ class SqlLedger:
         retry_in: timedelta | None,
         disable_after: timedelta | None = None,
         gone: bool = False,
+        blame: bool = True,
     ) -> DeliveryFailure:
         """See `Ledger`."""
         return await self._database.write(
@@ -334,6 +337,7 @@ class SqlLedger:
                 retry_in=_micros_or_none(retry_in),
                 disable_after=_micros_or_none(disable_after),
                 gone=gone,
+                blame=blame,
             ),
             line=lease.job_id,
         )

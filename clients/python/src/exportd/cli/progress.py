@@ -64,6 +64,7 @@ class Reporter:
         self._last_line = ""
         self._last_time = float("-inf")
         self._begun: tuple[float, int] | None = None
+        self._state: JobState | None = None
 
     def __enter__(self) -> Self:
         if not self._quiet and sys.stderr.isatty():
@@ -95,8 +96,10 @@ class Reporter:
             progress_text(job),
             None if fraction is None else int(fraction * 1000),
             None if fraction is None else 1000,
-            urgent=job.state.final,
+            # Its end is told at once; what follows are deliveries, and their end.
+            urgent=job.settled or (job.state.final and job.state is not self._state),
         )
+        self._state = job.state
 
     def download(self, progress: DownloadProgress) -> None:
         """A download has moved."""

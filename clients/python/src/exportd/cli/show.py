@@ -6,7 +6,8 @@ Answers go to stdout, everything about their making to stderr.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -16,13 +17,22 @@ from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 from google.rpc import (
     error_details_pb2,  # noqa: F401 - registers the details, so that JSON can show them
+    status_pb2,
 )
 
+from exportd._deliveries import Delivery, DeliveryStatus, SinkDelivery, SinkQueue
 from exportd._model import Dataset, JobInfo, JobState, counted
 from exportd.errors import ExportdError
-from exportd.v1 import job_pb2
+from exportd.v1 import job_pb2, sink_pb2
 
 _STANDARD_DETAILS = "type.googleapis.com/google.rpc."
+_COMMANDS = {
+    "ListDatasets": "exportd datasets",
+    "ListDeliveries": "exportd deliveries",
+    "ListSinkQueues": "exportd queues",
+}
+"""Calls that the server's messages speak of, as commands."""
+
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -36,18 +46,40 @@ def as_json(message: Message) -> dict[str, Any]:
 
 
 def job_json(job: job_pb2.Job) -> dict[str, Any]:
-    """A job as JSON. Error details of a kind unknown here cannot be printed and are
-    left out."""
+    """A job as JSON."""
+    copy = job_pb2.Job()
+    copy.CopyFrom(job)
+    _keep_known_details(copy.error)
+    for delivery in copy.deliveries:
+        _keep_known_details(delivery.last_error)
+    return as_json(copy)
+
+
+def delivery_json(delivery: sink_pb2.Delivery) -> dict[str, Any]:
+    """A delivery as JSON."""
+    copy = sink_pb2.Delivery()
+    copy.CopyFrom(delivery)
+    _keep_known_details(copy.last_error)
+    return as_json(copy)
+
+
+def queue_json(queue: sink_pb2.SinkQueue) -> dict[str, Any]:
+    """A queue as JSON."""
+    copy = sink_pb2.SinkQueue()
+    copy.CopyFrom(queue)
+    _keep_known_details(copy.disabled_reason)
+    return as_json(copy)
+
+
+def _keep_known_details(status: status_pb2.Status) -> None:
+    """Take out error details of a kind unknown here, which cannot be printed. A status
+    that is absent stays so."""
     known: list[any_pb2.Any] = [
-        d for d in job.error.details if d.type_url.startswith(_STANDARD_DETAILS)
+        d for d in status.details if d.type_url.startswith(_STANDARD_DETAILS)
     ]
-    if len(known) < len(job.error.details):
-        copy = job_pb2.Job()
-        copy.CopyFrom(job)
-        del copy.error.details[:]
-        copy.error.details.extend(known)
-        job = copy
-    return as_json(job)
+    if len(known) < len(status.details):
+        del status.details[:]
+        status.details.extend(known)
 
 
 def print_json(value: object) -> None:
@@ -62,7 +94,7 @@ def note(text: str) -> None:
 
 def error_line(error: ExportdError) -> str:
     """One line: what, which fields, and when to try again."""
-    text = str(error)
+    text = _in_commands(str(error), error.metadata)
     missing = [
         f"{v.subject}: {v.description}"
         for v in error.violations
@@ -72,7 +104,15 @@ def error_line(error: ExportdError) -> str:
         text += " (" + "; ".join(missing) + ")"
     if error.retry_after is not None:
         text += f"; try again in {error.retry_after.total_seconds():g} s"
-    return "error: " + " ".join(clean(text).split())
+    return f"error: {one_line(clean(text))}"
+
+
+def _in_commands(text: str, metadata: Mapping[str, str]) -> str:
+    """The server's words, with commands for the calls of the contract."""
+    for call, command in _COMMANDS.items():
+        text = text.replace(call, f"'{command}'")
+    queue = shlex.quote(metadata.get("queue", "QUEUE"))
+    return text.replace("EnableSinkQueue", f"'exportd queues enable {queue}'")
 
 
 def clean(text: str) -> str:
@@ -80,6 +120,11 @@ def clean(text: str) -> str:
     return "".join(
         c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
     )
+
+
+def one_line(text: str) -> str:
+    """Text for a cell of a table."""
+    return " ".join(text.split())
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -161,8 +206,13 @@ def show_job(job: JobInfo) -> None:
             "size": size_text(manifest.size) if manifest else "",
             "parts": str(len(manifest.parts)) if manifest else "",
             "file": manifest.file_name if manifest else "",
+            "dropped": _moment(job.drop_time),
+            "delivery": _delivery(job),
         }
     )
+    if job.deliveries:
+        click.echo()
+        _show_sinks(job.deliveries)
 
 
 def show_jobs(jobs: Iterable[JobInfo]) -> None:
@@ -183,6 +233,99 @@ def show_jobs(jobs: Iterable[JobInfo]) -> None:
     )
 
 
+def _show_sinks(deliveries: Iterable[SinkDelivery]) -> None:
+    """How the delivery of a job to each of its sinks stands."""
+    table(
+        (
+            *("SINK", "STATUS", "DELIVERED", "PENDING", "DROPPED", "FAILED", "ATTEMPTS"),
+            "RECEIPT OR LAST ERROR",
+        ),
+        (
+            (
+                d.sink,
+                str(d.status),
+                f"{d.delivered:,}",
+                f"{d.pending:,}",
+                f"{d.dropped:,}",
+                f"{d.dead_lettered:,}",
+                f"{d.attempts:,}",
+                one_line(str(d.last_error or d.receipt)),
+            )
+            for d in deliveries
+        ),
+    )
+
+
+def show_deliveries(deliveries: Iterable[Delivery], *, with_job: bool) -> None:
+    """The list of deliveries."""
+    skip = 0 if with_job else 1
+    header = (
+        "JOB",
+        "STATE",
+        "SINK",
+        "FILE",
+        "ATTEMPTS",
+        "NEXT ATTEMPT",
+        "ID",
+        "LAST ERROR",
+    )
+    table(
+        header[skip:],
+        (
+            (
+                d.job_id,
+                str(d.state),
+                d.sink,
+                d.file_name or "completion",
+                f"{d.attempts:,}",
+                _moment(d.next_attempt_time),
+                d.id,
+                one_line(str(d.last_error or "")),
+            )[skip:]
+            for d in deliveries
+        ),
+    )
+
+
+def show_queues(queues: Iterable[SinkQueue]) -> None:
+    """The list of queues."""
+    table(
+        ("QUEUE", "WAITING", "RETRYING", "FAILED", "STATE"),
+        (
+            (
+                q.queue,
+                f"{q.waiting:,}",
+                f"{q.retrying:,}",
+                f"{q.dead_lettered:,}",
+                _queue_state(q),
+            )
+            for q in queues
+        ),
+    )
+
+
+def _queue_state(queue: SinkQueue) -> str:
+    if queue.disabled_time is not None:
+        why = one_line(str(queue.disabled_reason or ""))
+        return f"disabled since {_moment(queue.disabled_time)}" + (
+            f": {why}" if why else ""
+        )
+    if queue.failing_since is not None:
+        return f"failing since {_moment(queue.failing_since)}"
+    return "enabled"
+
+
+def delivery_text(job: JobInfo) -> str:
+    """How far a job's deliveries are, in a few words; empty without any."""
+    counts = (
+        (sum(d.delivered for d in job.deliveries), "delivered"),
+        (sum(d.pending for d in job.deliveries), "to deliver"),
+        (sum(d.dead_lettered for d in job.deliveries), "not delivered"),
+        (sum(d.dropped for d in job.deliveries), "dropped"),
+    )
+    return ", ".join(f"{number:,} {words}" for number, words in counts if number)
+
+
 def progress_text(job: JobInfo) -> str:
     """How far a job is, in a few words."""
     progress = job.progress
@@ -198,6 +341,8 @@ def progress_text(job: JobInfo) -> str:
             pieces.append(f"{progress.fraction:.0%}")
         if progress.rows_per_second is not None:
             pieces.append(f"{counted(round(progress.rows_per_second), 'row')}/s")
+    if delivered := delivery_text(job):
+        pieces.append(delivered)
     return ", ".join(pieces)
 
 
@@ -223,6 +368,14 @@ def _count(value: int | None, prefix: str = "") -> str:
 
 def _left_out(job: JobInfo) -> str:
     return f"{counted(job.progress.row_errors, 'row')}: exportd errors {job.id}"
+
+
+def _delivery(job: JobInfo) -> str:
+    """How it stands in all, and where to look when something is not there."""
+    status = job.delivery_status
+    if status is None or status is DeliveryStatus.DELIVERED:
+        return str(status or "")
+    return f"{status}: exportd deliveries --job {job.id}"
 
 
 def _moment(moment: datetime | None) -> str:

@@ -137,6 +137,13 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """NOT_FOUND. There is no such delivery for this caller."""
     ERROR_REASON_SINK_QUEUE_NOT_FOUND: _ErrorReason.ValueType  # 38
     """NOT_FOUND. There is no such sink queue for this caller."""
+    ERROR_REASON_UNAUTHENTICATED: _ErrorReason.ValueType  # 39
+    """UNAUTHENTICATED. The call carries no credentials, or none that are valid: send
+    `authorization: Bearer` with an API key or a token, or call with a client
+    certificate.
+    """
+    ERROR_REASON_PERMISSION_DENIED: _ErrorReason.ValueType  # 40
+    """PERMISSION_DENIED. The caller lacks a scope; metadata `scope` names it."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call or a job failed. The name without its `ERROR_REASON_` prefix is the
@@ -260,4 +267,11 @@ ERROR_REASON_DELIVERY_NOT_FOUND: ErrorReason.ValueType  # 37
 """NOT_FOUND. There is no such delivery for this caller."""
 ERROR_REASON_SINK_QUEUE_NOT_FOUND: ErrorReason.ValueType  # 38
 """NOT_FOUND. There is no such sink queue for this caller."""
+ERROR_REASON_UNAUTHENTICATED: ErrorReason.ValueType  # 39
+"""UNAUTHENTICATED. The call carries no credentials, or none that are valid: send
+`authorization: Bearer` with an API key or a token, or call with a client
+certificate.
+"""
+ERROR_REASON_PERMISSION_DENIED: ErrorReason.ValueType  # 40
+"""PERMISSION_DENIED. The caller lacks a scope; metadata `scope` names it."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

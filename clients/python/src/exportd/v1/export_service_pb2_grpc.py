@@ -32,6 +32,13 @@ class ExportServiceStub:
     Every error carries `google.rpc.ErrorInfo` with domain `exportd` and a reason from
     `ErrorReason`. Any method may answer UNAVAILABLE while the server shuts down, and
     INTERNAL with a reference that the operator can look up.
+
+    Where the server wants to know who calls, credentials travel as metadata
+    `authorization: Bearer <API key or token>`, or as a client certificate. They say whose
+    jobs the caller sees and what it may do: scope `exports.read` for the methods that
+    only read, `exports.write` for CreateExport, CancelJob, DeleteJob, RedriveDeliveries
+    and EnableSinkQueue; `admin` is both. Any method may answer UNAUTHENTICATED, and
+    PERMISSION_DENIED with the scope that is missing.
     """
 
     def __init__(self, channel):
@@ -118,6 +125,13 @@ class ExportServiceServicer:
     Every error carries `google.rpc.ErrorInfo` with domain `exportd` and a reason from
     `ErrorReason`. Any method may answer UNAVAILABLE while the server shuts down, and
     INTERNAL with a reference that the operator can look up.
+
+    Where the server wants to know who calls, credentials travel as metadata
+    `authorization: Bearer <API key or token>`, or as a client certificate. They say whose
+    jobs the caller sees and what it may do: scope `exports.read` for the methods that
+    only read, `exports.write` for CreateExport, CancelJob, DeleteJob, RedriveDeliveries
+    and EnableSinkQueue; `admin` is both. Any method may answer UNAUTHENTICATED, and
+    PERMISSION_DENIED with the scope that is missing.
     """
 
     def ListDatasets(self, request, context):
@@ -357,6 +371,13 @@ class ExportService:
     Every error carries `google.rpc.ErrorInfo` with domain `exportd` and a reason from
     `ErrorReason`. Any method may answer UNAVAILABLE while the server shuts down, and
     INTERNAL with a reference that the operator can look up.
+
+    Where the server wants to know who calls, credentials travel as metadata
+    `authorization: Bearer <API key or token>`, or as a client certificate. They say whose
+    jobs the caller sees and what it may do: scope `exports.read` for the methods that
+    only read, `exports.write` for CreateExport, CancelJob, DeleteJob, RedriveDeliveries
+    and EnableSinkQueue; `admin` is both. Any method may answer UNAUTHENTICATED, and
+    PERMISSION_DENIED with the scope that is missing.
     """
 
     @staticmethod

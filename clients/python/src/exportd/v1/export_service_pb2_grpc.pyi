@@ -33,6 +33,13 @@ class ExportServiceStub:
     Every error carries `google.rpc.ErrorInfo` with domain `exportd` and a reason from
     `ErrorReason`. Any method may answer UNAVAILABLE while the server shuts down, and
     INTERNAL with a reference that the operator can look up.
+
+    Where the server wants to know who calls, credentials travel as metadata
+    `authorization: Bearer <API key or token>`, or as a client certificate. They say whose
+    jobs the caller sees and what it may do: scope `exports.read` for the methods that
+    only read, `exports.write` for CreateExport, CancelJob, DeleteJob, RedriveDeliveries
+    and EnableSinkQueue; `admin` is both. Any method may answer UNAUTHENTICATED, and
+    PERMISSION_DENIED with the scope that is missing.
     """
 
     @_typing.overload
@@ -141,6 +148,13 @@ class ExportServiceAsyncStub(ExportServiceStub):
     Every error carries `google.rpc.ErrorInfo` with domain `exportd` and a reason from
     `ErrorReason`. Any method may answer UNAVAILABLE while the server shuts down, and
     INTERNAL with a reference that the operator can look up.
+
+    Where the server wants to know who calls, credentials travel as metadata
+    `authorization: Bearer <API key or token>`, or as a client certificate. They say whose
+    jobs the caller sees and what it may do: scope `exports.read` for the methods that
+    only read, `exports.write` for CreateExport, CancelJob, DeleteJob, RedriveDeliveries
+    and EnableSinkQueue; `admin` is both. Any method may answer UNAUTHENTICATED, and
+    PERMISSION_DENIED with the scope that is missing.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -245,6 +259,13 @@ class ExportServiceServicer(metaclass=_abc_1.ABCMeta):
     Every error carries `google.rpc.ErrorInfo` with domain `exportd` and a reason from
     `ErrorReason`. Any method may answer UNAVAILABLE while the server shuts down, and
     INTERNAL with a reference that the operator can look up.
+
+    Where the server wants to know who calls, credentials travel as metadata
+    `authorization: Bearer <API key or token>`, or as a client certificate. They say whose
+    jobs the caller sees and what it may do: scope `exports.read` for the methods that
+    only read, `exports.write` for CreateExport, CancelJob, DeleteJob, RedriveDeliveries
+    and EnableSinkQueue; `admin` is both. Any method may answer UNAUTHENTICATED, and
+    PERMISSION_DENIED with the scope that is missing.
     """
 
     @_abc_1.abstractmethod

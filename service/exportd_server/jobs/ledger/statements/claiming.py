@@ -291,9 +291,13 @@ def delivery_choice() -> sa.Select[Any]:
     the tenant with the fewest, of several the one served longest ago; never more of one
     queue than it allows."""
     now = sa.bindparam("now", type_=sa.BigInteger)
+    # By kind: that they have a queue would send SQLite through all that stands in queues.
     at_work = (
         sa.select(tasks.c.queue, tasks.c.lane, sa.func.count().label("tasks"))
-        .where(tasks.c.state == TaskState.LEASED.sql, tasks.c.queue.is_not(None))
+        .where(
+            tasks.c.state == TaskState.LEASED.sql,
+            tasks.c.kind == TaskKind.DELIVER.value,
+        )
         .group_by(tasks.c.queue, tasks.c.lane)
         .cte("at_work")
     )

@@ -283,10 +283,7 @@ def _drop_output(tx: Transaction, job: Row[Any]) -> None:
         deliveries.c.state != DeliveryState.DELIVERED.value,
     )
     if job.drop_time is None and tx.connection.execute(missing.limit(1)).first() is None:
-        tx.connection.execute(
-            sa.update(jobs).where(jobs.c.job_id == job.job_id).values(drop_time=tx.now)
-        )
-        lifecycle.add_cleanup(tx, job)
+        lifecycle.drop_output(tx, job)
 
 
 # --- at work
@@ -384,11 +381,16 @@ def fail_delivery(
     retry_in: int | None,
     disable_after: int | None,
     gone: bool,
+    blame: bool,
 ) -> DeliveryFailure:
     """End an attempt, and the endpoint if it has failed for too long."""
     task, job, found = _holding(tx, lease)
     told = codec.dump_error(error)
-    disabled, by_this = _endpoint_failed(tx, found.queue, told, disable_after, gone=gone)
+    disabled, by_this = False, False
+    if blame:
+        disabled, by_this = _endpoint_failed(
+            tx, found.queue, told, disable_after, gone=gone
+        )
     if retry_in is not None and not disabled:
         tx.connection.execute(
             sa.update(tasks)

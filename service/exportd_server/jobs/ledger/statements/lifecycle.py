@@ -224,8 +224,11 @@ def hide(tx: Transaction, finished: Sequence[Row[Any]]) -> None:
     tx.changes.gone.update(job.job_id for job in finished)
 
 
-def add_cleanup(tx: Transaction, job: Row[Any]) -> None:
-    """Have what the job must not have any more deleted."""
+def drop_output(tx: Transaction, job: Row[Any]) -> None:
+    """Have the output deleted of a job that stays."""
+    tx.connection.execute(
+        sa.update(jobs).where(jobs.c.job_id == job.job_id).values(drop_time=tx.now)
+    )
     _add_tasks(tx, [_cleanup(tx, job, at=tx.now)])
 
 

@@ -94,7 +94,9 @@ _SENT = (
     .where(deliveries.c.job_id.in_(sa.bindparam("job_ids", expanding=True)))
     .group_by(deliveries.c.job_id, deliveries.c.sink, deliveries.c.state)
 )
-_NOT_THERE = (DeliveryState.PENDING.value, DeliveryState.DEAD_LETTERED.value)
+_NOT_THERE = tuple(
+    state.value for state in DeliveryState if state is not DeliveryState.DELIVERED
+)
 
 _AHEAD = (
     jobs.c.tenant == sa.bindparam("tenant"),

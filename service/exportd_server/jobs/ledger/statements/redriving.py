@@ -273,15 +273,12 @@ def list_queues(
 
 
 def _to_queue(tx: Transaction, tenant: str, name: str) -> SinkQueue:
-    states: dict[str, int] = dict(
-        tx.connection.execute(
-            sa.select(tasks.c.state, sa.func.count())
-            .where(tasks.c.queue == name, tasks.c.tenant == tenant)
-            .group_by(tasks.c.state)
-        )
-        .tuples()
-        .all()
+    counted = tx.connection.execute(
+        sa.select(tasks.c.state, sa.func.count())
+        .where(tasks.c.queue == name, tasks.c.tenant == tenant)
+        .group_by(tasks.c.state)
     )
+    states: dict[str, int] = {row[0]: row[1] for row in counted}
     dead = tx.connection.execute(
         sa.select(sa.func.count()).where(
             deliveries.c.tenant == tenant,

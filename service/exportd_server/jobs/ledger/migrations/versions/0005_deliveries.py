@@ -63,7 +63,7 @@ BEGIN
     FOR candidate IN
         WITH RECURSIVE at_work AS MATERIALIZED (
             SELECT queue, lane, count(*)::int AS tasks FROM tasks
-            WHERE state = 'leased' AND queue IS NOT NULL GROUP BY queue, lane
+            WHERE state = 'leased' AND kind = 'deliver' GROUP BY queue, lane
         ), busy AS MATERIALIZED (
             SELECT queue, sum(tasks)::int AS tasks FROM at_work GROUP BY queue
         ), waiting AS (
