@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sqlite3
+import urllib.request
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
@@ -13,6 +14,7 @@ from typing import Any
 
 import grpc
 import pytest
+import structlog
 from google.protobuf import struct_pb2
 
 from exportd.v1 import export_service_pb2 as pb
@@ -751,3 +753,29 @@ async def test_metrics_of_every_sink_are_there_from_the_start_and_count(
         await settled(server, job.job_id)
         assert value("exportd_sink_deliveries_total", **sink, outcome="retried") == 1
         assert value("exportd_sink_deliveries_total", **sink, outcome="dead_lettered") == 1
+
+
+async def test_metrics_are_served_and_every_retry_and_dead_letter_is_one_line(
+    run: Serving, scripted: ScriptedSink, unused_tcp_port: int
+) -> None:
+    scripted.behaviour["a"] = always(passing())
+    listen = {"listen": f"127.0.0.1:{unused_tcp_port}"}
+    merge = structlog.contextvars.merge_contextvars
+    with structlog.testing.capture_logs(processors=[merge]) as logged:
+        async with run(metrics=listen) as server:
+            job = await create(server, to("a", takes="whole"))
+            await settled(server, job.job_id)
+
+            def scrape() -> str:
+                url = f"http://{listen['listen']}/metrics"
+                with urllib.request.urlopen(url, timeout=10) as answer:
+                    return str(answer.read().decode())
+
+            text = await asyncio.to_thread(scrape)
+    name = 'exportd_sink_deliveries_total{connection="",outcome="retried",sink="scripted"}'
+    assert name in text
+    lines = [line for line in logged if line.get("delivery_id")]
+    events = [line["event"] for line in lines]
+    assert events == ["delivery failed", "delivery failed", "delivery dead-lettered"]
+    assert {line["sink"] for line in lines} == {"a"}
+    assert {line["job_id"] for line in lines} == {job.job_id}
