@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 
-from bench import beside, fleet, memory, reap, s3, small
+from bench import beside, fleet, memory, reap, s3, sinks, small
 from bench.machine import CACHE
 from bench.report import Result
 
@@ -16,6 +16,7 @@ BENCHES: dict[str, Callable[[], Iterator[Result]]] = {
     "fleet": fleet.results,
     "s3": s3.results,
     "reap": reap.results,
+    "sinks": sinks.results,
 }
 
 

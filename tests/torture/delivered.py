@@ -77,7 +77,8 @@ class Delivered:
             if not tracked.request.sinks or tracked.deleting or tracked.final is None:
                 continue
             job = await self._settled(api, tracked)
-            if job is not None:
+            # The product's own client makes some jobs without.
+            if job is not None and job.request.sinks:
                 await asyncio.to_thread(self._check, tracked, job)
 
     async def _settled(self, api: Api, tracked: Tracked) -> job_pb2.Job | None:

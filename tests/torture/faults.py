@@ -304,7 +304,7 @@ class Injector:
         self._fleet.may_refuse.set()
         # While the server is away there is nothing to cut.
         async with self._one_outage, self._trouble(_AFTER_OUTAGE):
-            asyncio.get_running_loop().call_later(2.0, self._outage_over)
+            asyncio.get_running_loop().call_later(_AFTER_OUTAGE, self._outage_over)
             with suppress(psycopg.Error, OSError):
                 async with await psycopg.AsyncConnection.connect(
                     self._postgres.url(), autocommit=True

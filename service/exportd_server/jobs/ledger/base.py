@@ -339,7 +339,7 @@ class Ledger(Protocol):
     async def restart_output(self, lease: Lease) -> None:
         """Throw away what the job has, because the source changed, and plan it anew
         under the next generation. That is no attempt of its own, but those that were
-        lost stay counted. After ten generations the job turns FAILED with
+        lost stay counted. After twenty generations the job turns FAILED with
         SOURCE_CHANGED."""
         ...
 

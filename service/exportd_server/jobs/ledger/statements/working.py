@@ -22,7 +22,7 @@ from exportd_server.jobs.model import JobState, Manifest, ManifestColumn, PartRe
 from exportd_server.sources.base import Shard
 from exportd_server.store.key import OutputKind
 
-MOST_GENERATIONS = 10
+MOST_GENERATIONS = 20
 """How often an output may be begun: a source that changes each time is no source."""
 
 _HOUSEKEEPING_RETRY = 10_000_000
