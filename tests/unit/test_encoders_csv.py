@@ -119,7 +119,7 @@ def test_one_column_never_makes_an_empty_line() -> None:
     assert csv_of({"only": [None, "x"]}, null_marker="-") == "only\n-\nx\n"
 
 
-FORMULAS = ["=1+1", "+1", "-1", "@SUM(A1)", "\tx", "\rx", '=HYPERLINK("x")']
+FORMULAS = ["=1+1", "+1", "-1", "@SUM(A1)", "\tx", "\rx", '=HYPERLINK("x")', " =1", "\n@x"]
 
 
 def test_the_safe_dialect_disarms_text_and_leaves_numbers() -> None:
@@ -142,7 +142,7 @@ def test_the_safe_dialect_disarms_text_and_leaves_numbers() -> None:
 
 
 def test_the_safe_dialect_changes_no_harmless_text() -> None:
-    texts = ["a=1", " =1", "'x", "", None, "0", "ok\n=1", "[-1]"]
+    texts = ["a=1", " 1=", "'x", "", None, "0", "ok\n=1", "[-1]"]
     columns = {"t": texts, "i": pa.array(range(len(texts)))}
     assert csv_of(columns, dialect=CsvDialect.SPREADSHEET_SAFE) == csv_of(columns)
 

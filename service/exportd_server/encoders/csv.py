@@ -27,9 +27,10 @@ _LONE_MARKER = "\\N"
 # Characters that numbers and booleans are made of, and markers that could be one.
 _TYPED_CHARACTERS = frozenset("0123456789+-.abcdefghijklmnopqrstuvwxyzEN")
 _TYPED_MARKER = re.compile(r"[-+]?[\d.].*|[-+]?inf|NaN|true|false", re.DOTALL)
-# What a spreadsheet takes for a formula:
+# What a spreadsheet takes for a formula, whatever it drops before it; the wide forms of
+# the four signs count as them where Japanese is written.
 # https://owasp.org/www-community/attacks/CSV_Injection
-_FORMULA = r"^[=+\-@\t\r]"
+_FORMULA = "^(?:[\\s\\x00-\\x1f\u200b\ufeff]*[=+\\-@\uff1d\uff0b\uff0d\uff20]|[\\t\\r\\n])"
 
 
 class CsvEncoder(TextEncoder):
@@ -110,6 +111,11 @@ def _is_number(kind: pa.DataType) -> bool:
     )
 
 
+def is_formula(text: str) -> bool:
+    """Whether a spreadsheet may take a cell with this text for a formula."""
+    return bool(re.match(_FORMULA, text))
+
+
 def _harmless(text: pl.Expr) -> pl.Expr:
     armed = text.str.contains(_FORMULA)
     return pl.when(armed).then(pl.format("'{}", text)).otherwise(text).name.keep()
@@ -119,7 +125,7 @@ def _header(names: list[str], options: CsvOptions) -> bytes:
     safe = options.dialect is CsvDialect.SPREADSHEET_SAFE
     cells = []
     for name in names:
-        text = "'" + name if safe and re.match(_FORMULA, name) else name
+        text = "'" + name if safe and is_formula(name) else name
         if not text or any(mark in text for mark in (options.delimiter, '"', "\n", "\r")):
             text = '"' + text.replace('"', '""') + '"'
         cells.append(text)

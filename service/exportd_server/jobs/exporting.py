@@ -134,10 +134,10 @@ class Exporter:
         job = await held.insist(lambda: self._ledger.get_job(lease.tenant, lease.job_id))
         if job is None or job.state.terminal or job.generation != lease.generation:
             raise LeaseLost
-        dataset = self._catalogue.get(job.spec.dataset)
+        dataset = self._catalogue.find(job.spec.dataset, lease.tenant)
         if dataset is None or not dataset.exportable:
             raise ExportdError(ErrorReason.DATASET_NOT_EXPORTABLE)
-        query = to_query(dataset, job.spec)
+        query = to_query(dataset, job.spec, lease.tenant)
         done: list[PartRecord] = []
         if lease.kind is TaskKind.PLAN:
             # A plan that was just recorded has no parts of an earlier attempt.
@@ -164,7 +164,7 @@ class Exporter:
                             lease,
                             plan.shards,
                             columns,
-                            estimated_rows=plan.estimated_rows,
+                            estimated_rows=dataset.told(plan.estimated_rows),
                         )
                     )
                 )

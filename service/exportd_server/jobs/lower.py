@@ -7,7 +7,8 @@ from datetime import datetime
 
 import pyarrow as pa
 
-from exportd_server.encoders.base import OutputFormat
+from exportd_server.encoders.base import CsvDialect, OutputFormat
+from exportd_server.encoders.csv import is_formula
 from exportd_server.encoders.registry import unsupported
 from exportd_server.errors import FieldViolation, InvalidRequest
 from exportd_server.jobs.model import ExportSpec, FilterSpec, ManifestColumn
@@ -101,6 +102,11 @@ class _Lowering:
         if column is None:
             self.complain(f"{field}.column", self.unknown_column(spec.column))
             return
+        if column.masked:
+            self.complain(
+                f"{field}.column", f"column {column.name} is masked; it cannot be filtered"
+            )
+            return
         if spec.operator not in column.operators:
             usable = ", ".join(column.operators)
             self.complain(
@@ -138,6 +144,14 @@ class _Lowering:
         for name, why in unsupported(output, schema_of(known)):
             self.complain("format", f"{output.format} cannot carry {name}: {why}")
 
+    def harmless(self, output: OutputFormat) -> None:
+        safe = output.csv.dialect is CsvDialect.SPREADSHEET_SAFE
+        if safe and is_formula(output.csv.null_marker):
+            self.complain(
+                "csv_options.null_marker",
+                "begins as a formula does, which SPREADSHEET_SAFE keeps out of the file",
+            )
+
 
 def schema_of(columns: Iterable[Column]) -> pa.Schema:
     """The Arrow schema of columns."""
@@ -146,8 +160,9 @@ def schema_of(columns: Iterable[Column]) -> pa.Schema:
     )
 
 
-def to_query(dataset: Dataset, spec: ExportSpec) -> Query:
-    """The query a request stands for.
+def to_query(dataset: Dataset, spec: ExportSpec, tenant: str) -> Query:
+    """The query a tenant's request stands for, over the tenant's rows of a dataset that
+    serves it.
 
     Raises `InvalidRequest` with a violation for each field that does not fit the
     dataset.
@@ -167,9 +182,11 @@ def to_query(dataset: Dataset, spec: ExportSpec) -> Query:
         for index, condition in enumerate(spec.filters):
             lowering.condition(index, condition)
     lowering.carried(spec.output, columns)
+    lowering.harmless(spec.output)
     if lowering.violations:
         raise InvalidRequest(lowering.violations)
-    return Query(columns, tuple(lowering.filters), spec.limit)
+    filters = (*dataset.conditions(tenant), *lowering.filters)
+    return Query(columns, filters, spec.limit)
 
 
 def output_columns(dataset: Dataset, names: tuple[str, ...]) -> tuple[ManifestColumn, ...]:

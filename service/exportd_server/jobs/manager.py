@@ -156,15 +156,16 @@ class JobManager:
 
     # --- datasets
 
-    def dataset_names(self) -> list[str]:
-        """Names of the datasets, in order."""
-        return list(self._catalogue.names())
+    def dataset_names(self, tenant: str) -> list[str]:
+        """Names of the tenant's datasets, in order."""
+        return self._catalogue.names_for(tenant)
 
-    def dataset(self, name: str) -> Dataset:
-        """A dataset; raises DATASET_NOT_FOUND."""
-        dataset = self._catalogue.get(name)
+    def dataset(self, tenant: str, name: str) -> Dataset:
+        """A dataset; raises DATASET_NOT_FOUND, for one that is not the tenant's too."""
+        dataset = self._catalogue.find(name, tenant)
         if dataset is None:
-            close = difflib.get_close_matches(name[:100], self.dataset_names(), n=1)
+            known = self.dataset_names(tenant)
+            close = difflib.get_close_matches(name[:100], known, n=1)
             hint = f"did you mean {close[0]}?" if close else "ListDatasets names them"
             raise ExportdError(
                 ErrorReason.DATASET_NOT_FOUND,
@@ -174,8 +175,9 @@ class JobManager:
         return dataset
 
     async def count(self, dataset: Dataset) -> int | None:
-        """About how many rows a dataset has, where that is cheap to tell."""
-        if not dataset.exportable:
+        """About how many rows a dataset has, where that is cheap to tell and may be
+        told."""
+        if not dataset.exportable or not dataset.counted:
             return None
         return await self._ask(dataset.source.count)
 
@@ -261,7 +263,7 @@ class JobManager:
         violations = list(wrong)
         dataset: Dataset | None = None
         if spec.dataset:
-            dataset = self.dataset(spec.dataset)
+            dataset = self.dataset(tenant, spec.dataset)
             if not dataset.exportable:
                 raise ExportdError(
                     ErrorReason.DATASET_NOT_EXPORTABLE,
@@ -378,9 +380,9 @@ class JobManager:
         source gives one; nothing is recorded. Raises `InvalidRequest` when a sink could
         not be delivered to."""
         spec = accepted.spec
-        dataset = self.dataset(spec.dataset)
+        dataset = self.dataset(tenant, spec.dataset)
         await self._probe(tenant, _export(tenant, dataset, spec), accepted.sinks)
-        query = to_query(dataset, spec)
+        query = to_query(dataset, spec, tenant)
         plan = await self._ask(lambda: dataset.source.plan(query))
         return Job(
             job_id="",
@@ -389,7 +391,7 @@ class JobManager:
             spec=spec,
             request_id="",
             create_time=datetime.now(UTC),
-            progress=Progress(estimated_rows=plan.estimated_rows),
+            progress=Progress(estimated_rows=dataset.told(plan.estimated_rows)),
         )
 
     async def _probe(self, tenant: str, export: Export, sinks: Sequence[JobSink]) -> None:
@@ -628,7 +630,7 @@ def _named(
 
 def _export(tenant: str, dataset: Dataset, spec: ExportSpec) -> Export:
     """What sinks are told of a request. Raises `InvalidRequest`."""
-    columns = output_columns(dataset, to_query(dataset, spec).columns)
+    columns = output_columns(dataset, to_query(dataset, spec, tenant).columns)
     return Export(
         tenant=tenant,
         dataset=spec.dataset,

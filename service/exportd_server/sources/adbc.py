@@ -12,6 +12,7 @@ returns to it.
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 import json
 import re
@@ -26,7 +27,7 @@ import adbc_driver_manager
 import pyarrow as pa
 from sqlglot import exp
 
-from exportd_server.errors import ExportdError, SourceFailed
+from exportd_server.errors import ExportdError, SourceFailed, ValueNotEncodable
 from exportd_server.sources import query as sql
 from exportd_server.sources.base import (
     Anchor,
@@ -38,6 +39,7 @@ from exportd_server.sources.base import (
 )
 from exportd_server.sources.batches import Stop, conform, gather, not_fitting
 from exportd_server.sources.loose import LooseBatch, Shape
+from exportd_server.sources.masks import Masks
 from exportd_server.sources.query import Dialect, Field
 
 MARK = "exportd:"
@@ -284,6 +286,15 @@ class AdbcSource:
             fields = vendor.describe(session, relation, types or {})
         self._fields = {field.column.name: field for field in fields}
         self._key = partition_key
+        self._masks = Masks()
+
+    def masked(self, masks: Masks) -> AdbcSource:
+        """The same rows under masks."""
+        other = copy.copy(self)
+        other._masks = masks  # noqa: SLF001 - the same class
+        fields = masks.over(self._vendor.dialect, self._fields)
+        other._fields = fields
+        return other
 
     def columns(self) -> tuple[Column, ...]:
         """All columns, in the source's order."""
@@ -301,18 +312,24 @@ class AdbcSource:
             cut = self._cut(query, shard_rows)
             if cut is not None:
                 shards = [
-                    Shard(index, json.dumps({"piece": state}))
+                    Shard(index, json.dumps({"piece": state, "masks": self._masks.stamp}))
                     for index, state in enumerate(cut.states)
                 ]
                 return Plan(tuple(shards), estimate, cut.anchor)
-        state = {"fingerprint": self._vendor.fingerprint()}
+        state = {
+            "fingerprint": self._vendor.fingerprint(),
+            "masks": self._masks.stamp,
+        }
         return Plan((Shard(0, json.dumps(state)),), estimate)
 
     def open(self, query: Query, shard: Shard, *, skip_rows: int = 0) -> DatabaseStream:
-        """Read it. With rows to skip, raises `SourceChanged` unless the fingerprint of
-        the plan was sure and still holds, or the piece has an order; iterating does so
-        when the state of the data that was cut is gone."""
+        """Read it. Raises `SourceChanged` under other masks than those of the plan; with
+        rows to skip, unless the fingerprint of the plan was sure and still holds, or the
+        piece has an order; iterating does so when the state of the data that was cut is
+        gone."""
         state = json.loads(shard.state)
+        if state.get("masks", "") != self._masks.stamp:
+            raise SourceChanged
         if "piece" in state:
             return self._open_piece(query, state["piece"], skip_rows)
         check: _Check | None = None
@@ -376,7 +393,7 @@ class AdbcSource:
             whole = vendor.statement(tree, wanted, loose=loose)
             return sql.render(vendor.dialect, whole), parameters
 
-        return DatabaseStream(vendor, statement, wanted, check)
+        return DatabaseStream(vendor, statement, wanted, self._masks, check)
 
     def _tree(
         self, query: Query, skip_rows: int, *, loose: bool = False
@@ -419,11 +436,13 @@ class DatabaseStream:
         vendor: Vendor,
         statement: _Statement,
         fields: Sequence[Field],
+        masks: Masks,
         check: _Check | None,
     ) -> None:
         self._vendor = vendor
         self._statement = statement
         self._fields = fields
+        self._masks = masks
         self._check = check
         self._schema = pa.schema(
             [
@@ -506,8 +525,9 @@ class DatabaseStream:
                 try:
                     arrays = self._vendor.unpack(batch, self._fields, first=first)
                 except Misfit as misfit:
-                    raise not_fitting(misfit.name) from misfit.__cause__
+                    raise self._not_fitting(misfit) from misfit.__cause__
                 first = first and batch.num_rows == 0
+                arrays = self._masks.hashed(self._schema.names, arrays)
                 yield conform(arrays, self._schema, check_text=True)
 
     def _read_loose(self) -> Iterator[pa.RecordBatch]:
@@ -516,7 +536,9 @@ class DatabaseStream:
             for batch in batches:
                 cut = min(left, batch.num_rows)
                 left -= cut
-                yield batch.slice(cut)
+                yield self._masks.hashed_batch(
+                    batch.slice(cut), self._schema.names, self._vendor.heading
+                )
 
     def _run(self, *, loose: bool) -> Generator[pa.RecordBatch, None, None]:
         text, parameters = self._statement(loose=loose)
@@ -526,7 +548,11 @@ class DatabaseStream:
                     self._check(session, text)
                 yield from session.stream(text, parameters)
         except Misfit as misfit:
-            raise not_fitting(misfit.name) from misfit.__cause__
+            raise self._not_fitting(misfit) from misfit.__cause__
+
+    def _not_fitting(self, misfit: Misfit) -> ValueNotEncodable:
+        # A column that nobody asked for may be one that nobody is to know of.
+        return not_fitting(misfit.name if misfit.name in self._schema.names else None)
 
 
 class _Hand:

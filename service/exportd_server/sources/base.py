@@ -112,13 +112,15 @@ OPERATORS: dict[ColumnKind, tuple[FilterOperator, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A column as a caller sees it. `type` is the Arrow type the export will carry."""
+    """A column as a caller sees it. `type` is the Arrow type the export will carry.
+    `masked`: its values are not shown, so no filter may ask about them."""
 
     name: str
     type: pa.DataType
     nullable: bool = True
     description: str = ""
     filterable: bool = True
+    masked: bool = False
 
     @property
     def kind(self) -> ColumnKind:
@@ -128,7 +130,8 @@ class Column:
     @property
     def operators(self) -> tuple[FilterOperator, ...]:
         """Operators a filter on it may use."""
-        return OPERATORS[self.kind] if self.filterable else ()
+        open_ = self.filterable and not self.masked
+        return OPERATORS[self.kind] if open_ else ()
 
 
 Scalar = bool | int | float | Decimal | str | bytes | date | time | datetime

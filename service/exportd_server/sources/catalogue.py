@@ -13,7 +13,7 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Literal, NoReturn
 from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
@@ -27,13 +27,18 @@ from exportd_server.sources.base import (
     BatchStream,
     Column,
     ColumnKind,
+    Filter,
+    FilterOperator,
     Plan,
     Query,
+    Scalar,
     Shard,
     Source,
 )
 from exportd_server.sources.duckdb import FileSource
 from exportd_server.sources.file_sql import FileFormat
+from exportd_server.sources.literals import coerce
+from exportd_server.sources.masks import MASKED_KINDS, Mask, Masks
 from exportd_server.sources.postgres import Postgres
 from exportd_server.sources.postgres_shards import KEY_KINDS
 from exportd_server.sources.sqlite import Sqlite
@@ -43,13 +48,21 @@ _NAME = re.compile(r"[a-z][a-z0-9_]{0,62}")
 _VARIABLE = re.compile(r"\$\{([^}]*)\}")
 _PART = r'(?:"(?:[^"]|"")+"|[^".\s]+)'
 _TABLE = re.compile(rf"{_PART}(?:\.{_PART}){{0,2}}")
+_TENANT = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+_WHOLE = re.compile(r"0|[1-9][0-9]*")
+_KEY_LENGTH = 32
+"""Fewest characters of a key: 128 bits, written in hexadecimal."""
 _FILE_FORMATS: tuple[FileFormat, ...] = ("parquet", "csv", "json")
 
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
     """A dataset as callers may see it. Caps of None are the server's defaults. One that
-    is not exportable has no columns, and its source refuses to be read."""
+    is not exportable has no columns, and its source refuses to be read.
+
+    It serves `tenants`, None: all. Where there is a `tenant_column`, which callers need
+    not see, each of them has the rows in which it holds the tenant's name.
+    """
 
     name: str
     columns: tuple[Column, ...]
@@ -61,6 +74,49 @@ class Dataset:
     time_column: str | None = None
     max_rows: int | None = None
     max_bytes: int | None = None
+    tenants: frozenset[str] | None = None
+    tenant_column: Column | None = None
+
+    def serves(self, tenant: str) -> bool:
+        """Whether it is there for a tenant at all. One whose column is of numbers is
+        not for a tenant whose name is none."""
+        if self.tenants is not None and tenant not in self.tenants:
+            return False
+        return self.tenant_column is None or _tenant_value(self.tenant_column, tenant) != ()
+
+    def conditions(self, tenant: str) -> tuple[Filter, ...]:
+        """What holds for the rows of a tenant that it serves; raises `ValueError` for
+        another one."""
+        if not self.serves(tenant):
+            raise ValueError(f"dataset {self.name} does not serve {tenant}")
+        column = self.tenant_column
+        if column is None:
+            return ()
+        values = _tenant_value(column, tenant)
+        return (Filter(column.name, FilterOperator.EQUAL, values),)
+
+    @property
+    def counted(self) -> bool:
+        """Whether callers may be told estimates of rows. Those come from statistics of
+        everybody's rows: their number, and by filters what stands in them."""
+        return self.tenant_column is None
+
+    def told(self, estimated_rows: int | None) -> int | None:
+        """An estimate as callers may see it."""
+        return estimated_rows if self.counted else None
+
+
+def _tenant_value(column: Column, tenant: str) -> tuple[Scalar, ...]:
+    """A tenant's name as a value of the column; nothing where it is none. A number has
+    one name only: 7 is not 07."""
+    if column.kind is not ColumnKind.INTEGER:
+        return (coerce(column, "string", tenant),)
+    if not _WHOLE.fullmatch(tenant):
+        return ()
+    try:
+        return (coerce(column, "int", tenant),)
+    except ValueError:
+        return ()
 
 
 class Catalogue:
@@ -70,12 +126,22 @@ class Catalogue:
         self._datasets = dict(datasets)
 
     def get(self, name: str) -> Dataset | None:
-        """The dataset of that name, None when there is none."""
+        """The dataset of that name, whomever it serves; None when there is none."""
         return self._datasets.get(name)
 
     def names(self) -> list[str]:
         """The names of all datasets, sorted."""
         return sorted(self._datasets)
+
+    def find(self, name: str, tenant: str) -> Dataset | None:
+        """A tenant's dataset of that name; None when there is none, or when it does not
+        serve the tenant: nobody is told which."""
+        dataset = self._datasets.get(name)
+        return dataset if dataset is not None and dataset.serves(tenant) else None
+
+    def names_for(self, tenant: str) -> list[str]:
+        """The names of the datasets that serve a tenant, sorted."""
+        return [name for name in self.names() if self._datasets[name].serves(tenant)]
 
     def close(self) -> None:
         """Free what is held. Sources open a connection for each stream and keep none."""
@@ -117,11 +183,16 @@ class _Dataset(_Model):
     network_column: _Text | None = None
     time_column: _Text | None = None
     partition_key: _Text | None = None
+    tenants: list[_Text] | None = None
+    tenant_column: _Text | None = None
+    mask: dict[str, Literal["null", "hash", "last4"]] = {}
+    mask_key: _Text | None = None
     max_rows: _Count | None = None
     max_bytes: _Count | None = None
 
 
 class _File(_Model):
+    mask_key: _Text | None = None
     connections: dict[str, _Connection] = {}
     datasets: dict[str, _Dataset] = {}
 
@@ -205,9 +276,15 @@ class _Loader:
                 "a dataset's name is up to 63 of a-z, 0-9 and _, beginning with a letter",
             )
         self._check_origin(key, entry)
+        tenants = self._tenants(key, entry)
         if not entry.exportable:
             return Dataset(
-                name, (), _Unread(), description=entry.description, exportable=False
+                name,
+                (),
+                _Unread(),
+                description=entry.description,
+                exportable=False,
+                tenants=tenants,
             )
         types = self._types(key, entry)
         try:
@@ -215,6 +292,8 @@ class _Loader:
         except SourceFailed as error:
             self._fail(key, self._why(entry, error), error)
         self._check_partition_key(key, entry, source)
+        tenant_column = self._tenant_column(key, entry, source)
+        source = source.masked(self._masks(key, entry, source))
         columns = self._columns(key, entry, source)
         by_name = {column.name: column for column in columns}
         return Dataset(
@@ -233,7 +312,92 @@ class _Loader:
             ),
             max_rows=entry.max_rows,
             max_bytes=entry.max_bytes,
+            tenants=tenants,
+            tenant_column=tenant_column,
         )
+
+    def _tenants(self, key: str, entry: _Dataset) -> frozenset[str] | None:
+        names = entry.tenants
+        if names is None:
+            return None
+        where = f"{key}.tenants"
+        if not names:
+            self._fail(where, "names nobody; name a tenant, or leave it out for everybody")
+        for name in names:
+            if not _TENANT.fullmatch(name):
+                self._fail(
+                    where,
+                    f"no tenant is called {name!r}: a name is up to 63 of a-z, 0-9, _ "
+                    "and -, beginning with a letter or a digit",
+                )
+            if names.count(name) > 1:
+                self._fail(where, f"{name!r} is named twice")
+        return frozenset(names)
+
+    def _tenant_column(self, key: str, entry: _Dataset, source: Source) -> Column | None:
+        """It may be a hidden column: callers do not see it."""
+        name = entry.tenant_column
+        if name is None:
+            return None
+        where = f"{key}.tenant_column"
+        found = {column.name: column for column in source.columns()}
+        if name not in found:
+            self._fail(where, f"there is no column {name!r}" + _suggest(name, found))
+        column = found[name]
+        if column.kind not in _COMPARED:
+            self._fail(where, _wrong_kind(key, column, _COMPARED))
+        return column
+
+    def _masks(self, key: str, entry: _Dataset, source: Source) -> Masks:
+        found = {column.name: column for column in source.columns()}
+        kinds: dict[str, Mask] = {}
+        for name, written in entry.mask.items():
+            where = f"{key}.mask.{name}"
+            kinds[name] = mask = Mask(written)
+            if name not in found:
+                self._fail(where, f"there is no column {name!r}" + _suggest(name, found))
+            for role in (
+                "tenant_column",
+                "target_column",
+                "network_column",
+                "time_column",
+                "partition_key",
+            ):
+                if getattr(entry, role) == name:
+                    self._fail(where, f"{name!r} is the {role}, which cannot be masked")
+            if name in entry.hidden or name not in (entry.columns or found):
+                self._fail(where, f"{name!r} is not shown at all; leave out its mask")
+            if mask is not Mask.NULL and found[name].kind not in MASKED_KINDS:
+                self._fail(where, _wrong_kind(key, found[name], MASKED_KINDS))
+        return Masks(kinds, self._mask_key(key, entry))
+
+    def _mask_key(self, key: str, entry: _Dataset) -> str:
+        hashed = sorted(
+            name for name, mask in entry.mask.items() if Mask(mask) is Mask.HASH
+        )
+        if not hashed:
+            if entry.mask_key is not None:
+                self._fail(
+                    f"{key}.mask_key", 'goes with the mask "hash" only; leave it out'
+                )
+            return ""
+        where, text = f"{key}.mask_key", entry.mask_key
+        if text is None:
+            where, text = "mask_key", self._file.mask_key
+        if text is None:
+            self._fail(
+                f"{key}.mask.{hashed[0]}",
+                "hash needs a secret key, without which values can be guessed; set "
+                f'{key}.mask_key, or mask_key at the top of the file, to "${{VARIABLE}}"',
+            )
+        secret = self._expand(where, text)
+        if len(secret) < _KEY_LENGTH:
+            self._fail(
+                where,
+                f"must have at least {_KEY_LENGTH} characters; "
+                "openssl rand -hex 32 makes a good one",
+            )
+        return secret
 
     def _check_origin(self, key: str, entry: _Dataset) -> None:
         given = [name for name, value in _origins(entry).items() if value is not None]
@@ -278,11 +442,7 @@ class _Loader:
         if name not in found:
             self._fail(where, f"there is no column {name!r}" + _suggest(name, found))
         if found[name].kind not in KEY_KINDS:
-            self._fail(
-                where,
-                f"{name!r} is {found[name].type}, and must be {' or '.join(KEY_KINDS)}; "
-                f"set its type in [{key}.column.{name}] or choose another column",
-            )
+            self._fail(where, _wrong_kind(key, found[name], KEY_KINDS))
 
     def _types(self, key: str, entry: _Dataset) -> dict[str, pa.DataType]:
         types = {}
@@ -296,7 +456,7 @@ class _Loader:
 
     def _source(
         self, key: str, entry: _Dataset, types: Mapping[str, pa.DataType]
-    ) -> Source:
+    ) -> AdbcSource | FileSource:
         for file_format in _FILE_FORMATS:
             pattern = _origins(entry)[file_format]
             if pattern is not None:
@@ -446,18 +606,20 @@ class _Loader:
                 f"the dataset shows no column {name!r}" + _suggest(name, columns),
             )
         if column.kind not in kinds:
-            wanted = " or ".join(kinds)
-            self._fail(
-                f"{key}.{role}",
-                f"{name!r} is {column.type}, and must be {wanted}; set its type in "
-                f"[{key}.column.{name}] or choose another column",
-            )
+            self._fail(f"{key}.{role}", _wrong_kind(key, column, kinds))
         if not column.filterable:
             self._fail(f"{key}.{role}", f"{name!r} must be filterable")
         return name
 
 
 _COMPARED = (ColumnKind.STRING, ColumnKind.INTEGER)
+
+
+def _wrong_kind(key: str, column: Column, kinds: Iterable[ColumnKind]) -> str:
+    return (
+        f"{column.name!r} is {column.type}, and must be {' or '.join(kinds)}; set its "
+        f"type in [{key}.column.{column.name}] or choose another column"
+    )
 
 
 def _origins(entry: _Dataset) -> dict[str, str | None]:

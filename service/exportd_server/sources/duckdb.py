@@ -8,6 +8,7 @@ reaches nobody else. The engine may open the dataset's files and nothing else.
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import re
 import threading
@@ -39,6 +40,7 @@ from exportd_server.sources.files import (
     unchanged,
 )
 from exportd_server.sources.loose import LooseBatch, Shape
+from exportd_server.sources.masks import Masks
 from exportd_server.sources.query import Dialect, Field
 from exportd_server.sources.types import sql_type
 
@@ -65,6 +67,7 @@ _DIALECT = Dialect(
     binary=lambda value: sql.function("unhex", exp.Literal.string(value.hex())),
     starts_with=lambda operand, value: sql.function("starts_with", operand, value),
     contains=lambda operand, value: sql.function("contains", operand, value),
+    stars=lambda count: sql.function("repeat", exp.Literal.string("*"), count),
 )
 
 
@@ -149,7 +152,8 @@ class FileSource:
         self._pattern = pattern
         self._declared = dict(types or {})
         self._lock = threading.Lock()
-        self._verified = ""
+        self._verified: tuple[str, frozenset[str]] = ("", frozenset())
+        self._masks = Masks()
         self._counted: tuple[str, list[int]] = ("", [])
         self._moments: dict[str, str] = {}
         listing = list_files(pattern)
@@ -172,6 +176,13 @@ class FileSource:
             if file_format == "json" and ("(" in kind or "[" in kind)
             if _INTEGER_LEAF.search(kind) and not kind.startswith("DECIMAL")
         }
+
+    def masked(self, masks: Masks) -> FileSource:
+        """The same files under masks."""
+        other = copy.copy(self)
+        other._masks = masks  # noqa: SLF001 - the same class
+        other._fields = masks.over(_DIALECT, self._fields)
+        return other
 
     def columns(self) -> tuple[Column, ...]:
         """All columns, in the order of the first file."""
@@ -198,6 +209,7 @@ class FileSource:
             "digest": listing.digest,
             "settled": listing.settled,
             "engine": duckdb.__version__,
+            "masks": self._masks.stamp,
         }
         shards = [
             Shard(
@@ -211,9 +223,11 @@ class FileSource:
         return Plan(tuple(shards), estimate)
 
     def open(self, query: Query, shard: Shard, *, skip_rows: int = 0) -> FileStream:
-        """Read it. Raises `SourceChanged` when a file changed since the plan, or, with
-        rows to skip, may have."""
+        """Read it. Raises `SourceChanged` when a file or the masks changed since the
+        plan, or, with rows to skip, may have."""
         state = json.loads(shard.state)
+        if state.get("masks", "") != self._masks.stamp:
+            raise SourceChanged
         listing = list_files(self._pattern)
         if listing.digest != state["digest"]:
             raise SourceChanged
@@ -252,6 +266,7 @@ class FileSource:
             files,
             statement,
             [self._fields[name] for name in query.columns],
+            self._masks,
             keep_footers=state["rows"] is not None,
         )
 
@@ -405,23 +420,31 @@ class FileSource:
     def _verify(self, listing: Listing, query: Query) -> None:
         """Make sure that the types of nested JSON columns hold for every row: the engine
         guesses them from the first ones and would cut 2.5 down to 2 later on."""
-        if self._nested.isdisjoint(query.columns):
+        asked = [
+            name
+            for name in query.columns
+            if name in self._nested and name not in self._masks
+        ]
+        if not asked:
             return
         with self._lock:
-            if self._verified == listing.digest:
-                return
-            with (
-                _translated_misfit(),
-                contextlib.closing(_engine(listing.paths, self._format)) as engine,
-            ):
-                found, _ = self._describe(engine, listing.paths, whole=True)
-            for name in sorted(self._nested):
-                if found.get(name) != self._names[name]:
-                    raise ValueNotEncodable(
-                        f"column {name} holds values of other types than its first rows",
-                        column=name,
-                    )
-            self._verified = listing.digest
+            digest, wrong = self._verified
+            if digest != listing.digest:
+                with (
+                    _translated_misfit(),
+                    contextlib.closing(_engine(listing.paths, self._format)) as engine,
+                ):
+                    found, _ = self._describe(engine, listing.paths, whole=True)
+                wrong = frozenset(
+                    name for name in self._nested if found.get(name) != self._names[name]
+                )
+                self._verified = (listing.digest, wrong)
+        for name in asked:
+            if name in wrong:
+                raise ValueNotEncodable(
+                    f"column {name} holds values of other types than its first rows",
+                    column=name,
+                )
 
 
 @contextlib.contextmanager
@@ -447,6 +470,7 @@ class FileStream:
         files: Sequence[File],
         statement: _Statement,
         fields: Sequence[Field],
+        masks: Masks,
         *,
         keep_footers: bool,
     ) -> None:
@@ -455,6 +479,7 @@ class FileStream:
         self._keep_footers = keep_footers
         self._statement = statement
         self._fields = fields
+        self._masks = masks
         columns = [field.column for field in fields]
         self._schema = pa.schema(
             [pa.field(each.name, each.type, each.nullable) for each in columns]
@@ -513,9 +538,11 @@ class FileStream:
                         batch = reader.read_next_batch()
                     except StopIteration:
                         break
-                yield batch
+                yield self._masks.hashed_batch(batch, self._schema.names)
         except _Misfit as error:
-            raise not_fitting(error.name) from error.__cause__
+            # A column that nobody asked for may be one that nobody is to know of.
+            shown = error.name if error.name in self._schema.names else None
+            raise not_fitting(shown) from error.__cause__
         if not unchanged(self._files):
             raise SourceFailed("the dataset's files changed while they were read")
 

@@ -113,6 +113,7 @@ POSTGRES = Dialect(
     contains=lambda operand, value: exp.GT(
         this=sql.function("strpos", operand, value), expression=exp.Literal.number(0)
     ),
+    stars=lambda count: sql.function("repeat", exp.Literal.string("*"), count),
 )
 
 

@@ -13,9 +13,10 @@ its dialect. What each comparison means is fixed here, the same for every dialec
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, time
 from decimal import Decimal
+from typing import Self
 
 import pyarrow as pa
 import pyarrow.types as pat
@@ -68,14 +69,25 @@ class Field:
         name = identifier(column.name)
         return cls(column, name, name, name)
 
+    def masked(
+        self,
+        column: Column,
+        value: exp.Expr,
+        *,
+        loose: exp.Expr | None = None,
+        misfit: exp.Expr | None = None,
+    ) -> Self:
+        """The same column, of which another value is read."""
+        return replace(self, column=column, value=value, loose=loose, misfit=misfit)
+
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
     """What differs between SQL dialects, apart from how sqlglot writes them.
 
     `number` turns a float into an expression, given the list that collects parameters.
-    `boolean`, `binary`, `starts_with` and `contains` build theirs. `moment_types` names
-    the types that date, time and timestamp literals are cast to; None leaves them text.
+    `boolean`, `binary`, `starts_with` and `contains` build theirs; `stars` builds text of
+    so many `*`. Without `typed_moments`, literals of dates and times stay text.
     """
 
     name: str
@@ -84,6 +96,7 @@ class Dialect:
     binary: Callable[[bytes], exp.Expr]
     starts_with: Callable[[exp.Expr, exp.Expr], exp.Expr]
     contains: Callable[[exp.Expr, exp.Expr], exp.Expr]
+    stars: Callable[[exp.Expr], exp.Expr]
     typed_moments: bool = True
 
 
@@ -131,7 +144,7 @@ def select(
     a value that cannot be read but tells it, in further columns after the query's: one
     for each that `misfits` counts. Its conditions fail as ever. Raises `KeyError`
     for a column that `fields` does not have, `ValueError` for a value that does not suit
-    its column.
+    its column and for a condition on a masked one.
     """
     parameters: list[float] = []
     values = [
@@ -147,6 +160,8 @@ def select(
     tree = exp.Select(expressions=[*extra, *values]).from_(relation)
     for condition in query.filters:
         field = fields[condition.column]
+        if field.column.masked:
+            raise ValueError(f"column {condition.column} is masked")
         tree = tree.where(_condition(dialect, field, condition, parameters), copy=False)
     if query.limit is not None:
         tree = tree.limit(max(query.limit - skip_rows, 0), copy=False)

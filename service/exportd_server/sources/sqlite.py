@@ -13,9 +13,9 @@ import hashlib
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 from urllib.parse import quote
 
 import pyarrow as pa
@@ -67,6 +67,13 @@ SQLITE = Dialect(
     contains=lambda operand, value: exp.GT(
         this=sql.function("instr", operand, value), expression=exp.Literal.number(0)
     ),
+    # SQLite has no repeat().
+    stars=lambda count: sql.function(
+        "replace",
+        sql.function("hex", sql.function("zeroblob", count)),
+        exp.Literal.string("00"),
+        exp.Literal.string("*"),
+    ),
     typed_moments=False,
 )
 
@@ -78,6 +85,27 @@ class SqliteField(Field):
 
     good: exp.Expr
     sample: exp.Expr
+
+    def masked(
+        self,
+        column: Column,
+        value: exp.Expr,
+        *,
+        loose: exp.Expr | None = None,
+        misfit: exp.Expr | None = None,
+    ) -> Self:
+        """A column that becomes text is text to the driver; where nothing is a misfit,
+        everything is good."""
+        changed = column.type != self.column.type
+        return replace(
+            self,
+            column=column,
+            value=value,
+            loose=loose,
+            misfit=misfit,
+            good=exp.true() if misfit is None else self.good,
+            sample=exp.Literal.string("") if changed else self.sample,
+        )
 
 
 class Sqlite:
