@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 import structlog
@@ -19,12 +20,20 @@ from exportd_server import samples
 from exportd_server.api.download import DownloadOptions, Downloads
 from exportd_server.api.http import HttpServer
 from exportd_server.api.http_download import HttpDownloads
+from exportd_server.api.interceptors.identity import caller
+from exportd_server.api.limits import CallerLimits, RequestRates, Slots
 from exportd_server.api.link import LinkKeys
-from exportd_server.api.server import GrpcServer
+from exportd_server.api.server import GrpcServer, ServerLimits
 from exportd_server.api.servicer import ExportService
+from exportd_server.api.tls import ServerTls, TlsFiles
 from exportd_server.api.urls import DownloadUrls, HttpLinks, UrlOptions
 from exportd_server.delivery.sinks import Sinks
 from exportd_server.errors import ConfigurationError, ExportdError, StoreFailed
+from exportd_server.identity.authenticator import Authenticator
+from exportd_server.identity.base import KeyStore, Scope
+from exportd_server.identity.certificates import CertificateCallers, CertificateName
+from exportd_server.identity.file import FileKeyStore
+from exportd_server.identity.keys import KeyRing
 from exportd_server.jobs.exporting import ExportOptions
 from exportd_server.jobs.housekeeping import Housekeeping
 from exportd_server.jobs.ledger.base import Ledger
@@ -32,6 +41,7 @@ from exportd_server.jobs.ledger.postgres import (
     migrate_postgres_ledger,
     open_postgres_ledger,
 )
+from exportd_server.jobs.ledger.sql import SqlLedger
 from exportd_server.jobs.ledger.sqlite import open_sqlite_ledger
 from exportd_server.jobs.manager import JobManager, Policy
 from exportd_server.jobs.readers import Readers
@@ -41,29 +51,35 @@ from exportd_server.platform.clock import Clock, SystemClock
 from exportd_server.platform.malloc import release_free_memory
 from exportd_server.platform.sealing import Sealer
 from exportd_server.platform.secrets import kept_key
-from exportd_server.settings import Settings, host_and_port
+from exportd_server.settings import (
+    IdentitySettings,
+    JwtSettings,
+    Settings,
+    host_and_port,
+)
 from exportd_server.sinks.connections import Connections, load_connections
 from exportd_server.sinks.registry import SinkTypes
 from exportd_server.sources.catalogue import Catalogue, load_catalogue
 from exportd_server.store.base import OutputStore, UrlSigner
 from exportd_server.store.local import LocalStore
 
+if TYPE_CHECKING:
+    from exportd_server.identity.tokens import TokenVerifier
+
 log = structlog.get_logger(__name__)
 
 _MEASURE_SECONDS = 5.0
-
-TENANT = "default"
-"""Whose call it is, while callers need not identify themselves."""
 
 
 @dataclass(frozen=True, slots=True)
 class Running:
     """A server that is up. Set `stop` to have it drain and end. `http_port` is None
-    without an HTTP port."""
+    without an HTTP port, `certificate_port` without one that asks for certificates."""
 
     port: int
     stop: asyncio.Event
     http_port: int | None = None
+    certificate_port: int | None = None
 
 
 def sample_catalogue(settings: Settings) -> Path:
@@ -91,28 +107,32 @@ async def serving(
     if not settings.worker.enabled:
         _refuse_embedded(settings, "an API without workers")
     stop = asyncio.Event()
-    async with _wired(settings, catalogue, sink_types) as parts:
+    tls = await asyncio.to_thread(_open_tls, settings)
+    async with (
+        _wired(settings, catalogue, sink_types) as parts,
+        _identifying(settings, parts.keys) as authenticator,
+    ):
         manager = _manager(parts)
         downloads = Downloads(
             manager, parts.store, parts.readers, _download_options(settings)
         )
-        http = await _open_http(parts, manager)
+        limits = _caller_limits(settings)
+        http = await _open_http(parts, manager, limits)
         urls = _download_urls(parts, manager, http)
         service = ExportService(
             manager,
             downloads,
             urls,
-            tenant=lambda _context: TENANT,
+            tenant=lambda _context: caller().tenant,
         )
-        server = GrpcServer(service)
+        server = GrpcServer(service, authenticator, _server_limits(settings), limits)
         try:
-            port = await server.start(settings.listen)
-        except OSError as error:
+            port, certificate_port = _listen(server, settings, tls)
+        except ConfigurationError:
             if http:
                 await http.server.stop(0)
-            raise ConfigurationError(
-                f"listen: {error}; is another server on that port?"
-            ) from None
+            raise
+        await server.start()
         worker = _Background(parts, stop, urls) if settings.worker.enabled else None
         log.info(
             "serving",
@@ -120,10 +140,11 @@ async def serving(
             http=http.address if http else "none",
             datasets=len(parts.catalogue.names()),
             workers=settings.worker.concurrency if worker else 0,
-            identity="none: every caller may do everything",
+            tls="on" if tls else "off: calls can be read on the way",
+            identity=_identity(settings),
         )
         try:
-            yield Running(port, stop, http.port if http else None)
+            yield Running(port, stop, http.port if http else None, certificate_port)
         finally:
             log.info("draining")
             # First of all, so that load balancers send the next call elsewhere.
@@ -209,6 +230,7 @@ class _Parts:
     policy: Policy
     readers: Readers
     sinks: Sinks
+    keys: KeyStore
 
 
 @contextlib.asynccontextmanager
@@ -239,7 +261,136 @@ async def _wired(
         await stack.enter_async_context(_measured(settings, ledger, sinks))
         # Reading the catalogue took far more memory than it keeps.
         await asyncio.to_thread(release_free_memory)
-        yield _Parts(settings, catalogue, ledger, store, _policy(settings), readers, sinks)
+        keys = FileKeyStore(settings.data_dir) if _is_embedded(settings) else ledger.keys
+        yield _Parts(
+            settings, catalogue, ledger, store, _policy(settings), readers, sinks, keys
+        )
+
+
+@contextlib.asynccontextmanager
+async def key_store(settings: Settings) -> AsyncIterator[KeyStore]:
+    """The API keys that servers with these settings accept. Raises `ConfigurationError`."""
+    if _is_embedded(settings):
+        yield FileKeyStore(settings.data_dir)
+        return
+    ledger = await open_postgres_ledger(settings.ledger.url, connections=1)
+    try:
+        yield ledger.keys
+    finally:
+        await ledger.close()
+
+
+@contextlib.asynccontextmanager
+async def _identifying(settings: Settings, keys: KeyStore) -> AsyncIterator[Authenticator]:
+    """What finds out who calls, kept up to date for as long as the context is open."""
+    identity = settings.identity
+    async with contextlib.AsyncExitStack() as stack:
+        ring = tokens = callers = None
+        if identity.api_keys:
+            ring = KeyRing(keys, SystemClock())
+            stack.push_async_callback(ring.close)
+            await ring.start()
+        if identity.jwt.issuer:
+            tokens = await _open_tokens(identity.jwt, stack)
+        if identity.mtls:
+            callers = CertificateCallers(_certificate_callers(identity), SystemClock())
+        yield Authenticator(ring, tokens, callers)
+
+
+async def _open_tokens(jwt: JwtSettings, stack: contextlib.AsyncExitStack) -> TokenVerifier:
+    # Its libraries take a while to load, and most do without.
+    from exportd_server.identity.jwks import (  # noqa: PLC0415 - see above
+        FileSource,
+        KeySet,
+        KeySetUnusable,
+        UrlSource,
+    )
+    from exportd_server.identity.tokens import (  # noqa: PLC0415 - see above
+        TokenOptions,
+        TokenVerifier,
+    )
+
+    source = FileSource(jwt.jwks_file) if jwt.jwks_file else UrlSource(jwt.jwks_url)
+    keys = KeySet(source, jwt.algorithms, refresh=jwt.refresh_seconds)
+    stack.push_async_callback(keys.close)
+    try:
+        await keys.start()
+    except KeySetUnusable as error:
+        if jwt.jwks_file:
+            raise ConfigurationError(
+                f"identity.jwt.jwks_file: {jwt.jwks_file} {error}"
+            ) from error
+        # Somebody else's server: callers with other credentials need not wait for it.
+        log.error("keys of tokens cannot be had so far; no token works", error=str(error))  # noqa: TRY400 - its text tells all
+    options = TokenOptions(
+        issuer=jwt.issuer,
+        audience=jwt.audience,
+        algorithms=jwt.algorithms,
+        tenant_claim=jwt.tenant_claim,
+        scopes_claim=jwt.scopes_claim,
+        leeway=jwt.leeway_seconds,
+        require_nbf=jwt.require_nbf,
+    )
+    return TokenVerifier(options, keys)
+
+
+def _certificate_callers(
+    identity: IdentitySettings,
+) -> dict[CertificateName, tuple[str, list[Scope]]]:
+    callers: dict[CertificateName, tuple[str, list[Scope]]] = {}
+    for each in identity.mtls:
+        ((kind, text),) = (
+            (kind, text)
+            for kind, text in (("cn", each.cn), ("dns", each.dns), ("uri", each.uri))
+            if text
+        )
+        name = CertificateName(kind, text)
+        if name in callers:
+            raise ConfigurationError(f"identity.mtls: {name} is there twice")
+        callers[name] = each.tenant, [Scope(scope) for scope in each.scopes]
+    return callers
+
+
+def _open_tls(settings: Settings) -> ServerTls | None:
+    tls = settings.tls
+    if tls.cert_file is None or tls.key_file is None:
+        return None
+    return ServerTls(TlsFiles(tls.cert_file, tls.key_file, tls.client_ca_file))
+
+
+def _listen(
+    server: GrpcServer, settings: Settings, tls: ServerTls | None
+) -> tuple[int, int | None]:
+    """Take the ports: the one of all callers, and that of those with a certificate."""
+
+    def take(key: str, address: str, *, certificates: bool) -> int:
+        credentials = None
+        if tls is not None:
+            credentials = tls.credentials(require_client_cert=certificates)
+        try:
+            return server.listen(address, credentials)
+        except OSError as error:
+            raise ConfigurationError(
+                f"{key}: {error}; is another server on that port?"
+            ) from None
+
+    port = take("listen", settings.listen, certificates=settings.tls.require_client_cert)
+    second = settings.tls.client_cert_listen
+    if not second:
+        return port, None
+    return port, take("tls.client_cert_listen", second, certificates=True)
+
+
+def _identity(settings: Settings) -> str:
+    """For the log."""
+    identity = settings.identity
+    ways = {
+        "API keys": identity.api_keys,
+        f"tokens of {identity.jwt.issuer}": bool(identity.jwt.issuer),
+        "client certificates": bool(identity.mtls),
+    }
+    open_ = ", ".join(way for way, is_open in ways.items() if is_open)
+    return open_ or "none: every caller may do everything"
 
 
 def _manager(parts: _Parts) -> JobManager:
@@ -343,7 +494,9 @@ class _Http:
     keys: LinkKeys
 
 
-async def _open_http(parts: _Parts, manager: JobManager) -> _Http | None:
+async def _open_http(
+    parts: _Parts, manager: JobManager, limits: CallerLimits
+) -> _Http | None:
     settings = parts.settings
     if not settings.http.listen:
         return None
@@ -356,8 +509,11 @@ async def _open_http(parts: _Parts, manager: JobManager) -> _Http | None:
         keys,
         _download_options(settings),
         SystemClock(),
+        limits.downloads,
     )
-    server = HttpServer(downloads.add_routes)
+    server = HttpServer(
+        downloads.add_routes, max_connections=settings.limits.max_http_connections
+    )
     try:
         port = await server.start(host, port)
     except OSError as error:
@@ -436,7 +592,7 @@ def _refuse_embedded(settings: Settings, what: str) -> None:
         )
 
 
-async def _open_ledger(settings: Settings, clock: Clock) -> Ledger:
+async def _open_ledger(settings: Settings, clock: Clock) -> SqlLedger:
     if not _is_embedded(settings):
         return await open_postgres_ledger(
             settings.ledger.url,
@@ -502,6 +658,34 @@ def _revealed(secret: SecretStr | None) -> str | None:
 
 def _open_catalogue(settings: Settings) -> Catalogue:
     return load_catalogue(settings.catalogue or sample_catalogue(settings))
+
+
+def _server_limits(settings: Settings) -> ServerLimits:
+    limits = settings.limits
+    return ServerLimits(
+        max_calls=limits.max_calls,
+        max_connections=limits.max_connections,
+        max_request_bytes=limits.max_request_bytes,
+        max_streams_per_connection=limits.max_streams_per_connection,
+        ping_interval=limits.ping_seconds,
+        ping_timeout=limits.ping_timeout,
+        min_ping_interval=limits.min_ping_seconds,
+        max_ping_strikes=limits.max_ping_strikes,
+        max_idle=limits.max_idle_seconds,
+        max_age=limits.max_age_seconds,
+    )
+
+
+def _caller_limits(settings: Settings) -> CallerLimits:
+    limits = settings.limits
+    rate = limits.requests_per_second
+    return CallerLimits(
+        rates=None if rate is None else RequestRates(rate, limits.request_burst),
+        watches=Slots("watches", limits.max_watches_per_tenant, limits.max_watches),
+        downloads=Slots(
+            "downloads", limits.max_downloads_per_tenant, limits.max_downloads
+        ),
+    )
 
 
 def _policy(settings: Settings) -> Policy:

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import re
 import signal
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 import pyarrow as pa
 
-from exportd_server.errors import ConfigurationError
+from exportd_server.errors import ConfigurationError, ExportdError
+from exportd_server.identity.base import KeyStore, KeysUnreadable, Scope
+from exportd_server.identity.keys import new_key
 from exportd_server.platform.logging import configure_logging
 from exportd_server.platform.malloc import keep_large_buffers
 from exportd_server.platform.threads import left_over
 from exportd_server.settings import LogSettings, Settings, load_settings
+from exportd_server.store.key import is_tenant
+
+T = TypeVar("T")
 
 EXIT_CONFIGURATION = 2
 
@@ -180,6 +188,183 @@ def samples(directory: Path, rows: int, seed: int) -> None:
                 f"{directory}: cannot be written ({error.strerror}); name another directory"
             ) from None
     click.echo(str(directory / "datasets.toml"))
+
+
+@main.group()
+def keys() -> None:
+    """Manage the API keys that callers identify themselves with.
+
+    Servers that run take a change up within seconds. Give it the server's settings.
+    """
+
+
+_WHERE = (
+    click.option(
+        "--config", type=click.Path(path_type=Path), help="Settings, as a TOML file."
+    ),
+    click.option(
+        "--data-dir",
+        type=click.Path(path_type=Path),
+        help="Where the embedded ledger's keys are.",
+    ),
+)
+
+
+def _where(command: Callable[..., None]) -> Callable[..., None]:
+    for option in reversed(_WHERE):
+        command = option(command)
+    return command
+
+
+class _Lifetime(click.ParamType[timedelta]):
+    """A length of time such as 90d, 12h, 30m or 45s."""
+
+    name = "duration"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> timedelta:
+        """See the base."""
+        match = re.fullmatch(r"(\d{1,6})([smhdw])", str(value))
+        if match is None or not int(match[1]):
+            self.fail(f"{value!r} is no duration such as 90d or 12h", param, ctx)
+        return timedelta(**{_UNITS[match[2]]: int(match[1])})
+
+
+_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+
+
+@keys.command("create")
+@click.option("--tenant", required=True, help="Whose jobs its owner sees and makes.")
+@click.option(
+    "--scope",
+    "scopes",
+    multiple=True,
+    type=click.Choice([scope.value for scope in Scope]),
+    help="What its owner may do; repeat it for several. Default: read and write.",
+)
+@click.option("--name", default="", help="What it is for, to be told from others.")
+@click.option(
+    "--expires-in", type=_Lifetime(), help="Such as 90d; otherwise until it is revoked."
+)
+@_where
+def create_key(
+    config: Path | None,
+    data_dir: Path | None,
+    tenant: str,
+    scopes: tuple[str, ...],
+    name: str,
+    expires_in: timedelta | None,
+) -> None:
+    """Make a key and print it, this once: the service keeps only a hash."""
+    if not is_tenant(tenant):
+        raise click.BadParameter(
+            f"{tenant!r} must be 1 to 63 small letters, digits, - and _, with a letter or "
+            "digit first",
+            param_hint="--tenant",
+        )
+    if not name.isprintable() or len(name) > 100:
+        raise click.BadParameter("at most 100 printable characters", param_hint="--name")
+    chosen = [Scope(scope) for scope in scopes] or [Scope.READ, Scope.WRITE]
+    text, key = new_key(
+        tenant, chosen, name=name, now=datetime.now(UTC), lifetime=expires_in
+    )
+    settings = _with_keys(config, data_dir, lambda store: store.add(key))[0]
+    click.echo(
+        f"Key {key.key_id} of tenant {tenant} may {', '.join(sorted(key.scopes))}. It "
+        + ("does not expire" if key.expire_time is None else _until(key.expire_time))
+        + ", and is shown this once:",
+        err=True,
+    )
+    click.echo(text)
+    if not settings.identity.api_keys:
+        click.echo(
+            "Servers with these settings ask nobody for a key: set identity.api_keys = "
+            "true (EXPORTD_IDENTITY__API_KEYS=true).",
+            err=True,
+        )
+
+
+@keys.command("list")
+@click.option("--tenant", help="Only those of this tenant.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
+@_where
+def list_keys(
+    config: Path | None, data_dir: Path | None, tenant: str | None, *, as_json: bool
+) -> None:
+    """List the keys, the oldest first, those that work no more included."""
+    found = _with_keys(config, data_dir, lambda store: store.keys())[1]
+    now = datetime.now(UTC)
+    for key in found:
+        if tenant is not None and key.tenant != tenant:
+            continue
+        row = {
+            "id": key.key_id,
+            "tenant": key.tenant,
+            "scopes": sorted(key.scopes),
+            "name": key.name,
+            "created": _moment(key.create_time),
+            "expires": key.expire_time and _moment(key.expire_time),
+            "revoked": key.revoke_time and _moment(key.revoke_time),
+        }
+        if as_json:
+            click.echo(json.dumps(row))
+            continue
+        state = "no expiry" if key.expire_time is None else _until(key.expire_time)
+        if key.revoke_time is not None:
+            state = f"revoked {_moment(key.revoke_time)}"
+        elif key.expire_time is not None and key.expire_time <= now:
+            state = f"expired {_moment(key.expire_time)}"
+        click.echo(
+            f"{key.key_id}  {key.tenant:<16}  {','.join(sorted(key.scopes)):<26}  "
+            f"created {_moment(key.create_time)}  {state}  {key.name}".rstrip()
+        )
+
+
+@keys.command("revoke")
+@click.argument("key_id", metavar="ID")
+@_where
+def revoke_key(config: Path | None, data_dir: Path | None, key_id: str) -> None:
+    """Have the key ID, as `list` shows it, work no more."""
+    now = datetime.now(UTC)
+    found = _with_keys(config, data_dir, lambda store: store.revoke(key_id, now))[1]
+    if found is None:
+        # It may be a whole key, which does not belong into a log.
+        click.echo("exportd-server: there is no key of that id; see `keys list`", err=True)
+        sys.exit(1)
+    if found.revoke_time is not None:
+        click.echo(f"Key {key_id} was revoked {_moment(found.revoke_time)} already.")
+    else:
+        click.echo(f"Key {key_id} of tenant {found.tenant} is revoked.")
+
+
+def _with_keys(
+    config: Path | None,
+    data_dir: Path | None,
+    use: Callable[[KeyStore], Awaitable[T]],
+) -> tuple[Settings, T]:
+    """What `use` gives, of the keys that the settings lead to."""
+    from exportd_server.app import key_store  # noqa: PLC0415 - heavy, and --help is not
+
+    async def run(settings: Settings) -> T:
+        async with key_store(settings) as store:
+            return await use(store)
+
+    with _configuration_errors():
+        settings = load_settings(config, {"data_dir": data_dir}, serves=False)
+        configure_logging("error", "console")
+        try:
+            return settings, asyncio.run(run(settings))
+        except (OSError, KeysUnreadable, ExportdError) as error:
+            raise ConfigurationError(f"keys: {error}") from error
+
+
+def _moment(moment: datetime) -> str:
+    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _until(moment: datetime) -> str:
+    return f"expires {_moment(moment)}"
 
 
 class _configuration_errors:  # noqa: N801 - reads as a statement

@@ -7,6 +7,8 @@
         ├── QuotaExceeded           with the quota that is used up
         ├── JobNotFinished          with when to ask again
         ├── LedgerUnavailable       with when to ask again
+        ├── Unauthenticated         nobody knows who calls
+        ├── PermissionDenied        with the scope that the caller lacks
         ├── DeliveryFailed          ends a delivery, or one attempt at it
         └── ExportFailed            ends a job, or one attempt at it
             ├── SourceFailed
@@ -35,6 +37,7 @@ class Code(enum.IntEnum):
     INVALID_ARGUMENT = 3
     NOT_FOUND = 5
     ALREADY_EXISTS = 6
+    PERMISSION_DENIED = 7
     RESOURCE_EXHAUSTED = 8
     FAILED_PRECONDITION = 9
     ABORTED = 10
@@ -43,6 +46,7 @@ class Code(enum.IntEnum):
     INTERNAL = 13
     UNAVAILABLE = 14
     DATA_LOSS = 15
+    UNAUTHENTICATED = 16
 
 
 class ErrorReason(enum.StrEnum):
@@ -86,6 +90,8 @@ class ErrorReason(enum.StrEnum):
     OUTPUT_DROPPED = "OUTPUT_DROPPED"
     DELIVERY_NOT_FOUND = "DELIVERY_NOT_FOUND"
     SINK_QUEUE_NOT_FOUND = "SINK_QUEUE_NOT_FOUND"
+    UNAUTHENTICATED = "UNAUTHENTICATED"
+    PERMISSION_DENIED = "PERMISSION_DENIED"
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +222,12 @@ TABLE: Mapping[ErrorReason, Answer] = MappingProxyType(
         ErrorReason.SINK_QUEUE_NOT_FOUND: Answer(
             Code.NOT_FOUND, "there is no such sink queue; ListSinkQueues names them"
         ),
+        ErrorReason.UNAUTHENTICATED: Answer(
+            Code.UNAUTHENTICATED, "the credentials are not valid"
+        ),
+        ErrorReason.PERMISSION_DENIED: Answer(
+            Code.PERMISSION_DENIED, "the caller may not do that"
+        ),
     }
 )
 
@@ -322,6 +334,26 @@ class LedgerUnavailable(ExportdError):
 
     def __init__(self) -> None:
         super().__init__(ErrorReason.LEDGER_UNAVAILABLE)
+
+
+class Unauthenticated(ExportdError):
+    """The call has no credentials, or none that are valid. `cause` is for the log: callers
+    who have proven nothing are not told what was wrong."""
+
+    def __init__(self, message: str | None = None, *, cause: str = "") -> None:
+        self.cause = cause or message or ""
+        super().__init__(ErrorReason.UNAUTHENTICATED, message)
+
+
+class PermissionDenied(ExportdError):
+    """The caller lacks a scope; without one, nobody may make the call."""
+
+    def __init__(self, scope: str | None) -> None:
+        super().__init__(
+            ErrorReason.PERMISSION_DENIED,
+            None if scope is None else f"the call needs scope {scope}, which you lack",
+            metadata=None if scope is None else {"scope": scope},
+        )
 
 
 class ExportFailed(ExportdError):

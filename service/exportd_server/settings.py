@@ -31,6 +31,7 @@ from pydantic_settings import (
 )
 
 from exportd_server.errors import ConfigurationError
+from exportd_server.store.key import is_tenant
 
 PREFIX = "EXPORTD_"
 
@@ -143,7 +144,8 @@ class WorkerSettings(Section):
 
 
 class LimitSettings(Section):
-    """What one export or one caller may use."""
+    """What one export, one caller, or all callers together may use. What is counted is
+    counted in each process, but for jobs, which are counted over the fleet."""
 
     max_rows: PositiveInt | None = Field(
         None, description="most rows of one export; absent: no cap"
@@ -151,8 +153,71 @@ class LimitSettings(Section):
     max_bytes: PositiveInt | None = Field(
         None, description="most stored bytes of one export; absent: no cap"
     )
+    max_seconds: PositiveInt | None = Field(
+        86_400,
+        description="longest that one export may run, from its start, whoever works on "
+        "it; absent: no cap",
+    )
     max_active_jobs: PositiveInt | None = Field(
         100, description="most pending and running jobs of one tenant"
+    )
+    max_queued_jobs: PositiveInt | None = Field(
+        None, description="most pending jobs of one tenant; absent: `max_active_jobs` alone"
+    )
+    requests_per_second: PositiveSeconds | None = Field(
+        1000.0,
+        description="calls of one tenant a second, over time; absent: no limit. About a "
+        "third of what one process answers, and ten a second for each active job",
+    )
+    request_burst: PositiveInt = Field(
+        2000, description="calls of one tenant at once, above that rate"
+    )
+    max_watches_per_tenant: PositiveInt = Field(
+        500, description="WatchJob calls of one tenant at a time"
+    )
+    max_watches: PositiveInt = Field(2000, description="WatchJob calls at a time")
+    max_downloads_per_tenant: PositiveInt = Field(
+        64, description="downloads of one tenant at a time, over gRPC and HTTP together"
+    )
+    max_downloads: PositiveInt = Field(
+        512, description="downloads at a time, over gRPC and HTTP together"
+    )
+    max_calls: PositiveInt = Field(
+        4000, description="gRPC calls under way at a time, of all services"
+    )
+    max_request_bytes: Annotated[int, Field(ge=4096, le=64 * 2**20)] = Field(
+        2**20, description="largest gRPC request"
+    )
+    max_connections: PositiveInt = Field(
+        1000, description="gRPC connections at a time, of each port"
+    )
+    max_http_connections: PositiveInt = Field(
+        1000, description="connections of the HTTP port at a time"
+    )
+    max_streams_per_connection: PositiveInt = Field(
+        250, description="calls at a time on one gRPC connection; further ones wait"
+    )
+    ping_seconds: PositiveSeconds = Field(
+        60.0, description="the server pings a connection that was quiet for so long"
+    )
+    ping_timeout: PositiveSeconds = Field(
+        20.0, description="a connection that leaves a ping unanswered so long is closed"
+    )
+    min_ping_seconds: PositiveSeconds = Field(
+        20.0,
+        description="shortest time between pings of a client without data in between; "
+        "each that comes sooner is a strike",
+    )
+    max_ping_strikes: PositiveInt = Field(
+        2, description="strikes after which a client's connection is closed"
+    )
+    max_idle_seconds: PositiveSeconds = Field(
+        900.0, description="a gRPC connection without a call for so long is closed"
+    )
+    max_age_seconds: PositiveSeconds | None = Field(
+        None,
+        description="a gRPC connection takes no new call after so long, for clients to "
+        "spread over the processes behind one address anew; absent: never",
     )
 
 
@@ -220,6 +285,154 @@ class DeliverySettings(Section):
     )
 
     _long_enough = field_validator("secret_keys")(_long_keys)
+
+
+class JwtSettings(Section):
+    """Which tokens are accepted."""
+
+    issuer: str = Field(
+        "", description="who signs them (`iss`); empty: tokens are not accepted"
+    )
+    audience: str = Field("", description="whom they are for (`aud`): this service")
+    jwks_url: str = Field(
+        "", description="`https://` URL of the issuer's keys (JWKS); this or `jwks_file`"
+    )
+    jwks_file: Path | None = Field(
+        None, description="file of the issuer's keys; read anew when they are looked for"
+    )
+    algorithms: Annotated[
+        tuple[Literal["RS256", "ES256", "EdDSA"], ...], Field(min_length=1)
+    ] = Field(("RS256", "ES256", "EdDSA"), description="algorithms that are accepted")
+    tenant_claim: str = Field("tenant", description="claim that names the tenant")
+    scopes_claim: str = Field(
+        "scope", description="claim that names the scopes, in one text or a list"
+    )
+    leeway_seconds: Annotated[float, Field(ge=0, le=300)] = Field(
+        30.0, description="seconds that clocks may differ by"
+    )
+    require_nbf: bool = Field(
+        default=True,
+        description="whether a token must say from when on it is valid (`nbf`); many "
+        "issuers do not. When it says so, it is checked in any case",
+    )
+    refresh_seconds: PositiveSeconds = Field(
+        300.0,
+        description="seconds between looks for new keys; an unknown one is looked for at "
+        "once, every 10 s at most",
+    )
+
+    @field_validator("jwks_url")
+    @classmethod
+    def _cannot_be_forged(cls, text: str) -> str:
+        parts = urlsplit(text)
+        local = parts.scheme == "http" and is_loopback(parts.hostname or "")
+        if text and not (parts.hostname and (parts.scheme == "https" or local)):
+            raise ValueError("must be https://..., or http:// on this very machine")
+        return text
+
+    @model_validator(mode="after")
+    def _all_or_nothing(self) -> Self:
+        if not self.issuer:
+            if self.audience or self.jwks_url or self.jwks_file:
+                raise ValueError("issuer is missing; without it no token is accepted")
+            return self
+        if not self.audience:
+            raise ValueError("audience is missing; tokens for others must not work here")
+        if bool(self.jwks_url) == bool(self.jwks_file):
+            raise ValueError("give jwks_url or jwks_file, and not both")
+        return self
+
+
+class CertificateSettings(Section):
+    """Whose a client certificate is. Exactly one of `cn`, `dns` and `uri` names it."""
+
+    cn: str = Field("", description="the subject's common name")
+    dns: str = Field("", description="a DNS name among the subject's alternative names")
+    uri: str = Field("", description="a URI among the subject's alternative names")
+    tenant: str = Field(description="the tenant it calls for")
+    scopes: Annotated[
+        tuple[Literal["exports.read", "exports.write", "admin"], ...], Field(min_length=1)
+    ] = Field(description="what it may do")
+
+    @field_validator("tenant")
+    @classmethod
+    def _is_a_tenant(cls, text: str) -> str:
+        if not is_tenant(text):
+            raise ValueError(
+                "must be 1 to 63 small letters, digits, - and _, a letter or digit first"
+            )
+        return text
+
+    @model_validator(mode="after")
+    def _one_name(self) -> Self:
+        if sum(map(bool, (self.cn, self.dns, self.uri))) != 1:
+            raise ValueError("give exactly one of cn, dns and uri")
+        return self
+
+
+class IdentitySettings(Section):
+    """How callers identify themselves. Several ways may be open at once; while none is,
+    everybody may do everything."""
+
+    api_keys: bool = Field(
+        default=False,
+        description="accept the API keys that `exportd-server keys` manages",
+    )
+    jwt: JwtSettings = JwtSettings()
+    mtls: tuple[CertificateSettings, ...] = Field(
+        (),
+        description="callers with a client certificate: a list of tables with one of `cn`, "
+        "`dns`, `uri`, and `tenant` and `scopes`",
+    )
+
+    @property
+    def required(self) -> bool:
+        """Whether callers must identify themselves."""
+        return self.api_keys or bool(self.jwt.issuer) or bool(self.mtls)
+
+
+class TlsSettings(Section):
+    """Encryption of the gRPC port. The files are PEM, and are read anew when they
+    change."""
+
+    cert_file: Path | None = Field(
+        None, description="certificate of the server and its chain; absent: plain text"
+    )
+    key_file: Path | None = Field(None, description="private key that goes with it")
+    client_ca_file: Path | None = Field(
+        None, description="certificates that those of clients must be signed by"
+    )
+    require_client_cert: bool = Field(
+        default=False,
+        description="whether `listen` is only for clients with a certificate; otherwise "
+        "it asks nobody for one",
+    )
+    client_cert_listen: str = Field(
+        "",
+        description="`host:port` of a second port, for clients with a certificate, where "
+        "others come without; empty: none",
+    )
+    allow_plaintext: bool = Field(
+        default=False,
+        description="listen beyond loopback without TLS although credentials can be read "
+        "on the way, because something in front of the server encrypts",
+    )
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if (self.cert_file is None) != (self.key_file is None):
+            raise ValueError("cert_file and key_file go together; give both, or none")
+        asks = self.require_client_cert or bool(self.client_cert_listen)
+        if (self.client_ca_file is not None) != asks:
+            raise ValueError(
+                "client_ca_file goes with require_client_cert or client_cert_listen, "
+                "which say where clients are asked for a certificate"
+            )
+        if asks and self.cert_file is None:
+            raise ValueError("client certificates need cert_file and key_file")
+        if self.require_client_cert and self.client_cert_listen:
+            raise ValueError("give require_client_cert or client_cert_listen, not both")
+        return self
 
 
 class MetricsSettings(Section):
@@ -349,6 +562,8 @@ class Settings(BaseSettings):
     download: DownloadSettings = DownloadSettings()
     http: HttpSettings = HttpSettings()
     delivery: DeliverySettings = DeliverySettings()
+    identity: IdentitySettings = IdentitySettings()
+    tls: TlsSettings = TlsSettings()
     metrics: MetricsSettings = MetricsSettings()
     log: LogSettings = LogSettings()
 
@@ -429,7 +644,7 @@ def variable(key: str) -> str:
     return PREFIX + key.replace(".", "__").upper()
 
 
-CLIENT_VARIABLES = frozenset({"EXPORTD_SERVER", "EXPORTD_TOKEN"})
+CLIENT_VARIABLES = frozenset({"EXPORTD_SERVER", "EXPORTD_TOKEN", "EXPORTD_WEBHOOK_SECRET"})
 """Variables of the client command, which may run in the same environment."""
 
 
@@ -468,11 +683,37 @@ def host_and_port(key: str, address: str) -> tuple[str, int]:
 
 def _check_listen(settings: Settings) -> None:
     host, _ = host_and_port("listen", settings.listen)
-    if not settings.allow_unauthenticated and not _is_loopback(host):
+    tls, identity = settings.tls, settings.identity
+    if identity.required and settings.allow_unauthenticated:
+        raise ConfigurationError(
+            "allow_unauthenticated: contradicts the settings of identity, by which nobody "
+            "is let in unauthenticated; remove one of them"
+        )
+    if not (identity.required or settings.allow_unauthenticated or is_loopback(host)):
         raise ConfigurationError(
             f"listen: {host} is reachable from elsewhere and nobody has to identify "
-            "themselves; listen on 127.0.0.1, or set allow_unauthenticated"
+            "themselves; listen on 127.0.0.1, set up identity, or set "
+            "allow_unauthenticated"
         )
+    encrypted = tls.cert_file is not None or tls.allow_plaintext
+    if identity.required and not (encrypted or is_loopback(host)):
+        raise ConfigurationError(
+            f"listen: {host} is reachable from elsewhere and credentials could be read on "
+            "the way; set tls.cert_file and tls.key_file, or, if something in front "
+            "encrypts, tls.allow_plaintext"
+        )
+    if identity.mtls and tls.client_ca_file is None:
+        raise ConfigurationError(
+            "identity.mtls: nobody is asked for a certificate; set tls.client_ca_file, "
+            "and tls.require_client_cert or tls.client_cert_listen"
+        )
+    if tls.client_cert_listen:
+        host, _ = host_and_port("tls.client_cert_listen", tls.client_cert_listen)
+        if not (identity.required or settings.allow_unauthenticated or is_loopback(host)):
+            raise ConfigurationError(
+                f"tls.client_cert_listen: {host} is reachable from elsewhere and nobody "
+                "has to identify themselves; set up identity.mtls"
+            )
     if settings.http.listen:
         # Whoever may download shows a signed URL, so it may listen anywhere.
         host, _ = host_and_port("http.listen", settings.http.listen)
@@ -483,7 +724,8 @@ def _check_listen(settings: Settings) -> None:
             )
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach the host by that name."""
     if host == "localhost":
         return True
     try:

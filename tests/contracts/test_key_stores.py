@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -151,11 +152,20 @@ async def test_a_file_that_is_broken_is_no_empty_one(tmp_path: Path, text: str) 
     assert (tmp_path / NAME).read_text() == text
 
 
-async def test_only_its_owner_may_read_the_file_and_it_holds_no_secret(
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs the superuser")
+def test_what_the_superuser_makes_belongs_to_the_directorys_owner(tmp_path: Path) -> None:
+    os.chown(tmp_path, 12_345, 12_346)
+    asyncio.run(FileKeyStore(tmp_path).add(a_key()))
+    for name in (NAME, f"{NAME}.lock"):
+        status = (tmp_path / name).stat()
+        assert (status.st_uid, status.st_gid) == (12_345, 12_346)
+
+
+def test_only_its_owner_may_read_the_file_and_it_holds_no_secret(
     tmp_path: Path,
 ) -> None:
     text, key = new_key("acme", [Scope.READ], now=NOW)
-    await FileKeyStore(tmp_path).add(key)
+    asyncio.run(FileKeyStore(tmp_path).add(key))
     assert (tmp_path / NAME).stat().st_mode & 0o077 == 0
     assert text.rpartition("_")[2] not in (tmp_path / NAME).read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == [NAME, f"{NAME}.lock"]

@@ -4,7 +4,9 @@ functions that take the application."""
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
+import math
 import secrets
 import time
 from collections.abc import Callable, Mapping
@@ -18,7 +20,7 @@ from aiohttp.typedefs import Handler
 from aiohttp.web_protocol import RequestHandler
 
 from exportd_server.api.interceptors.errors import ActiveCalls
-from exportd_server.errors import Code, ErrorReason, ExportdError
+from exportd_server.errors import Code, ErrorReason, ExportdError, QuotaExceeded
 
 log = structlog.get_logger(__name__)
 
@@ -27,6 +29,8 @@ AddRoutes = Callable[[web.Application], None]
 _FIRST_REQUEST = 10.0
 """Seconds in which a new connection must have sent a request."""
 _KEEP_ALIVE = 75.0
+_RETRY_AFTER = 2
+"""Seconds until a connection too many is to come back."""
 _LAST_WORDS = 1.0
 """Seconds in which connections close once nothing is under way."""
 _LIMITS: Mapping[str, Any] = {
@@ -79,7 +83,11 @@ class Refusal(Exception):
     def of(cls, error: ExportdError, status: HTTPStatus | None = None) -> Refusal:
         """The same in HTTP."""
         status = status or _STATUS.get(error.code, HTTPStatus.INTERNAL_SERVER_ERROR)
-        again = {"Retry-After": "1"} if status is HTTPStatus.SERVICE_UNAVAILABLE else None
+        again = None
+        if isinstance(error, QuotaExceeded):
+            again = {"Retry-After": str(math.ceil(error.retry_after.total_seconds()))}
+        elif status is HTTPStatus.SERVICE_UNAVAILABLE:
+            again = {"Retry-After": "1"}
         return cls(status, error.reason, error.message, again)
 
 
@@ -95,8 +103,10 @@ class BrokenOff(ConnectionError):
 class HttpServer:
     """A server that can be started and stopped once."""
 
-    def __init__(self, *add_routes: AddRoutes) -> None:
+    def __init__(self, *add_routes: AddRoutes, max_connections: int = 1000) -> None:
         guard = _Guard()
+        self._open: set[RequestHandler] = set()
+        self._max_connections = max_connections
         self._active = guard.active
         self._answering = guard.answering
         self._silent = guard.silent
@@ -134,11 +144,17 @@ class HttpServer:
             await self._active.none()
         await self._runner.cleanup()
 
-    def _connection(self) -> RequestHandler:
+    def _connection(self) -> asyncio.Protocol:
         assert self._runner.server is not None  # noqa: S101 - set up before it listens
         loop = asyncio.get_running_loop()
+        if len(self._open) >= self._max_connections:
+            return _Refused()
         protocol = _Connection(
-            self._runner.server, loop=loop, logger=self._logger, **_LIMITS
+            self._runner.server,
+            loop=loop,
+            logger=self._logger,
+            opened=self._open,
+            **_LIMITS,
         )
         self._silent.add(protocol)
         loop.call_later(_FIRST_REQUEST, self._drop_silent, protocol)
@@ -152,9 +168,22 @@ class HttpServer:
 
 
 class _Connection(RequestHandler):
-    """One connection, whose requests that are none get the same kind of answer."""
+    """One connection, whose requests that are none get the same kind of answer. It is
+    in `opened` for as long as it is there."""
 
-    __slots__ = ()
+    __slots__ = ("_opened",)
+
+    def __init__(
+        self, *args: Any, opened: set[RequestHandler], **options: Any
+    ) -> None:
+        super().__init__(*args, **options)
+        self._opened = opened
+        opened.add(self)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """It is there no more."""
+        self._opened.discard(self)
+        super().connection_lost(exc)
 
     def handle_error(
         self,
@@ -171,6 +200,31 @@ class _Connection(RequestHandler):
         response.headers.update(_HEADERS)
         response.force_close()
         return response
+
+
+class _Refused(asyncio.Protocol):
+    """A connection too many: it is told so and closed, whatever it sends."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Tell it."""
+        assert isinstance(transport, asyncio.Transport)  # noqa: S101 - TCP's
+        refusal = Refusal(
+            HTTPStatus.SERVICE_UNAVAILABLE,
+            ErrorReason.QUOTA_EXCEEDED,
+            "this server has as many connections as it takes; try again",
+        )
+        body = json.dumps({"reason": refusal.reason, "message": refusal.message})
+        head = (
+            "HTTP/1.1 503 Service Unavailable",
+            "Content-Type: application/json; charset=utf-8",
+            f"Content-Length: {len(body)}",
+            "Cache-Control: no-store",
+            f"Retry-After: {_RETRY_AFTER}",
+            "Connection: close",
+            *(f"{name}: {value}" for name, value in _HEADERS.items()),
+        )
+        transport.write("\r\n".join((*head, "", body)).encode())
+        transport.close()
 
 
 class _Guard:

@@ -18,6 +18,7 @@ from aiohttp import web
 
 from exportd_server.api.download import DownloadOptions
 from exportd_server.api.http import ABOUT, BrokenOff, Refusal
+from exportd_server.api.limits import Slots
 from exportd_server.api.link import BadLink, Link, LinkKeys
 from exportd_server.api.reading import (
     OutputReader,
@@ -65,6 +66,7 @@ class HttpDownloads:
         keys: LinkKeys,
         options: DownloadOptions,
         clock: Clock,
+        slots: Slots,
     ) -> None:
         self._manager = manager
         self._output = OutputReader(manager, store)
@@ -72,6 +74,7 @@ class HttpDownloads:
         self._keys = keys
         self._options = options
         self._clock = clock
+        self._slots = slots
 
     def add_routes(self, app: web.Application) -> None:
         """Serve below `/v1/download`, GET and HEAD. The file's name at the end is for
@@ -85,8 +88,9 @@ class HttpDownloads:
         request[ABOUT].update(job_id=link.job_id, part=link.part, tenant=link.tenant)
         with self._readers.reading(link.job_id):
             try:
-                async with self._readers.until_cut(link.job_id):
-                    return await self._send(request, link)
+                with self._slots.hold(link.tenant):
+                    async with self._readers.until_cut(link.job_id):
+                        return await self._send(request, link)
             except Cut:
                 # Deleted, cancelled or expired: the job says which.
                 try:

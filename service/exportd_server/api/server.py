@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -12,54 +13,117 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from exportd.v1 import export_service_pb2
 from exportd_server.api.interceptors.errors import ErrorInterceptor
+from exportd_server.api.interceptors.identity import IdentityInterceptor
+from exportd_server.api.interceptors.limits import (
+    CapacityInterceptor,
+    TenantLimitsInterceptor,
+)
+from exportd_server.api.limits import CallerLimits
 from exportd_server.api.reflection import add_reflection
 from exportd_server.api.servicer import ExportService
+from exportd_server.identity.authenticator import Authenticator
 
 SERVICE = export_service_pb2.DESCRIPTOR.services_by_name["ExportService"]
-MAX_REQUEST_BYTES = 4 * 2**20
+_HANDSHAKE_MS = 10_000
+"""In which a new connection must have made TLS and HTTP/2 ready."""
 _LAST_WORDS = 0.5
 """Seconds in which answers that were given are sent, when nothing else is left."""
 
 _RAW_RESPONSES = frozenset({"StreamDownload"})
 """Methods that send finished wire bytes."""
 
-OPTIONS: tuple[tuple[str, int], ...] = (
-    # Two servers on one port would each get some of the calls.
-    ("grpc.so_reuseport", 0),
-    ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
-    ("grpc.max_metadata_size", 16 * 1024),
-    ("grpc.max_concurrent_streams", 1000),
-    # A client that is gone without a word is noticed within a minute and a half.
-    ("grpc.keepalive_time_ms", 60_000),
-    ("grpc.keepalive_timeout_ms", 20_000),
-    # A client may ping every 20 s, with or without a call under way.
-    ("grpc.http2.min_ping_interval_without_data_ms", 20_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-)
+
+
+@dataclass(frozen=True, slots=True)
+class ServerLimits:
+    """What connections and calls are held to, of whoever they are. Sizes in bytes, times
+    in seconds, None: no bound."""
+
+    max_calls: int = 4000
+    max_connections: int = 1000
+    max_request_bytes: int = 2**20
+    max_streams_per_connection: int = 250
+    ping_interval: float = 60.0
+    ping_timeout: float = 20.0
+    min_ping_interval: float = 20.0
+    max_ping_strikes: int = 2
+    max_idle: float = 900.0
+    max_age: float | None = None
+
+    def options(self) -> list[tuple[str, int]]:
+        """The same in the library's words."""
+        options = [
+            # Two servers on one port would each get some of the calls.
+            ("grpc.so_reuseport", 0),
+            ("grpc.max_receive_message_length", self.max_request_bytes),
+            ("grpc.max_metadata_size", 16 * 1024),
+            ("grpc.max_concurrent_streams", self.max_streams_per_connection),
+            ("grpc.max_allowed_incoming_connections", self.max_connections),
+            ("grpc.server_handshake_timeout_ms", _HANDSHAKE_MS),
+            # A client that is gone without a word is noticed.
+            ("grpc.keepalive_time_ms", _milliseconds(self.ping_interval)),
+            ("grpc.keepalive_timeout_ms", _milliseconds(self.ping_timeout)),
+            # A client may ping with or without a call under way.
+            ("grpc.keepalive_permit_without_calls", 1),
+            (
+                "grpc.http2.min_ping_interval_without_data_ms",
+                _milliseconds(self.min_ping_interval),
+            ),
+            ("grpc.http2.max_ping_strikes", self.max_ping_strikes),
+            ("grpc.max_connection_idle_ms", _milliseconds(self.max_idle)),
+        ]
+        if self.max_age is not None:
+            options.append(("grpc.max_connection_age_ms", _milliseconds(self.max_age)))
+        return options
+
+
+def _milliseconds(seconds: float) -> int:
+    return min(2**31 - 1, max(1, round(1000 * seconds)))
 
 
 class GrpcServer:
     """A server that can be started and stopped once."""
 
-    def __init__(self, service: ExportService) -> None:
-        interceptor = ErrorInterceptor(frozenset({SERVICE.full_name}))
-        self._active = interceptor.active
-        self._server = grpc.aio.server(interceptors=(interceptor,), options=OPTIONS)
+    def __init__(
+        self,
+        service: ExportService,
+        authenticator: Authenticator,
+        limits: ServerLimits,
+        caller_limits: CallerLimits,
+    ) -> None:
+        services = frozenset({SERVICE.full_name})
+        errors = ErrorInterceptor(services)
+        self._active = errors.active
+        # The first is the outermost.
+        self._server = grpc.aio.server(
+            interceptors=(
+                CapacityInterceptor(limits.max_calls),
+                errors,
+                IdentityInterceptor(services, authenticator),
+                TenantLimitsInterceptor(services, caller_limits),
+            ),
+            options=limits.options(),
+        )
         self._server.add_generic_rpc_handlers((_handlers(service),))
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         add_reflection(self._server, (SERVICE.full_name, health.SERVICE_NAME))
 
-    async def start(self, address: str) -> int:
-        """Listen on `host:port`; returns the port. Raises `OSError` when it is taken."""
+    def listen(self, address: str, credentials: grpc.ServerCredentials | None) -> int:
+        """Take `host:port`, for plain text without credentials; returns the port. Raises
+        `OSError` when it is taken."""
         try:
-            port = self._server.add_insecure_port(address)
+            if credentials is None:
+                return self._server.add_insecure_port(address)
+            return self._server.add_secure_port(address, credentials)
         except RuntimeError as error:
             raise OSError(f"cannot listen on {address}") from error
+
+    async def start(self) -> None:
+        """Answer calls."""
         await self._server.start()
         for name in ("", SERVICE.full_name):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
-        return port
 
     async def announce_shutdown(self) -> None:
         """Turn health to NOT_SERVING, for load balancers to look elsewhere."""

@@ -42,20 +42,21 @@ class ExportService:
         self._tenant = tenant
 
     async def ListDatasets(  # noqa: N802 - the contract's name
-        self, request: pb.ListDatasetsRequest, _context: object
+        self, request: pb.ListDatasetsRequest, context: object
     ) -> pb.ListDatasetsResponse:
         """See the contract."""
         reader = Reader()
         size = _page_size(reader, request.page_size, DATASET_PAGE)
         reader.check()
-        names = self._manager.dataset_names()
+        tenant = self._tenant(context)
+        names = self._manager.dataset_names(tenant)
         after = (
             str(_read_token(request.page_token, "datasets", str)[0])
             if (request.page_token)
             else ""
         )
         rest = [name for name in names if name > after]
-        page = [self._manager.dataset(name) for name in rest[:size]]
+        page = [self._manager.dataset(tenant, name) for name in rest[:size]]
         more = len(rest) > size
         return pb.ListDatasetsResponse(
             datasets=[self._dataset(dataset) for dataset in page],
@@ -63,14 +64,14 @@ class ExportService:
         )
 
     async def GetDataset(  # noqa: N802 - the contract's name
-        self, request: pb.GetDatasetRequest, _context: object
+        self, request: pb.GetDatasetRequest, context: object
     ) -> pb.GetDatasetResponse:
         """See the contract."""
         if not request.name:
             reader = Reader()
             reader.complain("name", "is required; ListDatasets names the datasets")
             reader.check()
-        dataset = self._manager.dataset(request.name)
+        dataset = self._manager.dataset(self._tenant(context), request.name)
         count = await self._manager.count(dataset)
         return pb.GetDatasetResponse(dataset=self._dataset(dataset, count))
 

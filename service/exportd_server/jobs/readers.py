@@ -15,6 +15,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
+from contextvars import Context
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import count
@@ -172,7 +173,8 @@ class Readers:
     def _mind(self) -> None:
         self._due.set()
         if self._minding is None or self._minding.done():
-            self._minding = asyncio.create_task(self._run())
+            # It serves all callers, so it takes nothing over from the one of now.
+            self._minding = asyncio.create_task(self._run(), context=Context())
 
     async def _run(self) -> None:
         """Runs while there is something to mind, one task for all downloads."""

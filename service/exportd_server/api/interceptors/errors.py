@@ -67,18 +67,18 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         read = handler.request_deserializer
         if handler.unary_unary is not None:
             return grpc.unary_unary_rpc_method_handler(
-                _unary(_reading(handler.unary_unary, read), method, self.active),
+                _unary(reading(handler.unary_unary, read), method, self.active),
                 response_serializer=handler.response_serializer,
             )
         if handler.unary_stream is not None:
             return grpc.unary_stream_rpc_method_handler(
-                _stream(_reading(handler.unary_stream, read), method, self.active),
+                _stream(reading(handler.unary_stream, read), method, self.active),
                 response_serializer=handler.response_serializer,
             )
         raise RuntimeError(f"{method} streams requests, which nothing here wraps")
 
 
-def _reading(behaviour: Behaviour, read: Callable[[bytes], Any] | None) -> Behaviour:
+def reading(behaviour: Behaviour, read: Callable[[bytes], Any] | None) -> Behaviour:
     """The behaviour for a request that is still bytes. The library would answer bytes
     that are no message with UNKNOWN and the parser's own words."""
 

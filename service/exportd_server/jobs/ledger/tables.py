@@ -333,3 +333,19 @@ sa.Index(
     deliveries.c.delivery_id,
 )
 sa.Index("deliveries_task", deliveries.c.task_id)
+
+api_keys = sa.Table(
+    "api_keys",
+    METADATA,
+    sa.Column("key_id", sa.Text, primary_key=True),
+    sa.Column("tenant", sa.Text, nullable=False),
+    # With spaces between.
+    sa.Column("scopes", sa.Text, nullable=False),
+    sa.Column("name", sa.Text, nullable=False),
+    # SHA-256 of the secret, in hexadecimal.
+    sa.Column("digest", sa.Text, nullable=False),
+    sa.Column("create_time", sa.BigInteger, nullable=False),
+    sa.Column("expire_time", sa.BigInteger),
+    sa.Column("revoke_time", sa.BigInteger),
+)
+"""Empty in the embedded ledger, which the command that makes keys cannot open."""

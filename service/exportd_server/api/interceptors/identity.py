@@ -1,0 +1,164 @@
+"""Lets a call through once it is known who calls, and that they may."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextvars import ContextVar
+from types import MappingProxyType
+from typing import Any
+
+import grpc
+import structlog
+from grpc_health.v1 import health
+from grpc_reflection.v1alpha import reflection
+
+from exportd_server.api.interceptors.errors import Behaviour, reading
+from exportd_server.api.reflection import V1_SERVICE
+from exportd_server.errors import PermissionDenied, Unauthenticated
+from exportd_server.identity.authenticator import Authenticator
+from exportd_server.identity.base import Principal, Scope
+
+log = structlog.get_logger(__name__)
+
+OPEN = frozenset({health.SERVICE_NAME, reflection.SERVICE_NAME, V1_SERVICE})
+"""Services that anybody may call: load balancers and tools come without credentials, and
+neither tells anything that is not in the published contract."""
+
+SCOPES: Mapping[str, Scope] = MappingProxyType(
+    {
+        "ListDatasets": Scope.READ,
+        "GetDataset": Scope.READ,
+        "CreateExport": Scope.WRITE,
+        "GetJob": Scope.READ,
+        "ListJobs": Scope.READ,
+        "WatchJob": Scope.READ,
+        "CancelJob": Scope.WRITE,
+        "DeleteJob": Scope.WRITE,
+        "StreamDownload": Scope.READ,
+        "GetDownloadUrls": Scope.READ,
+        "ListDeliveries": Scope.READ,
+        "RedriveDeliveries": Scope.WRITE,
+        "ListSinkQueues": Scope.READ,
+        "EnableSinkQueue": Scope.WRITE,
+    }
+)
+"""What each method of the contract needs. One without a row nobody may call."""
+
+_caller: ContextVar[Principal] = ContextVar("caller")
+
+
+def caller() -> Principal:
+    """Who makes the call that is under way."""
+    return _caller.get()
+
+
+class IdentityInterceptor(grpc.aio.ServerInterceptor):
+    """Guards every method of the services named by the scope in the table. Services that
+    are neither among them nor `OPEN` do not exist for callers.
+
+    Belongs inside the interceptor that turns errors into statuses. The request is read
+    only after the caller was let through.
+    """
+
+    def __init__(
+        self,
+        services: frozenset[str],
+        authenticator: Authenticator,
+        scopes: Mapping[str, Scope] = SCOPES,
+    ) -> None:
+        self._services = services
+        self._authenticator = authenticator
+        self._scopes = scopes
+
+    async def intercept_service(
+        self,
+        continuation: Callable[
+            [grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]
+        ],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        """Give the method's handler with its behaviour guarded."""
+        handler = await continuation(handler_call_details)
+        service, _, method = handler_call_details.method[1:].partition("/")
+        if handler is None or service in OPEN:
+            return handler
+        if service not in self._services:
+            return None
+        read = handler.request_deserializer
+        if handler.unary_unary is not None:
+            return grpc.unary_unary_rpc_method_handler(
+                self._unary(reading(handler.unary_unary, read), method),
+                response_serializer=handler.response_serializer,
+            )
+        if handler.unary_stream is not None:
+            return grpc.unary_stream_rpc_method_handler(
+                self._stream(reading(handler.unary_stream, read), method),
+                response_serializer=handler.response_serializer,
+            )
+        raise RuntimeError(f"{method} streams requests, which nothing here wraps")
+
+    def _unary(self, behaviour: Behaviour, method: str) -> Behaviour:
+        async def call(wire: bytes, context: Any) -> Any:
+            await self._admit(context, method)
+            return await behaviour(wire, context)
+
+        return call
+
+    def _stream(self, behaviour: Behaviour, method: str) -> Behaviour:
+        async def call(wire: bytes, context: Any) -> None:
+            principal = await self._admit(context, method)
+            loop = asyncio.get_running_loop()
+            try:
+                async with asyncio.timeout(None) as limit:
+                    with self._authenticator.while_valid(
+                        principal, lambda: limit.reschedule(loop.time())
+                    ):
+                        answer = behaviour(wire, context)
+                        if isinstance(answer, AsyncIterator):
+                            async for response in answer:
+                                await context.write(response)
+                        else:
+                            await answer
+            except TimeoutError:
+                if not limit.expired():
+                    raise
+                raise Unauthenticated(f"API key {principal.key_id} was revoked") from None
+
+        return call
+
+    async def _admit(self, context: Any, method: str) -> Principal:
+        authorization = [
+            value for key, value in context.invocation_metadata() if key == "authorization"
+        ]
+        try:
+            principal = await self._authenticator.principal(
+                authorization, self._certificate(context)
+            )
+        except Unauthenticated as refused:
+            log.info(
+                "caller refused", method=method, cause=refused.cause, peer=context.peer()
+            )
+            raise
+        scope = self._scopes.get(method)
+        if scope is None or not principal.may(scope):
+            log.info(
+                "call refused",
+                method=method,
+                scope=scope,
+                subject=principal.subject,
+                tenant=principal.tenant,
+            )
+            raise PermissionDenied(scope)
+        _caller.set(principal)
+        # Of the task that serves this call alone.
+        structlog.contextvars.bind_contextvars(
+            tenant=principal.tenant, subject=principal.subject
+        )
+        return principal
+
+    def _certificate(self, context: Any) -> bytes | None:
+        if self._authenticator.certificates is None:
+            return None
+        shown = context.auth_context().get("x509_pem_cert")
+        return shown[0] if shown else None

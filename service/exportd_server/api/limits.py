@@ -1,0 +1,122 @@
+"""How much of one process callers may take: so many requests a second of a tenant, and so
+many streams at a time, of a tenant and of all together.
+
+For the event loop's thread only. Counts are those of this process; a fleet of N processes
+lets a tenant have N times as much.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+from exportd_server.errors import QuotaExceeded
+
+RETRY_AFTER = timedelta(seconds=2)
+"""When to ask again for a stream: nobody knows when another one ends."""
+_SHORTEST = 0.001
+
+
+class RequestRates:
+    """A token bucket for each tenant: it holds `burst` requests and is filled with `rate`
+    of them a second.
+
+    What is kept of a bucket is when it will be full; one that is full is forgotten, for
+    it is as good as new. So memory follows the tenants that called within the last
+    `burst / rate` seconds, or twice that at most, and never their number over time.
+    """
+
+    def __init__(
+        self, rate: float, burst: int, now: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._rate = rate
+        self._burst = burst
+        self._now = now
+        self._full_at: OrderedDict[str, float] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._full_at)
+
+    def take(self, tenant: str) -> None:
+        """Count a request; raises `QuotaExceeded`, and counts nothing, when the tenant has
+        none left."""
+        now = self._now()
+        self._forget(now)
+        full_at = max(now, self._full_at.get(tenant, now)) + 1 / self._rate
+        wait = full_at - now - self._burst / self._rate
+        # Sums of fractions: what is due within a microsecond is due.
+        if wait > 1e-6:
+            raise QuotaExceeded(
+                f"tenant:{tenant}/requests",
+                f"more than {self._rate:g} requests a second, after {self._burst} at once; "
+                f"try again in {wait:.3f} s, and watch a job instead of asking for it",
+                timedelta(seconds=max(_SHORTEST, wait)),
+            )
+        self._full_at[tenant] = full_at
+        self._full_at.move_to_end(tenant)
+
+    def _forget(self, now: float) -> None:
+        while self._full_at:
+            tenant, full_at = next(iter(self._full_at.items()))
+            if full_at > now:
+                return
+            del self._full_at[tenant]
+
+
+class Slots:
+    """Places for what lasts, such as downloads: `per_tenant` and `total` at a time."""
+
+    def __init__(self, what: str, per_tenant: int, total: int) -> None:
+        self._what = what
+        self._per_tenant = per_tenant
+        self._total = total
+        self._taken: Counter[str] = Counter()
+
+    @property
+    def taken(self) -> int:
+        """How many places are taken."""
+        return self._taken.total()
+
+    @contextmanager
+    def hold(self, tenant: str) -> Iterator[None]:
+        """Take a place for as long as the context is open; raises `QuotaExceeded`."""
+        if self._taken[tenant] >= self._per_tenant:
+            self._drop_if_none(tenant)
+            raise QuotaExceeded(
+                f"tenant:{tenant}/{self._what}",
+                f"{self._per_tenant} {self._what} are under way already; end one, or "
+                "wait for one to end",
+                RETRY_AFTER,
+            )
+        if self.taken >= self._total:
+            self._drop_if_none(tenant)
+            raise QuotaExceeded(
+                f"server/{self._what}",
+                f"this server has {self._total} {self._what} under way already; try "
+                "again, perhaps at another one",
+                RETRY_AFTER,
+            )
+        self._taken[tenant] += 1
+        try:
+            yield
+        finally:
+            self._taken[tenant] -= 1
+            self._drop_if_none(tenant)
+
+    def _drop_if_none(self, tenant: str) -> None:
+        if not self._taken[tenant]:
+            del self._taken[tenant]
+
+
+@dataclass(frozen=True, slots=True)
+class CallerLimits:
+    """What the API holds its callers to."""
+
+    rates: RequestRates | None
+    watches: Slots
+    downloads: Slots
+    """Over gRPC and HTTP together."""
