@@ -311,8 +311,8 @@ class JwtSettings(Section):
         30.0, description="seconds that clocks may differ by"
     )
     require_nbf: bool = Field(
-        default=True,
-        description="whether a token must say from when on it is valid (`nbf`); many "
+        default=False,
+        description="whether a token must say from when on it is valid (`nbf`), which many "
         "issuers do not. When it says so, it is checked in any case",
     )
     refresh_seconds: PositiveSeconds = Field(

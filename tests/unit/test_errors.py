@@ -27,7 +27,7 @@ def test_the_contract_says_which_code_goes_with_each_reason() -> None:
     codes = {name: comment for comment, name in found if name != "UNSPECIFIED"}
     assert set(codes) == set(errors.ErrorReason)
     for reason, comment in codes.items():
-        text = comment.replace("  // Of a job: ", "  // ")
+        text = re.sub(r"  // Of a (job|delivery): ", "  // ", comment)
         code = re.match(r"  // ([A-Z_]+)\.", text)
         assert code is not None, reason
         assert code[1] == errors.TABLE[errors.ErrorReason(reason)].code.name, reason
