@@ -23,7 +23,9 @@ from exportd_server.jobs.model import (
     FilterLiteral,
     FilterSpec,
     ManifestColumn,
+    SinkSpec,
 )
+from exportd_server.sinks.base import Takes
 from exportd_server.sources.base import FilterOperator
 
 # In UTC no moment comes twice, so that `fold` says nothing.
@@ -68,6 +70,20 @@ specs = st.builds(
     ttl=st.timedeltas(timedelta(0), timedelta(days=36_500)),
     priority=st.integers(-100, 100),
     labels=labels,
+    sinks=st.lists(
+        st.builds(
+            SinkSpec,
+            name=st.text(),
+            type=st.text(),
+            connection=st.text(),
+            config=st.dictionaries(st.text(), st.text() | st.booleans() | st.integers()),
+            queue=st.text(),
+            takes=st.sampled_from(Takes),
+            sealed=st.text(),
+        ),
+        max_size=2,
+    ).map(tuple),
+    drop_after_delivery=st.booleans(),
 )
 
 
@@ -84,6 +100,7 @@ def test_a_request_is_tried_with_each_of_its_fields() -> None:
         *("dataset", "output", "target_id", "network", "start_time", "end_time"),
         *("columns", "filters", "limit", "max_part_rows", "max_part_bytes"),
         *("max_row_errors", "ttl", "priority", "labels"),
+        *("sinks", "drop_after_delivery"),
     }
 
 

@@ -169,10 +169,12 @@ async def test_an_outage_is_told_once_and_not_at_every_try(
             faults.cut_off |= {"record_progress", "renew"}
             faults.calls.clear()
             await until(lambda: min(faults.calls[m] for m in faults.cut_off) > 5)
+            # Before it ends: on a machine that is busy there may be another one after.
+            out = capfd.readouterr().out
             faults.cut_off.clear()
             gate.open_wide()
             await fleet.finished(job)
-    out = capfd.readouterr().out
     assert out.count("progress could not be recorded") == 1
     assert out.count("leases could not be renewed") == 1
+    out += capfd.readouterr().out
     assert "Traceback" not in out

@@ -112,6 +112,9 @@ def _engine(
             "python_enable_replacements": "false",
         }
     )
+    # What takes long would draw its progress on the output of the server.
+    engine.execute("SET enable_progress_bar = false")
+    engine.execute("SET enable_progress_bar_print = false")
     allowed = exp.Array(expressions=[sql.text(path) for path in paths])
     engine.execute(f"SET allowed_paths = {sql.render(_DIALECT, allowed)}")
     engine.execute("SET enable_external_access = false")
