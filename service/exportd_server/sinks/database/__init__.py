@@ -11,14 +11,16 @@ from exportd_server.sinks.base import (
     SinkPlan,
     Takes,
 )
-from exportd_server.sinks.database.adbc import SqliteSink
+from exportd_server.sinks.database.generic import open_generic
 from exportd_server.sinks.database.postgres import PostgresSink
 from exportd_server.sinks.database.request import (
+    ADBC,
     SQLITE,
     DatabaseConnection,
     DatabaseRequest,
     check_request,
 )
+from exportd_server.sinks.database.sqlite import SqliteSink
 
 __all__ = ["DatabaseConnection", "DatabaseRequest", "DatabaseSink"]
 
@@ -47,8 +49,10 @@ class DatabaseSink:
         return SinkPlan(Takes.WHOLE)
 
     async def open(self, connection: DatabaseConnection | None) -> Sink[DatabaseRequest]:
-        """See `SinkType`. Nothing is connected to yet."""
+        """See `SinkType`. A driver is loaded; nothing else is connected to yet."""
         connection = _required(connection)
+        if connection.kind == ADBC:
+            return await open_generic(connection)
         if connection.kind == SQLITE:
             return SqliteSink(connection)
         return PostgresSink(connection)

@@ -79,7 +79,7 @@ class PostgresSink:
     its own."""
 
     def __init__(self, connection: DatabaseConnection) -> None:
-        url = connection.url.get_secret_value()
+        url = connection.address
         try:
             given = conninfo.conninfo_to_dict(url)
         except psycopg.ProgrammingError:

@@ -19,6 +19,7 @@ Mode = Literal["APPEND", "REPLACE", "MERGE"]
 
 POSTGRESQL = "postgresql"
 SQLITE = "sqlite"
+ADBC = "adbc"
 _SCHEMES = {"postgresql": POSTGRESQL, "postgres": POSTGRESQL, "sqlite": SQLITE}
 _SQLITE_URL = "sqlite:///"
 _PART = re.compile(r'"(?:[^"]|"")+"|[^".]+')
@@ -41,8 +42,15 @@ class DatabaseConnection(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    url: SecretStr
-    """`postgresql://USER:PASSWORD@HOST:PORT/DATABASE` or `sqlite:///PATH`."""
+    url: SecretStr | None = None
+    """`postgresql://USER:PASSWORD@HOST:PORT/DATABASE` or `sqlite:///PATH`. Either this or
+    `driver`."""
+    driver: Annotated[str, Field(min_length=1)] | None = None
+    """An ADBC driver: the name or path of its shared library, or an installed package
+    `adbc_driver_*`."""
+    options: dict[str, SecretStr] = Field(default_factory=dict)
+    """What the driver wants to be told, by its own names: addresses, credentials, limits.
+    `entrypoint` is the driver manager's."""
     schemas: tuple[str, ...] = ()
     """Schemas that may be written to, by their names; none named: any."""
     tables: tuple[str, ...] = ()
@@ -59,18 +67,15 @@ class DatabaseConnection(BaseModel):
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
-        url = self.url.get_secret_value()
-        kind = _SCHEMES.get(url.partition("://")[0])
-        # Nothing here repeats the URL: it has a password.
-        if kind is None:
-            raise ValueError(
-                "url begins with none of postgresql://, sqlite:///, which are the "
-                "databases there are"
-            )
-        if kind == SQLITE and (not url.startswith(_SQLITE_URL) or url == _SQLITE_URL):
-            raise ValueError("url of SQLite is sqlite:///PATH, with //// before a root")
-        if kind == SQLITE and self.schemas:
-            raise ValueError("schemas: SQLite has none; use tables")
+        if (self.url is None) == (self.driver is None):
+            raise ValueError("a database has either url or driver")
+        if self.url is None:
+            if "driver" in self.options:
+                raise ValueError("options: the driver is named by driver")
+        elif self.options:
+            raise ValueError("options go with driver; a url has them as ?name=value")
+        else:
+            _check_url(self.url.get_secret_value(), self.schemas)
         try:
             parse_table(self.deliveries_table)
         except ValueError as error:
@@ -80,12 +85,31 @@ class DatabaseConnection(BaseModel):
     @property
     def kind(self) -> str:
         """Which database it is."""
-        return _SCHEMES[self.url.get_secret_value().partition("://")[0]]
+        return ADBC if self.url is None else _SCHEMES[self.address.partition("://")[0]]
+
+    @property
+    def address(self) -> str:
+        """The URL in clear; empty with a driver."""
+        return "" if self.url is None else self.url.get_secret_value()
 
     @property
     def path(self) -> str:
         """The file of a SQLite database."""
-        return self.url.get_secret_value().removeprefix(_SQLITE_URL)
+        return self.address.removeprefix(_SQLITE_URL)
+
+
+def _check_url(url: str, schemas: tuple[str, ...]) -> None:
+    # Nothing here repeats the URL: it has a password.
+    kind = _SCHEMES.get(url.partition("://")[0])
+    if kind is None:
+        raise ValueError(
+            "url begins with none of postgresql://, sqlite:///; name an ADBC driver as "
+            "driver for other databases"
+        )
+    if kind == SQLITE and (not url.startswith(_SQLITE_URL) or url == _SQLITE_URL):
+        raise ValueError("url of SQLite is sqlite:///PATH, with //// before a root")
+    if kind == SQLITE and schemas:
+        raise ValueError("schemas: SQLite has none; use tables")
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,13 +161,18 @@ def check_request(
         table = parse_table(request.table)
     except ValueError as error:
         raise BadSinkRequest("table", str(error)) from None
-    if connection.kind == SQLITE:
-        if table.schema:
-            raise BadSinkRequest("table", "SQLite has no schemas; give the name alone")
-        if request.mode == "MERGE":
-            raise BadSinkRequest(
-                "mode", "MERGE needs PostgreSQL; this connection takes APPEND and REPLACE"
-            )
+    if connection.kind == SQLITE and table.schema:
+        raise BadSinkRequest("table", "SQLite has no schemas; give the name alone")
+    if connection.kind == ADBC and connection.schemas and not table.schema:
+        raise BadSinkRequest(
+            "table",
+            "this connection leaves no schema to the database; name one of "
+            f"{', '.join(connection.schemas)}, as SCHEMA.TABLE",
+        )
+    if connection.kind != POSTGRESQL and request.mode == "MERGE":
+        raise BadSinkRequest(
+            "mode", "MERGE needs PostgreSQL; this connection takes APPEND and REPLACE"
+        )
     allow(connection, table)
     _check_format(export)
     names = [column.name for column in export.columns]
