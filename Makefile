@@ -46,6 +46,9 @@ test: $(VENV)/.dev ## Run the tests
 torture: $(VENV)/.dev ## Hurt a fleet for minutes, prove that it loses nothing
 	$(BIN)/python -m tests.torture $(ARGS)
 
+fuzz: $(VENV)/.dev ## Send a server what nobody would, and judge its answers
+	$(BIN)/python -m tests.security.fuzz $(ARGS)
+
 check: $(VENV)/.dev ## Format, lint, types, imports, contract, stubs, audit
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -80,4 +83,4 @@ LOCK := --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
 clean: ## Remove what the targets made, the virtual environment included
 	rm -rf $(VENV) $(DATA) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-.PHONY: help demo run test torture check format gen bench lock clean
+.PHONY: help demo run test torture fuzz check format gen bench lock clean

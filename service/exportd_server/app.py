@@ -17,8 +17,10 @@ from prometheus_client import start_http_server
 from pydantic import SecretStr
 
 from exportd_server import samples
+from exportd_server.api.chunks import ChunkMemory
 from exportd_server.api.download import DownloadOptions, Downloads
 from exportd_server.api.http import HttpServer
+from exportd_server.api.http_audit import HttpAudit
 from exportd_server.api.http_download import HttpDownloads
 from exportd_server.api.interceptors.identity import caller
 from exportd_server.api.limits import CallerLimits, RequestRates, Slots
@@ -34,6 +36,9 @@ from exportd_server.identity.base import KeyStore, Scope
 from exportd_server.identity.certificates import CertificateCallers, CertificateName
 from exportd_server.identity.file import FileKeyStore
 from exportd_server.identity.keys import KeyRing
+from exportd_server.jobs.audit_keys import AuditedKeyStore
+from exportd_server.jobs.audit_log import AuditLog
+from exportd_server.jobs.audit_spool import AuditSpool
 from exportd_server.jobs.exporting import ExportOptions
 from exportd_server.jobs.housekeeping import Housekeeping
 from exportd_server.jobs.ledger.base import Ledger
@@ -69,6 +74,8 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 _MEASURE_SECONDS = 5.0
+_AUDIT_SECONDS = 5.0
+"""In which audit records that still wait are kept, once everything else has ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,13 +118,13 @@ async def serving(
     async with (
         _wired(settings, catalogue, sink_types) as parts,
         _identifying(settings, parts.keys) as authenticator,
+        _auditing(parts) as audit,
     ):
         manager = _manager(parts)
-        downloads = Downloads(
-            manager, parts.store, parts.readers, _download_options(settings)
-        )
+        options = _download_options(settings)
+        downloads = Downloads(manager, parts.store, parts.readers, options)
         limits = _caller_limits(settings)
-        http = await _open_http(parts, manager, limits)
+        http = await _open_http(parts, manager, limits, audit, options)
         urls = _download_urls(parts, manager, http)
         service = ExportService(
             manager,
@@ -125,7 +132,7 @@ async def serving(
             urls,
             tenant=lambda _context: caller().tenant,
         )
-        server = GrpcServer(service, authenticator, _server_limits(settings), limits)
+        server = GrpcServer(service, authenticator, _server_limits(settings), limits, audit)
         try:
             port, certificate_port = _listen(server, settings, tls)
         except ConfigurationError:
@@ -199,6 +206,7 @@ class _Background:
                 parts.store,
                 reap_interval=timedelta(seconds=parts.settings.retention.reap_interval),
                 orphan_interval=timedelta(seconds=parts.settings.retention.orphan_interval),
+                keep_audit=timedelta(days=parts.settings.audit.retention_days),
             ),
             parts.policy,
             parts.sinks,
@@ -269,15 +277,38 @@ async def _wired(
 
 @contextlib.asynccontextmanager
 async def key_store(settings: Settings) -> AsyncIterator[KeyStore]:
-    """The API keys that servers with these settings accept. Raises `ConfigurationError`."""
+    """The API keys that servers with these settings accept, whose changes are audited.
+    Raises `ConfigurationError`."""
+    clock = SystemClock()
     if _is_embedded(settings):
-        yield FileKeyStore(settings.data_dir)
+        spool = AuditSpool(settings.data_dir)
+        yield AuditedKeyStore(FileKeyStore(settings.data_dir), spool.append, clock)
         return
     ledger = await open_postgres_ledger(settings.ledger.url, connections=1)
     try:
-        yield ledger.keys
+        yield AuditedKeyStore(
+            ledger.keys, lambda record: ledger.append_audit([record]), clock
+        )
     finally:
         await ledger.close()
+
+
+@contextlib.asynccontextmanager
+async def _auditing(parts: _Parts) -> AsyncIterator[AuditLog]:
+    """What keeps audit records, those of commands included. When the context closes, what
+    waits is kept, or counted as lost."""
+    audit = AuditLog(parts.ledger, SystemClock())
+    moving: asyncio.Task[None] | None = None
+    if _is_embedded(parts.settings):
+        spool = AuditSpool(parts.settings.data_dir)
+        moving = asyncio.create_task(spool.run(parts.ledger))
+    try:
+        yield audit
+    finally:
+        if moving is not None:
+            moving.cancel()
+            await asyncio.wait({moving})
+        await audit.close(_AUDIT_SECONDS)
 
 
 @contextlib.asynccontextmanager
@@ -495,7 +526,11 @@ class _Http:
 
 
 async def _open_http(
-    parts: _Parts, manager: JobManager, limits: CallerLimits
+    parts: _Parts,
+    manager: JobManager,
+    limits: CallerLimits,
+    audit: AuditLog,
+    options: DownloadOptions,
 ) -> _Http | None:
     settings = parts.settings
     if not settings.http.listen:
@@ -507,12 +542,14 @@ async def _open_http(
         parts.store,
         parts.readers,
         keys,
-        _download_options(settings),
+        options,
         SystemClock(),
         limits.downloads,
     )
     server = HttpServer(
-        downloads.add_routes, max_connections=settings.limits.max_http_connections
+        HttpAudit(audit).add_to,
+        downloads.add_routes,
+        max_connections=settings.limits.max_http_connections,
     )
     try:
         port = await server.start(host, port)
@@ -560,7 +597,10 @@ def _download_urls(parts: _Parts, manager: JobManager, http: _Http | None) -> Do
 
 
 def _download_options(settings: Settings) -> DownloadOptions:
-    return DownloadOptions(settings.download.chunk_bytes, settings.download.stall_timeout)
+    download = settings.download
+    return DownloadOptions(
+        ChunkMemory(download.chunk_bytes, download.bytes_in_flight), download.stall_timeout
+    )
 
 
 def migrate(settings: Settings) -> tuple[str | None, str]:
@@ -666,6 +706,7 @@ def _server_limits(settings: Settings) -> ServerLimits:
         max_calls=limits.max_calls,
         max_connections=limits.max_connections,
         max_request_bytes=limits.max_request_bytes,
+        request_timeout=limits.request_timeout,
         max_streams_per_connection=limits.max_streams_per_connection,
         ping_interval=limits.ping_seconds,
         ping_timeout=limits.ping_timeout,
@@ -682,9 +723,8 @@ def _caller_limits(settings: Settings) -> CallerLimits:
     return CallerLimits(
         rates=None if rate is None else RequestRates(rate, limits.request_burst),
         watches=Slots("watches", limits.max_watches_per_tenant, limits.max_watches),
-        downloads=Slots(
-            "downloads", limits.max_downloads_per_tenant, limits.max_downloads
-        ),
+        downloads=Slots("downloads", limits.max_downloads_per_tenant, limits.max_downloads),
+        stall_timeout=settings.download.stall_timeout,
     )
 
 
@@ -697,6 +737,8 @@ def _policy(settings: Settings) -> Policy:
         max_active_jobs=settings.limits.max_active_jobs,
         max_rows=settings.limits.max_rows,
         max_bytes=settings.limits.max_bytes,
+        max_queued_jobs=settings.limits.max_queued_jobs,
+        max_seconds=settings.limits.max_seconds,
     )
 
 
@@ -710,6 +752,7 @@ def _worker_options(settings: Settings) -> WorkerOptions:
         export=ExportOptions(
             shard_rows=settings.worker.shard_rows,
             max_bytes_in_flight=settings.worker.bytes_in_flight,
+            source_timeout=settings.worker.source_timeout,
         ),
     )
 

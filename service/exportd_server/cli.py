@@ -352,7 +352,8 @@ def _with_keys(
 
     with _configuration_errors():
         settings = load_settings(config, {"data_dir": data_dir}, serves=False)
-        configure_logging("error", "console")
+        # Audit lines are written whatever the level, and belong where logs are collected.
+        configure_logging("error", settings.log.style)
         try:
             return settings, asyncio.run(run(settings))
         except (OSError, KeysUnreadable, ExportdError) as error:

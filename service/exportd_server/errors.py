@@ -383,7 +383,8 @@ class ValueNotEncodable(ExportFailed):
 
 
 class ExportTooLarge(ExportFailed):
-    """The export passed a cap. `cap` is `max_rows` or `max_bytes`."""
+    """The export passed a cap. `cap` is `max_rows`, `max_bytes`, `max_parts` or
+    `max_seconds`."""
 
     def __init__(self, cap: str, limit: int, count: int) -> None:
         super().__init__(

@@ -28,6 +28,7 @@ from pydantic_settings import (
     NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
+    SettingsError,
 )
 
 from exportd_server.errors import ConfigurationError
@@ -138,6 +139,11 @@ class WorkerSettings(Section):
     poll: PositiveSeconds = Field(
         5.0, description="seconds between looks for work that nothing announced"
     )
+    source_timeout: PositiveSeconds = Field(
+        900.0,
+        description="seconds that a source may plan, or give no rows; the attempt fails "
+        "then, and another one follows",
+    )
     bytes_in_flight: PositiveInt = Field(
         8 * 2**20, description="bytes of batches between reading and encoding an export"
     )
@@ -183,10 +189,15 @@ class LimitSettings(Section):
         512, description="downloads at a time, over gRPC and HTTP together"
     )
     max_calls: PositiveInt = Field(
-        4000, description="gRPC calls under way at a time, of all services"
+        4000,
+        description="gRPC calls under way at a time, and a tenth of that of health and "
+        "reflection, which anybody may call",
     )
     max_request_bytes: Annotated[int, Field(ge=4096, le=64 * 2**20)] = Field(
         2**20, description="largest gRPC request"
+    )
+    request_timeout: PositiveSeconds = Field(
+        10.0, description="seconds in which the request of a gRPC call must have come"
     )
     max_connections: PositiveInt = Field(
         1000, description="gRPC connections at a time, of each port"
@@ -242,6 +253,14 @@ class RetentionSettings(Section):
         if self.ttl > self.max_ttl:
             raise ValueError(f"ttl ({self.ttl}) must not pass max_ttl ({self.max_ttl})")
         return self
+
+
+class AuditSettings(Section):
+    """Records of who did what."""
+
+    retention_days: Annotated[int, Field(ge=1, le=36_500)] = Field(
+        90, description="days that audit records are kept in the ledger"
+    )
 
 
 class PartSettings(Section):
@@ -449,8 +468,14 @@ class DownloadSettings(Section):
     chunk_bytes: Annotated[int, Field(ge=4096, le=2 * 2**20)] = Field(
         2**20, description="data of one message; smaller is fairer to other calls"
     )
+    bytes_in_flight: PositiveInt = Field(
+        16 * 2**20,
+        description="data on its way to all readers together, each of whom may have 64 KiB "
+        "in any case; messages are the smaller the more downloads there are",
+    )
     stall_timeout: PositiveSeconds = Field(
-        60.0, description="seconds after which a reader that takes nothing is dropped"
+        60.0, description="seconds after which a reader or watcher that takes nothing is "
+        "dropped"
     )
     url_lifetime: PositiveInt = Field(
         3600, description="seconds that download URLs work when the request does not say"
@@ -558,6 +583,7 @@ class Settings(BaseSettings):
     worker: WorkerSettings = WorkerSettings()
     limits: LimitSettings = LimitSettings()
     retention: RetentionSettings = RetentionSettings()
+    audit: AuditSettings = AuditSettings()
     parts: PartSettings = PartSettings()
     download: DownloadSettings = DownloadSettings()
     http: HttpSettings = HttpSettings()
@@ -607,6 +633,11 @@ def load_settings(
         given = _Flags(**{k: v for k, v in flags.items() if v is not None})
     except ValidationError as error:
         raise ConfigurationError(_explain(error, file)) from None
+    except SettingsError as error:
+        # It names the field, and not the value.
+        raise ConfigurationError(
+            f"environment: {error}; lists and tables stand there as JSON"
+        ) from None
     update = {name: getattr(given, name) for name in given.model_fields_set}
     if "workers" in update:
         enabled = {"enabled": update.pop("workers")}

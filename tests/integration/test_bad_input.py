@@ -277,7 +277,7 @@ async def test_so_many_bad_fields_that_no_answer_holds_them_are_told_by_number(
     server: Server, count: int
 ) -> None:
     """A client refuses trailers that are too long, and would never see the answer."""
-    for name in ("no_such_column", "é" * 60, "x" * 20_000):
+    for name in ("no_such_column", "é" * 60, "x" * 5_000):
         refused = await rpc.refusal(
             server.stub.CreateExport(rpc.request("token_transfers", columns=[name] * count))
         )

@@ -215,7 +215,8 @@ class LedgerDatabase:
     def reset(self) -> None:
         """Back to what a migration leaves."""
         self.execute("""
-            TRUNCATE jobs, labels, parts, pins, tasks, tenants, orphans, deliveries, queues
+            TRUNCATE jobs, labels, parts, pins, tasks, tenants, orphans, deliveries, queues,
+                audit_records
                 RESTART IDENTITY;
             ALTER SEQUENCE fencing_tokens RESTART;
             INSERT INTO tasks (kind, tenant, generation, state, priority, since, run_at)

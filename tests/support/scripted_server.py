@@ -365,6 +365,13 @@ class ScriptedServer(export_service_pb2_grpc.ExportServiceServicer):
             queue=sink_pb2.SinkQueue(queue=request.queue)
         )
 
+    def ListAuditRecords(  # noqa: N802 - gRPC's name
+        self, request: export_service_pb2.ListAuditRecordsRequest, context: Any
+    ) -> export_service_pb2.ListAuditRecordsResponse:
+        """None."""
+        self._enter("ListAuditRecords", request, context)
+        return export_service_pb2.ListAuditRecordsResponse()
+
     def _follow(
         self,
         request: export_service_pb2.StreamDownloadRequest,

@@ -13,6 +13,8 @@ import polars as pl
 from exportd import (
     AsyncClient,
     AsyncJob,
+    AuditOutcome,
+    AuditRecord,
     CancelOutcome,
     Client,
     Dataset,
@@ -132,6 +134,10 @@ def delivering() -> None:
         for queue in client.sink_queues():
             assert_type(queue, SinkQueue)
         assert_type(client.enable_sink_queue("webhook/hook"), SinkQueue)
+        for record in client.audit_records(methods=["DeleteJob"], outcomes=["FAILED"]):
+            assert_type(record, AuditRecord)
+            assert_type(record.outcome, AuditOutcome)
+            assert_type(record.bytes_sent, int | None)
         assert_type(to_file("reports"), Sink)
         to_database("w", "t", mode="UPSERT")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
         to_plugin("kafka", key=object())  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
@@ -164,6 +170,8 @@ async def in_asyncio(path: Path) -> None:
         async for queue in client.sink_queues():
             assert_type(queue, SinkQueue)
         assert_type(await client.enable_sink_queue("q"), SinkQueue)
+        async for record in client.audit_records(tenant="acme"):
+            assert_type(record, AuditRecord)
 
 
 def failing(error: ExportdError) -> None:

@@ -70,6 +70,35 @@ async def test_however_many_have_expired_all_are_hidden_and_few_at_a_time(
         return done
 
     ledger.expire_jobs.side_effect = expire
+    ledger.forget_audit.return_value = 0
     await housekeeping(ledger, AsyncMock()).reap(lease())
+    assert left == 0
+    ledger.complete_reap.assert_awaited_once()
+
+
+@pytest.mark.parametrize("records", [0, 1, 199, 200, 201, 700])
+async def test_audit_records_are_forgotten_few_at_a_time_before_the_round_ends(
+    records: int,
+) -> None:
+    ledger, left = AsyncMock(), records
+
+    async def forget(_lease: Lease, *, keep: timedelta, limit: int) -> int:
+        nonlocal left
+        assert keep == timedelta(days=7)
+        assert limit <= 200
+        ledger.complete_reap.assert_not_awaited()
+        done = min(limit, left)
+        left -= done
+        return done
+
+    ledger.expire_jobs.return_value = 0
+    ledger.forget_audit.side_effect = forget
+    house = Housekeeping(
+        ledger,
+        AsyncMock(),
+        reap_interval=timedelta(seconds=300),
+        keep_audit=timedelta(days=7),
+    )
+    await house.reap(lease())
     assert left == 0
     ledger.complete_reap.assert_awaited_once()

@@ -12,10 +12,10 @@ import grpc
 from crc32c import crc32c
 
 from exportd.v1 import export_service_pb2
+from exportd_server.api.chunks import ChunkBuffer, ChunkMemory
 from exportd_server.api.framing import data_message
 from exportd_server.api.reading import (
     OutputReader,
-    ReadBuffer,
     check_generation,
     choose_error_part,
     choose_file,
@@ -23,6 +23,7 @@ from exportd_server.api.reading import (
 from exportd_server.api.requests import Reader
 from exportd_server.encoders.base import OutputFormat
 from exportd_server.errors import ErrorReason, ExportdError
+from exportd_server.jobs import audit
 from exportd_server.jobs.manager import JobManager
 from exportd_server.jobs.model import Job, JobState, PartRecord
 from exportd_server.jobs.output import (
@@ -42,10 +43,9 @@ Context = grpc.aio.ServicerContext[export_service_pb2.StreamDownloadRequest, byt
 
 @dataclass(frozen=True, slots=True)
 class DownloadOptions:
-    """Sizes in bytes, times in seconds. A bigger chunk is a little faster; a smaller one
-    is fairer to other calls."""
+    """What all downloads share; times in seconds."""
 
-    chunk_bytes: int = 2**20
+    memory: ChunkMemory
     stall_timeout: float = 60.0
 
 
@@ -72,8 +72,11 @@ class Downloads:
     ) -> None:
         """Send what was asked for; raises what the contract says."""
         job_id = _checked_job_id(request)
-        sender = _Sender(context, self._options)
-        with self._readers.reading(job_id):
+        with (
+            self._options.memory.download() as buffer,
+            self._readers.reading(job_id),
+        ):
+            sender = _Sender(context, buffer, self._options.stall_timeout)
             try:
                 async with self._readers.until_cut(job_id):
                     if request.follow:
@@ -184,10 +187,11 @@ class Downloads:
 class _Sender:
     """Sends messages of one call, and gives up on a reader that takes none."""
 
-    def __init__(self, context: Context, options: DownloadOptions) -> None:
+    def __init__(self, context: Context, buffer: ChunkBuffer, stall_timeout: float) -> None:
         self._context = context
-        self._options = options
-        self.room = ReadBuffer(options.chunk_bytes).room
+        self._buffer = buffer
+        self._stall_timeout = stall_timeout
+        self.room = buffer.room
         self.before_each: Callable[[], None] = _nothing
         """Raises when no more data is to be sent."""
 
@@ -195,15 +199,19 @@ class _Sender:
         """Send what the bytes are."""
         response = export_service_pb2.StreamDownloadResponse(metadata=message)
         await self._write(response.SerializeToString())
+        audit.note_sent(0)
 
     async def data(self, offset: int, data: memoryview) -> None:
         """Send a chunk."""
         self.before_each()
-        await self._write(data_message(offset, crc32c(data), data))
+        message = data_message(offset, crc32c(data), data)
+        self._buffer.release()
+        await self._write(message)
+        audit.note_sent(len(data))
 
     async def _write(self, message: bytes) -> None:
         try:
-            async with asyncio.timeout(self._options.stall_timeout):
+            async with asyncio.timeout(self._stall_timeout):
                 await self._context.write(message)
         except TimeoutError:
             raise ExportdError(ErrorReason.READER_STALLED) from None

@@ -173,9 +173,7 @@ class _Connection(RequestHandler):
 
     __slots__ = ("_opened",)
 
-    def __init__(
-        self, *args: Any, opened: set[RequestHandler], **options: Any
-    ) -> None:
+    def __init__(self, *args: Any, opened: set[RequestHandler], **options: Any) -> None:
         super().__init__(*args, **options)
         self._opened = opened
         opened.add(self)

@@ -16,18 +16,19 @@ from http import HTTPStatus
 
 from aiohttp import web
 
+from exportd_server.api.chunks import ChunkBuffer
 from exportd_server.api.download import DownloadOptions
 from exportd_server.api.http import ABOUT, BrokenOff, Refusal
 from exportd_server.api.limits import Slots
 from exportd_server.api.link import BadLink, Link, LinkKeys
 from exportd_server.api.reading import (
     OutputReader,
-    ReadBuffer,
     check_generation,
     choose_file,
 )
 from exportd_server.api.urls import DOWNLOAD_PATH
 from exportd_server.errors import ErrorReason, ExportdError
+from exportd_server.jobs import audit
 from exportd_server.jobs.manager import JobManager
 from exportd_server.jobs.model import Job
 from exportd_server.jobs.output import (
@@ -110,6 +111,9 @@ class HttpDownloads:
                 "URL_INVALID",
                 "this URL was not given by this service, or was changed on its way",
             ) from None
+        if (entry := audit.current()) is not None:
+            entry.tenant, entry.identity = link.tenant, audit.BY_URL
+            entry.job_id, entry.part = link.job_id, link.part
         if link.expire_time <= self._clock.now():
             raise Refusal(
                 HTTPStatus.GONE, "URL_EXPIRED", "the URL has expired; ask for a new one"
@@ -156,12 +160,12 @@ class HttpDownloads:
             await response.prepare(request)
             return response
         await self._readers.keep(job)
-        buffer = ReadBuffer(self._options.chunk_bytes)
         request[ABOUT].update(first=first, bytes=end - first)
-        async with aclosing(
-            self._output.pieces(job, layout.segments, first, end, buffer.room)
-        ) as pieces:
-            await self._stream(request, response, pieces)
+        with self._options.memory.download() as buffer:
+            async with aclosing(
+                self._output.pieces(job, layout.segments, first, end, buffer.room)
+            ) as pieces:
+                await self._stream(request, response, pieces, buffer)
         return response
 
     def _cache_control(self, link: Link, job: Job) -> str:
@@ -176,6 +180,7 @@ class HttpDownloads:
         request: web.Request,
         response: web.StreamResponse,
         pieces: AsyncGenerator[tuple[int, memoryview]],
+        buffer: ChunkBuffer,
     ) -> None:
         # The first bytes are read before the answer begins, so that what is wrong with
         # them can still be told.
@@ -184,10 +189,14 @@ class HttpDownloads:
             # What is written has been taken by the kernel when `drain` returns.
             request.transport.set_write_buffer_limits(high=0)
         await response.prepare(request)
+        audit.note_sent(0)
         while piece is not None:
             # A copy, for the transport may hold on to it while the memory is read into.
-            data = bytes(piece[1])
-            await self._taken(request, _write(request, response, data))
+            # Nobody else does.
+            writing = _write(request, response, bytes(piece[1]))
+            buffer.release()
+            await self._taken(request, writing)
+            audit.note_sent(len(piece[1]))
             piece = await anext(pieces, None)
         await response.write_eof()
 
@@ -211,6 +220,7 @@ class HttpDownloads:
 
 async def _write(request: web.Request, response: web.StreamResponse, data: bytes) -> None:
     await response.write(data)
+    del data
     await request.writer.drain()
 
 

@@ -120,3 +120,5 @@ class CallerLimits:
     watches: Slots
     downloads: Slots
     """Over gRPC and HTTP together."""
+    stall_timeout: float = 60.0
+    """Seconds in which a watcher must take a message."""

@@ -29,22 +29,6 @@ Room = Callable[[int], memoryview]
 """Gives memory for at most so many bytes, at least one."""
 
 
-class ReadBuffer:
-    """Memory to read into: the same each time, and no more of it than a small output
-    needs."""
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._memory = memoryview(b"")
-
-    def room(self, wanted: int) -> memoryview:
-        """Where to read the next bytes into."""
-        size = min(wanted, self._most)
-        if len(self._memory) < size:
-            self._memory = memoryview(bytearray(size))
-        return self._memory[:size]
-
-
 def choose_file(job: Job, part_index: int | None) -> tuple[Layout, str]:
     """One part of a succeeded job, or all of them joined: its layout and name. Raises
     PART_NOT_FOUND or PARTS_NOT_JOINABLE."""

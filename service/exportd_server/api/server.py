@@ -12,6 +12,7 @@ from google.protobuf import message_factory
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from exportd.v1 import export_service_pb2
+from exportd_server.api.interceptors.audit import AuditInterceptor, noting
 from exportd_server.api.interceptors.errors import ErrorInterceptor
 from exportd_server.api.interceptors.identity import IdentityInterceptor
 from exportd_server.api.interceptors.limits import (
@@ -22,6 +23,7 @@ from exportd_server.api.limits import CallerLimits
 from exportd_server.api.reflection import add_reflection
 from exportd_server.api.servicer import ExportService
 from exportd_server.identity.authenticator import Authenticator
+from exportd_server.jobs.audit_log import AuditLog
 
 SERVICE = export_service_pb2.DESCRIPTOR.services_by_name["ExportService"]
 _HANDSHAKE_MS = 10_000
@@ -33,7 +35,6 @@ _RAW_RESPONSES = frozenset({"StreamDownload"})
 """Methods that send finished wire bytes."""
 
 
-
 @dataclass(frozen=True, slots=True)
 class ServerLimits:
     """What connections and calls are held to, of whoever they are. Sizes in bytes, times
@@ -42,6 +43,7 @@ class ServerLimits:
     max_calls: int = 4000
     max_connections: int = 1000
     max_request_bytes: int = 2**20
+    request_timeout: float = 10.0
     max_streams_per_connection: int = 250
     ping_interval: float = 60.0
     ping_timeout: float = 20.0
@@ -63,6 +65,7 @@ class ServerLimits:
             # A client that is gone without a word is noticed.
             ("grpc.keepalive_time_ms", _milliseconds(self.ping_interval)),
             ("grpc.keepalive_timeout_ms", _milliseconds(self.ping_timeout)),
+            ("grpc.http2.ping_timeout_ms", _milliseconds(self.ping_timeout)),
             # A client may ping with or without a call under way.
             ("grpc.keepalive_permit_without_calls", 1),
             (
@@ -90,6 +93,7 @@ class GrpcServer:
         authenticator: Authenticator,
         limits: ServerLimits,
         caller_limits: CallerLimits,
+        audit: AuditLog,
     ) -> None:
         services = frozenset({SERVICE.full_name})
         errors = ErrorInterceptor(services)
@@ -97,8 +101,9 @@ class GrpcServer:
         # The first is the outermost.
         self._server = grpc.aio.server(
             interceptors=(
-                CapacityInterceptor(limits.max_calls),
+                CapacityInterceptor(services, limits.max_calls, limits.request_timeout),
                 errors,
+                AuditInterceptor(services, audit),
                 IdentityInterceptor(services, authenticator),
                 TenantLimitsInterceptor(services, caller_limits),
             ),
@@ -155,6 +160,6 @@ def _handlers(service: ExportService) -> grpc.GenericRpcHandler:
             else grpc.unary_unary_rpc_method_handler
         )
         handlers[method.name] = make(
-            getattr(service, method.name), request_class.FromString, serializer
+            getattr(service, method.name), noting(request_class.FromString), serializer
         )
     return grpc.method_handlers_generic_handler(SERVICE.full_name, handlers)

@@ -12,6 +12,11 @@ from typing import Any
 from exportd.v1 import export_service_pb2 as pb
 from exportd.v1 import job_pb2
 from exportd_server.api import answers, requests, sinks
+from exportd_server.api.audit import (
+    audit_message,
+    audit_query_digest,
+    read_audit_query,
+)
 from exportd_server.api.download import Context, Downloads
 from exportd_server.api.requests import Reader
 from exportd_server.api.urls import DownloadUrls, UrlQuery
@@ -22,6 +27,7 @@ from exportd_server.sources.catalogue import Dataset
 DATASET_PAGE = 100
 JOB_PAGE = 50
 DELIVERY_PAGE = 100
+AUDIT_PAGE = 100
 MAX_PAGE = 1000
 
 
@@ -274,6 +280,28 @@ class ExportService:
         reader.check()
         queue = await self._manager.enable_queue(self._tenant(context), name)
         return pb.EnableSinkQueueResponse(queue=sinks.queue_message(queue))
+
+    async def ListAuditRecords(  # noqa: N802 - the contract's name
+        self, request: pb.ListAuditRecordsRequest, _context: object
+    ) -> pb.ListAuditRecordsResponse:
+        """See the contract."""
+        reader = Reader()
+        size = _page_size(reader, request.page_size, AUDIT_PAGE)
+        query = read_audit_query(reader, request)
+        reader.check()
+        digest = audit_query_digest(query)
+        before = None
+        if request.page_token:
+            micros, record_id = _read_token(request.page_token, digest, int, str)
+            before = (_from_micros(micros), record_id)
+        found = await self._manager.list_audit(query, limit=size + 1, before=before)
+        page = found[:size]
+        token = ""
+        if len(found) > size:
+            token = _token(digest, _micros(page[-1].time), page[-1].record_id)
+        return pb.ListAuditRecordsResponse(
+            records=[audit_message(record) for record in page], next_page_token=token
+        )
 
 
 def _job_id(

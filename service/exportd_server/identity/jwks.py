@@ -71,6 +71,8 @@ class UrlSource:
 
     def __init__(self, url: str, *, timeout: float = FETCH_SECONDS) -> None:
         self._url = httpx.URL(url)
+        # A password or a key in it is not for the log.
+        self._shown = self._url.copy_with(userinfo=b"", query=None, fragment=None)
         self._timeout = timeout
         # A proxy from the environment cannot know this machine's own ports.
         local = self._url.host in {"localhost", "127.0.0.1", "::1"}
@@ -87,15 +89,15 @@ class UrlSource:
             ):
                 if answer.status_code != httpx.codes.OK:
                     raise KeySetUnusable(
-                        f"{self._url} answers with status {answer.status_code}"
+                        f"{self._shown} answers with status {answer.status_code}"
                     )
                 async for piece in answer.aiter_bytes():
                     text += piece
                     if len(text) > _MOST_BYTES:
-                        raise KeySetUnusable(f"{self._url} answers with too much")
+                        raise KeySetUnusable(f"{self._shown} answers with too much")
         except (httpx.HTTPError, TimeoutError) as error:
             raise KeySetUnusable(
-                f"{self._url} cannot be fetched ({type(error).__name__})"
+                f"{self._shown} cannot be fetched ({type(error).__name__})"
             ) from error
         return bytes(text)
 

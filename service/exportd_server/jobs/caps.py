@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import time
+
 from exportd_server.errors import ExportTooLarge, TooManyRowErrors
 from exportd_server.jobs.ledger.base import Totals
+from exportd_server.jobs.model import Job
 
 MAX_PARTS = 10_000
 """Most parts of one job: a manifest must stay a message that clients take."""
@@ -50,6 +53,33 @@ class Caps:
             raise ExportTooLarge("max_rows", self._max_rows, rows)
         if self._max_bytes is not None and bytes_ > self._max_bytes:
             raise ExportTooLarge("max_bytes", self._max_bytes, bytes_)
+
+
+class TimeCap:
+    """A job's cap on its running time, from its start on the ledger's clock: whoever
+    takes the job over has as much left as is left. None: no cap. `job` was read a moment
+    ago."""
+
+    def __init__(self, max_seconds: int | None, job: Job) -> None:
+        self._max_seconds = max_seconds
+        ran = 0.0
+        if job.start_time is not None and job.read_time is not None:
+            ran = (job.read_time - job.start_time).total_seconds()
+        self._started = time.monotonic() - ran
+
+    @property
+    def left(self) -> float | None:
+        """Seconds left, not below 0; None without a cap."""
+        if self._max_seconds is None:
+            return None
+        return max(0.0, self._started + self._max_seconds - time.monotonic())
+
+    def passed(self) -> ExportTooLarge | None:
+        """The error for a job that has run too long; None while it has not."""
+        if self._max_seconds is None or self.left:
+            return None
+        ran = int(time.monotonic() - self._started)
+        return ExportTooLarge("max_seconds", self._max_seconds, ran)
 
 
 def check_parts(parts: int) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import secrets
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,9 +19,10 @@ from exportd_server.errors import (
     ExportdError,
     ExportFailed,
     LedgerUnavailable,
+    SourceFailed,
 )
 from exportd_server.jobs.anchors import Anchors
-from exportd_server.jobs.caps import Caps, check_parts
+from exportd_server.jobs.caps import Caps, TimeCap, check_parts
 from exportd_server.jobs.leases import GivenBack, Held, Leases
 from exportd_server.jobs.ledger.base import Lease, LeaseLost, Ledger, TaskKind, Totals
 from exportd_server.jobs.lower import output_columns, to_query
@@ -29,6 +30,7 @@ from exportd_server.jobs.manager import Policy
 from exportd_server.jobs.manifest import store_manifest
 from exportd_server.jobs.model import Job, Manifest, PartRecord
 from exportd_server.jobs.planning import make_plan
+from exportd_server.jobs.strays import Strayable, Strays
 from exportd_server.pipeline.run import (
     FinishedPart,
     PartLimits,
@@ -63,6 +65,7 @@ class ExportOptions:
     shard_rows: int = 2_000_000
     max_bytes_in_flight: int = 8 * 2**20
     progress_interval: float = 0.5
+    source_timeout: float = 900.0
     retry: Backoff = _RETRY
 
 
@@ -87,6 +90,7 @@ class Exporter:
         self._leases = leases
         self._anchors = anchors
         self._options = options
+        self._strays = Strays()
 
     async def export(self, held: Held) -> None:
         """Work on a task until its end is recorded. Raises `LeaseLost` or `GivenBack`."""
@@ -100,6 +104,7 @@ class Exporter:
                 # What a lost lease makes fail is no failure of the job.
                 raise LeaseLost from error
             await self._record_failure(held, error)
+            await first(self._strays.room(), held.given_back())
 
     async def _record_failure(self, held: Held, error: Exception) -> None:
         lease = held.lease
@@ -137,21 +142,38 @@ class Exporter:
         dataset = self._catalogue.find(job.spec.dataset, lease.tenant)
         if dataset is None or not dataset.exportable:
             raise ExportdError(ErrorReason.DATASET_NOT_EXPORTABLE)
+        time_cap = TimeCap(self._policy.max_seconds, job)
+        if (passed := time_cap.passed()) is not None:
+            raise passed
         query = to_query(dataset, job.spec, lease.tenant)
         done: list[PartRecord] = []
         if lease.kind is TaskKind.PLAN:
             # A plan that was just recorded has no parts of an earlier attempt.
-            await self._plan(held, dataset, query)
+            await self._plan(held, dataset, query, time_cap)
         else:
             done = await held.insist(lambda: self._ledger.shard_parts(lease))
-        await self._run_shard(held, job, dataset, query, done)
+        await self._run_shard(held, job, dataset, query, done, time_cap)
 
     # --- planning
 
-    async def _plan(self, held: Held, dataset: Dataset, query: Query) -> None:
-        plan = await make_plan(
-            dataset.source, query, self._options.shard_rows, held, self._anchors
-        )
+    async def _plan(
+        self, held: Held, dataset: Dataset, query: Query, time_cap: TimeCap
+    ) -> None:
+        patience = self._options.source_timeout
+        try:
+            async with asyncio.timeout(_least(patience, time_cap.left)) as limit:
+                plan = await make_plan(
+                    dataset.source,
+                    query,
+                    self._options.shard_rows,
+                    held,
+                    self._anchors,
+                    self._strays,
+                )
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise time_cap.passed() or _silent(patience) from None
         lease, outages = held.lease, held.outages
         # Held before the shards can be claimed, and for longer than this task.
         holding = self._anchors.hold(plan.anchor, lease) if plan.anchor else None
@@ -186,6 +208,7 @@ class Exporter:
         dataset: Dataset,
         query: Query,
         done: list[PartRecord],
+        time_cap: TimeCap,
     ) -> None:
         lease = held.lease
         if lease.shard is None:
@@ -222,12 +245,22 @@ class Exporter:
             max_bytes_in_flight=self._options.max_bytes_in_flight,
         )
         async with self._progress(held, run, caps):
-            await _run_in_thread(held, run)
+            await _run_in_thread(held, run, self._strays, self._overdue(run, time_cap))
         await self._settle_caps(held, run, caps)
         last = await held.insist(lambda: self._ledger.complete_unless_last(lease))
         if last is not None:
             await self._publish(held, job, last)
             log.info("job succeeded", rows=run.rows, bytes=run.bytes)
+
+    async def _overdue(self, run: ShardRun, time_cap: TimeCap) -> ExportFailed:
+        """Wait until the run has taken too long; returns what that makes of it."""
+        patience = self._options.source_timeout
+        while True:
+            if (passed := time_cap.passed()) is not None:
+                return passed
+            if (left := patience - run.source_silence) <= 0:
+                return _silent(patience)
+            await asyncio.sleep(_least(left, time_cap.left))
 
     async def _publish(self, held: Held, job: Job, manifest: Manifest) -> None:
         """Store the manifest, and only then have the job succeed."""
@@ -353,28 +386,52 @@ class Exporter:
                 caps.others(total, own)
 
 
-async def _run_in_thread(held: Held, run: ShardRun) -> None:
+def _least(seconds: float, others: float | None) -> float:
+    return seconds if others is None else min(seconds, others)
+
+
+def _silent(seconds: float) -> SourceFailed:
+    return SourceFailed(f"the source gave nothing for {seconds:g} s")
+
+
+async def _run_in_thread(
+    held: Held, run: ShardRun, strays: Strays, overdue: Awaitable[ExportFailed]
+) -> None:
     """Run a shard. One that is to stop is waited for, because it takes memory until it
-    has ended; but not for long when the lease is to be given back."""
+    has ended; but not for long when the lease is to be given back, or when it took too
+    long, and then this raises what `overdue` gave."""
+    late: list[ExportFailed] = []
+
+    async def mind() -> None:
+        late.append(await overdue)
+
+    work = Strayable(strays, run)
     with held.stopping(run.cancel):
-        running = in_daemon_thread(run, "shard")
+        running = in_daemon_thread(work, "shard")
         try:
-            await first(asyncio.wait({running}), held.given_back())
+            await first(asyncio.wait({running}), held.given_back(), mind())
             if not running.done():
+                run.cancel()
                 await asyncio.wait({running}, timeout=_STOPPING)
         except asyncio.CancelledError:
             # The thread does not end with the task that waits for it.
             run.cancel()
+            work.leave()
             running.cancel()
             raise
         if not running.done():
             log.warning("the source blocks; its thread is left behind")
+            work.leave()
             running.cancel()
-            raise held.why_stopped()
+            held.check()
+            raise late[0]
         try:
             running.result()
         except Stopped:
-            raise held.why_stopped() from None
+            held.check()
+            if not late:
+                raise
+            raise late[0] from None
 
 
 def unforeseen(error: Exception) -> ErrorRecord:

@@ -19,6 +19,8 @@ log = structlog.get_logger(__name__)
 
 _EXPIRY_BATCH = 50
 """Jobs that are hidden in one transaction, which holds up a claim no longer than this."""
+_AUDIT_BATCH = 200
+"""Audit records that are deleted in one transaction, likewise."""
 _ORPHAN_BATCH = 500
 _ORPHAN_AFTER = timedelta(hours=1)
 """How long output must have been without a job before it is deleted."""
@@ -37,11 +39,13 @@ class Housekeeping:
         *,
         reap_interval: timedelta,
         orphan_interval: timedelta = timedelta(days=1),
+        keep_audit: timedelta = timedelta(days=90),
     ) -> None:
         self._ledger = ledger
         self._store = store
         self._reap_interval = reap_interval
         self._orphan_interval = orphan_interval
+        self._keep_audit = keep_audit
 
     async def cleanup(self, lease: Lease) -> None:
         """Delete the output that the job must not have; then, if the task says so,
@@ -75,7 +79,8 @@ class Housekeeping:
         return len(strays) + await self._store.sweep_unfinished(prefix)
 
     async def reap(self, lease: Lease) -> None:
-        """Hide the jobs that have expired; their cleanups delete and forget them."""
+        """Hide the jobs that have expired, whose cleanups delete and forget them; then
+        delete the audit records whose time is over."""
         total = 0
         while True:
             begun = time.monotonic()
@@ -84,9 +89,24 @@ class Housekeeping:
             if expired < _EXPIRY_BATCH:
                 break
             await _give_way(begun)
+        forgotten = await self._forget_audit(lease)
         await self._ledger.complete_reap(lease, again_in=self._reap_interval)
         if total:
             log.info("jobs expired", jobs=total)
+        if forgotten:
+            log.info("audit records deleted", records=forgotten)
+
+    async def _forget_audit(self, lease: Lease) -> int:
+        total = 0
+        while True:
+            begun = time.monotonic()
+            forgotten = await self._ledger.forget_audit(
+                lease, keep=self._keep_audit, limit=_AUDIT_BATCH
+            )
+            total += forgotten
+            if forgotten < _AUDIT_BATCH:
+                return total
+            await _give_way(begun)
 
     async def sweep(self, lease: Lease) -> None:
         """Delete output that no job has, if it had none an hour ago either: what was

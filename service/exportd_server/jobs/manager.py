@@ -29,7 +29,10 @@ from exportd_server.errors import (
     InvalidRequest,
     JobNotFinished,
     QuotaExceeded,
+    SourceFailed,
 )
+from exportd_server.jobs import audit
+from exportd_server.jobs.audit import AuditQuery, AuditRecord
 from exportd_server.jobs.ledger.base import (
     DeliveryQuery,
     EndpointDisabled,
@@ -38,6 +41,7 @@ from exportd_server.jobs.ledger.base import (
     NewJob,
     RequestIdConflict,
     TooManyActiveJobs,
+    TooManyQueuedJobs,
 )
 from exportd_server.jobs.lower import output_columns, to_query
 from exportd_server.jobs.model import (
@@ -72,6 +76,9 @@ RETRY_AFTER = timedelta(seconds=2)
 
 _QUESTIONS = 8
 """How many sources are asked at a time on behalf of callers."""
+_ANSWER_SECONDS = 30.0
+"""Within which a source must answer a caller's question, its turn among the others
+included."""
 
 T = TypeVar("T")
 
@@ -89,6 +96,8 @@ class Policy:
     max_active_jobs: int | None = 100
     max_rows: int | None = None
     max_bytes: int | None = None
+    max_queued_jobs: int | None = None
+    max_seconds: int | None = None
     watch_interval: float = 3.0
 
     def row_cap(self, dataset: Dataset) -> int | None:
@@ -183,7 +192,16 @@ class JobManager:
 
     async def _ask(self, question: Callable[[], T]) -> T:
         """Ask a source, which may hang: neither the others who use threads nor the end
-        of the process wait for it."""
+        of the process wait for it. Raises `SourceFailed` when it takes too long."""
+        try:
+            async with asyncio.timeout(_ANSWER_SECONDS):
+                return await self._ask_in_turn(question)
+        except TimeoutError:
+            raise SourceFailed(
+                f"the source did not answer within {_ANSWER_SECONDS:g} s"
+            ) from None
+
+    async def _ask_in_turn(self, question: Callable[[], T]) -> T:
         await self._asking.acquire()
         asked = in_daemon_thread(question, "question")
 
@@ -218,7 +236,9 @@ class JobManager:
         )
         try:
             job, created = await self._ledger.create_job(
-                new, max_active=self.policy.max_active_jobs
+                new,
+                max_active=self.policy.max_active_jobs,
+                max_queued=self.policy.max_queued_jobs,
             )
         except RequestIdConflict as conflict:
             raise ExportdError(
@@ -237,6 +257,14 @@ class JobManager:
                 "or cancel it",
                 RETRY_AFTER,
             ) from None
+        except TooManyQueuedJobs:
+            limit = self.policy.max_queued_jobs
+            raise QuotaExceeded(
+                f"tenant:{tenant}/queued_jobs",
+                f"{limit} jobs are pending already; wait for one to start, or cancel it",
+                RETRY_AFTER,
+            ) from None
+        audit.note_job(job)
         if created:
             log.info(
                 "job created",
@@ -384,7 +412,7 @@ class JobManager:
         await self._probe(tenant, _export(tenant, dataset, spec), accepted.sinks)
         query = to_query(dataset, spec, tenant)
         plan = await self._ask(lambda: dataset.source.plan(query))
-        return Job(
+        job = Job(
             job_id="",
             tenant=tenant,
             state=JobState.PENDING,
@@ -393,6 +421,8 @@ class JobManager:
             create_time=datetime.now(UTC),
             progress=Progress(estimated_rows=dataset.told(plan.estimated_rows)),
         )
+        audit.note_job(job)
+        return job
 
     async def _probe(self, tenant: str, export: Export, sinks: Sequence[JobSink]) -> None:
         async def one(sink: JobSink) -> FieldViolation | None:
@@ -417,6 +447,7 @@ class JobManager:
         job = await self._ledger.get_job(tenant, job_id)
         if job is None:
             raise ExportdError(ErrorReason.JOB_NOT_FOUND, metadata={"job_id": job_id})
+        audit.note_job(job)
         return job
 
     async def list_jobs(
@@ -457,6 +488,7 @@ class JobManager:
         if found is None:
             raise ExportdError(ErrorReason.JOB_NOT_FOUND, metadata={"job_id": job_id})
         job, outcome = found
+        audit.note_job(job)
         if outcome is CancelOutcome.CANCELLED:
             self._readers.cut(job_id)
             log.info("job cancelled", job_id=job_id, tenant=tenant)
@@ -465,6 +497,9 @@ class JobManager:
     async def delete(self, tenant: str, job_id: str) -> None:
         """Delete a finished job and its output; raises JOB_NOT_FOUND and
         JOB_NOT_FINISHED."""
+        if audit.current() is not None:
+            # What the ledger says of a job that it deleted does not tell its dataset.
+            await self.get(tenant, job_id)
         state = await self._ledger.delete_job(tenant, job_id)
         if state is None:
             raise ExportdError(ErrorReason.JOB_NOT_FOUND, metadata={"job_id": job_id})
@@ -548,6 +583,18 @@ class JobManager:
                 ErrorReason.SINK_QUEUE_NOT_FOUND, metadata={"queue": name[:300]}
             )
         return found[0]
+
+    # --- audit records
+
+    async def list_audit(
+        self,
+        query: AuditQuery,
+        *,
+        limit: int,
+        before: tuple[datetime, str] | None,
+    ) -> list[AuditRecord]:
+        """A page of audit records of every tenant, newest first."""
+        return await self._ledger.list_audit(query, limit=limit, before=before)
 
     # --- output
 

@@ -6,22 +6,30 @@ import threading
 
 from exportd_server.jobs.anchors import Anchors
 from exportd_server.jobs.leases import Held
+from exportd_server.jobs.strays import Strayable, Strays
 from exportd_server.platform.threads import in_daemon_thread
 from exportd_server.sources.base import Plan, Query, Source
 
 
 async def make_plan(
-    source: Source, query: Query, shard_rows: int, held: Held, anchors: Anchors
+    source: Source,
+    query: Query,
+    shard_rows: int,
+    held: Held,
+    anchors: Anchors,
+    strays: Strays,
 ) -> Plan:
     """The source's plan; raises what the source raises. The anchor is the caller's to
     close. Raises `LeaseLost` or `GivenBack` as soon as the work is to stop: a plan that
     comes after that is thrown away, its anchor closed."""
     planning = _Planning(source, query, shard_rows)
-    made = in_daemon_thread(planning, "plan")
+    work = Strayable(strays, planning)
+    made = in_daemon_thread(work, "plan")
     try:
         await held.unless_stopped(made)
         return made.result()
     except BaseException:
+        work.leave()
         late = planning.abandon()
         if late is not None and late.anchor is not None:
             anchors.close_in_thread(late.anchor)

@@ -7,6 +7,7 @@ jobs' states; whoever runs it says what to do when a part is finished.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -105,6 +106,7 @@ class ShardRun:
         self._lock = threading.Lock()
         self._stream: BatchStream | None = None
         self._cancelled = False
+        self._silent_since: float | None = None
         self._sequence = task.done_parts
         self._finished_rows = task.done_rows
         self._finished_bytes = task.done_bytes
@@ -140,9 +142,17 @@ class ShardRun:
         if stream is not None:
             stream.cancel()
 
+    @property
+    def source_silence(self) -> float:
+        """For how many seconds the source has been asked for more and given nothing; from
+        any thread."""
+        since = self._silent_since
+        return 0.0 if since is None else time.monotonic() - since
+
     def _run_pipeline(self) -> None:
         task = self._task
         done = task.done_rows + task.done_row_errors
+        self._silent_since = time.monotonic()
         with task.source.open(task.query, task.shard, skip_rows=done) as stream:
             with self._lock:
                 self._stream = stream
@@ -166,13 +176,17 @@ class ShardRun:
     def _read(self, stream: BatchStream) -> None:
         try:
             for batch in _loose(stream) if self._task.skip_errors else stream:
+                self._silent_since = None
                 self._handover.put(batch)
+                self._silent_since = time.monotonic()
         except HandoverClosed:
             pass
         except BaseException as error:  # noqa: BLE001 - crosses to the other thread
             self._handover.finish(error)
         else:
             self._handover.finish()
+        finally:
+            self._silent_since = None
 
     def _write_parts(self, schema: pa.Schema) -> None:
         part: _OpenPart | None = None

@@ -8,6 +8,9 @@ from typing import Literal, TextIO
 
 import structlog
 
+AUDIT = "exportd_server.audit"
+"""The logger of audit lines, which are written whatever the level."""
+
 
 def configure_logging(
     level: str, style: Literal["json", "console"], stream: TextIO | None = None
@@ -60,3 +63,4 @@ def configure_logging(
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
     logging.getLogger("exportd_server").setLevel(level.upper())
+    logging.getLogger(AUDIT).setLevel(logging.INFO)

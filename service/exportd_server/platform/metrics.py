@@ -54,6 +54,17 @@ endpoints_disabled = Counter(
     registry=REGISTRY,
 )
 
+audit_dropped = Counter(
+    "exportd_audit_dropped",
+    "Audit records that stand in the log and not in the ledger, by why: full (more waited "
+    "than may), refused (the ledger did not take them), shutdown (no time was left), "
+    "unidentified (too many of callers that nobody knows).",
+    ("cause",),
+    registry=REGISTRY,
+)
+for _cause in ("full", "refused", "shutdown", "unidentified"):
+    audit_dropped.labels(_cause)
+
 OUTCOMES = ("delivered", "retried", "dead_lettered", "given_back")
 STATES = ("waiting", "retrying")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from contextlib import suppress
+from urllib.parse import urlsplit
 
 import structlog
 
@@ -130,8 +131,11 @@ async def _clean_up(bucket: Bucket, name: str, *uploads: Upload) -> None:
 
 
 def _place(options: S3Options) -> str:
-    at = f" ({options.endpoint_url})" if options.endpoint_url else ""
-    return f"{options.url}{at}"
+    if not options.endpoint_url:
+        return options.url
+    # Without a user name and a password, which belong nowhere near a log.
+    parts = urlsplit(options.endpoint_url)
+    return f"{options.url} ({parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path})"
 
 
 def _mend(error: CallFailed, doing: str) -> str:

@@ -14,6 +14,7 @@ generated contract in `exportd.v1`.
 from __future__ import annotations
 
 from exportd._aio import AsyncClient, AsyncJob
+from exportd._audit import AuditOutcome, AuditRecord
 from exportd._client import Client, Job
 from exportd._connection import Retry
 from exportd._deliveries import (
@@ -52,6 +53,8 @@ from exportd.errors import ExportdError
 __all__ = [
     "AsyncClient",
     "AsyncJob",
+    "AuditOutcome",
+    "AuditRecord",
     "CancelOutcome",
     "Client",
     "Column",

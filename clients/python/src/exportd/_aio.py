@@ -25,6 +25,7 @@ import grpc
 import grpc.aio
 
 from exportd import _frames, _request
+from exportd._audit import AuditOutcome, AuditRecord
 from exportd._client import WATCH_SECONDS, watch_delay
 from exportd._connection import (
     DEFAULT_ADDRESS,
@@ -320,6 +321,37 @@ class AsyncClient:
         """As `Client.enable_sink_queue`."""
         request = export_service_pb2.EnableSinkQueueRequest(queue=queue)
         return SinkQueue.of((await self._call(self._stub.EnableSinkQueue, request)).queue)
+
+    async def audit_records(
+        self,
+        *,
+        tenant: str = "",
+        subject: str = "",
+        job_id: str = "",
+        methods: Iterable[str] = (),
+        outcomes: Iterable[AuditOutcome | str] = (),
+        from_time: datetime | None = None,
+        before_time: datetime | None = None,
+        page_size: int = 0,
+    ) -> AsyncIterator[AuditRecord]:
+        """As `Client.audit_records`."""
+        request = _request.list_audit_records(
+            tenant=tenant,
+            subject=subject,
+            job_id=job_id,
+            methods=methods,
+            outcomes=outcomes,
+            from_time=from_time,
+            before_time=before_time,
+            page_size=page_size,
+        )
+        while True:
+            page = await self._call(self._stub.ListAuditRecords, request)
+            for proto in page.records:
+                yield AuditRecord.of(proto)
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
 
     async def _get_job(self, job_id: str) -> JobInfo:
         request = export_service_pb2.GetJobRequest(job_id=job_id)

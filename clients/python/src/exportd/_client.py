@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar, Unpack, cast
 import grpc
 
 from exportd import _frames, _request
+from exportd._audit import AuditOutcome, AuditRecord
 from exportd._connection import (
     DEFAULT_ADDRESS,
     Attempts,
@@ -400,6 +401,51 @@ class Client:
         so until `redrive`. Raises `SinkQueueNotFound`."""
         request = export_service_pb2.EnableSinkQueueRequest(queue=queue)
         return SinkQueue.of(self._call(self._stub.EnableSinkQueue, request).queue)
+
+    def audit_records(
+        self,
+        *,
+        tenant: str = "",
+        subject: str = "",
+        job_id: str = "",
+        methods: Iterable[str] = (),
+        outcomes: Iterable[AuditOutcome | str] = (),
+        from_time: datetime | None = None,
+        before_time: datetime | None = None,
+        page_size: int = 0,
+    ) -> Iterator[AuditRecord]:
+        """Who did what, newest first, fetched page by page; all conditions hold. Of all
+        tenants, for those who run the service: needs scope `admin`.
+
+        Args:
+            tenant: Only of callers of this tenant.
+            subject: Only of this caller; see `AuditRecord.subject`.
+            job_id: Only about this job.
+            methods: Only of these kinds; see `AuditRecord.method`.
+            outcomes: Only what ended in one of these ways.
+            from_time: Only what ended at this moment or later.
+            before_time: Only what ended before.
+            page_size: Most records in one call; 0: as the server has it.
+
+        Raises:
+            AccessDenied: The caller is no admin.
+        """
+        request = _request.list_audit_records(
+            tenant=tenant,
+            subject=subject,
+            job_id=job_id,
+            methods=methods,
+            outcomes=outcomes,
+            from_time=from_time,
+            before_time=before_time,
+            page_size=page_size,
+        )
+        while True:
+            page = self._call(self._stub.ListAuditRecords, request)
+            yield from map(AuditRecord.of, page.records)
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
 
     def _create(self, request: job_pb2.CreateExportRequest) -> Job:
         response = self._call(self._stub.CreateExport, request)

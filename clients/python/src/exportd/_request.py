@@ -14,11 +14,12 @@ from typing import Literal, Required, TypedDict, TypeVar, cast
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from exportd._audit import AuditOutcome
 from exportd._deliveries import DeliveryState
 from exportd._model import JobState
 from exportd._sinks import SinkLike, sink_proto
 from exportd.errors import InvalidRequest
-from exportd.v1 import dataset_pb2, export_service_pb2, job_pb2, sink_pb2
+from exportd.v1 import audit_pb2, dataset_pb2, export_service_pb2, job_pb2, sink_pb2
 
 _T = TypeVar("_T")
 
@@ -275,6 +276,35 @@ def list_sink_queues(page_size: int = 0) -> export_service_pb2.ListSinkQueuesReq
     )
 
 
+def list_audit_records(
+    *,
+    tenant: str = "",
+    subject: str = "",
+    job_id: str = "",
+    methods: Iterable[str] = (),
+    outcomes: Iterable[AuditOutcome | str] = (),
+    from_time: datetime | None = None,
+    before_time: datetime | None = None,
+    page_size: int = 0,
+) -> export_service_pb2.ListAuditRecordsRequest:
+    """Build the request for the first page."""
+    request = export_service_pb2.ListAuditRecordsRequest(
+        tenant=tenant,
+        subject=subject,
+        job_id=job_id,
+        methods=_names(
+            "methods", list(methods) if not isinstance(methods, str) else methods
+        ),
+        outcomes=[_audit_outcome(each) for each in outcomes],
+        page_size=_within(_INT32, "page_size", page_size),
+    )
+    if from_time is not None:
+        request.from_time.CopyFrom(timestamp("from_time", from_time))
+    if before_time is not None:
+        request.before_time.CopyFrom(timestamp("before_time", before_time))
+    return request
+
+
 def timestamp(name: str, moment: object) -> Timestamp:
     """A moment for the wire; refuses one without a time zone."""
     if not isinstance(moment, datetime):
@@ -452,9 +482,14 @@ def _delivery_state(state: DeliveryState | str) -> sink_pb2.DeliveryState.ValueT
     return sink_pb2.DeliveryState.Value(f"DELIVERY_STATE_{name}")
 
 
-def _known(states: type[StrEnum], state: str) -> str:
+def _audit_outcome(outcome: AuditOutcome | str) -> audit_pb2.AuditOutcome.ValueType:
+    name = _known(AuditOutcome, outcome, "outcomes")
+    return audit_pb2.AuditOutcome.Value(f"AUDIT_OUTCOME_{name}")
+
+
+def _known(states: type[StrEnum], state: str, where: str = "states") -> str:
     """The state, which must be one that the contract has."""
     known = {s.value for s in states} - {"UNKNOWN"}
     if state not in known:
-        raise InvalidRequest.of("states", f"{state!r}: use {', '.join(sorted(known))}")
+        raise InvalidRequest.of(where, f"{state!r}: use {', '.join(sorted(known))}")
     return state

@@ -41,6 +41,7 @@ SCOPES: Mapping[str, Scope] = MappingProxyType(
         "RedriveDeliveries": Scope.WRITE,
         "ListSinkQueues": Scope.READ,
         "EnableSinkQueue": Scope.WRITE,
+        "ListAuditRecords": Scope.ADMIN,
     }
 )
 """What each method of the contract needs. One without a row nobody may call."""
@@ -51,6 +52,12 @@ _caller: ContextVar[Principal] = ContextVar("caller")
 def caller() -> Principal:
     """Who makes the call that is under way."""
     return _caller.get()
+
+
+def known_caller() -> Principal | None:
+    """Who makes the call that is under way, even if it was refused; None for a caller that
+    nobody knows."""
+    return _caller.get(None)
 
 
 class IdentityInterceptor(grpc.aio.ServerInterceptor):
@@ -140,6 +147,7 @@ class IdentityInterceptor(grpc.aio.ServerInterceptor):
                 "caller refused", method=method, cause=refused.cause, peer=context.peer()
             )
             raise
+        _caller.set(principal)
         scope = self._scopes.get(method)
         if scope is None or not principal.may(scope):
             log.info(
@@ -150,7 +158,6 @@ class IdentityInterceptor(grpc.aio.ServerInterceptor):
                 tenant=principal.tenant,
             )
             raise PermissionDenied(scope)
-        _caller.set(principal)
         # Of the task that serves this call alone.
         structlog.contextvars.bind_contextvars(
             tenant=principal.tenant, subject=principal.subject

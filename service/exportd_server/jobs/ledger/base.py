@@ -15,6 +15,7 @@ from datetime import datetime, timedelta
 from typing import NamedTuple, Protocol
 
 from exportd_server.errors import ErrorRecord
+from exportd_server.jobs.audit import AuditQuery, AuditRecord
 from exportd_server.jobs.model import (
     CancelOutcome,
     DeliveryRecord,
@@ -187,6 +188,10 @@ class TooManyActiveJobs(Exception):
     """The tenant has as many unfinished jobs as it may."""
 
 
+class TooManyQueuedJobs(Exception):
+    """The tenant has as many pending jobs as it may."""
+
+
 class Ledger(Protocol):
     """Jobs, tasks, parts.
 
@@ -207,14 +212,19 @@ class Ledger(Protocol):
     # --- callers
 
     async def create_job(
-        self, new: NewJob, *, max_active: int | None = None
+        self,
+        new: NewJob,
+        *,
+        max_active: int | None = None,
+        max_queued: int | None = None,
     ) -> tuple[Job, bool]:
         """Record a job with its plan task; the flag says whether it is new.
 
         With a request_id that the tenant's jobs have: the same fingerprint answers with
         that job, whatever the quota; another one raises `RequestIdConflict`. Else more
-        than `max_active` unfinished jobs of the tenant raise `TooManyActiveJobs`, and a
-        sink whose queue is disabled raises `EndpointDisabled`.
+        than `max_active` unfinished jobs of the tenant raise `TooManyActiveJobs`, more
+        than `max_queued` pending ones `TooManyQueuedJobs`, and a sink whose queue is
+        disabled raises `EndpointDisabled`.
         """
         ...
 
@@ -490,6 +500,28 @@ class Ledger(Protocol):
     def on_cut(self, job_id: str, tell: Callable[[], None]) -> AbstractContextManager[None]:
         """Call `tell` soon after the job was cancelled or deleted, whichever process saw
         to that, for as long as the context is open. It proves nothing: ask `is_cut`."""
+        ...
+
+    # --- audit records
+
+    async def append_audit(self, records: Sequence[AuditRecord]) -> None:
+        """Keep records; one whose id is there already stays as it is. Wakes nobody."""
+        ...
+
+    async def list_audit(
+        self,
+        query: AuditQuery,
+        *,
+        limit: int,
+        before: tuple[datetime, str] | None = None,
+    ) -> list[AuditRecord]:
+        """Records of every tenant, newest first by (time, record_id); `before` is the
+        last of the page before."""
+        ...
+
+    async def forget_audit(self, lease: Lease, *, keep: timedelta, limit: int) -> int:
+        """For the reap task: delete up to `limit` records that are older than `keep`, the
+        oldest first; returns how many."""
         ...
 
     # --- waiting

@@ -13,7 +13,7 @@ import contextlib
 import random
 import secrets
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -32,7 +32,7 @@ from exportd_server.jobs.ledger.postgres_server import Address
 from exportd_server.jobs.ledger.signals import Signals
 from exportd_server.jobs.ledger.sql import SqlLedger
 from exportd_server.jobs.ledger.statements import claiming, lifecycle
-from exportd_server.jobs.ledger.tables import queues, tenants
+from exportd_server.jobs.ledger.tables import audit_records, queues, tenants
 from exportd_server.jobs.ledger.transaction import Transaction
 from exportd_server.platform.clock import Clock
 from exportd_server.sources.base import Shard
@@ -129,6 +129,14 @@ class PostgresDialect:
         """Insert the row unless it is there."""
         connection.execute(
             postgresql.insert(queues).values(**values).on_conflict_do_nothing()
+        )
+
+    def add_audit_records(
+        self, connection: Connection, rows: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Insert those that are not there."""
+        connection.execute(
+            postgresql.insert(audit_records).on_conflict_do_nothing(), [*map(dict, rows)]
         )
 
 

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from exportd_server.errors import ErrorRecord, LedgerUnavailable
+from exportd_server.jobs.audit import AuditQuery, AuditRecord
 from exportd_server.jobs.ledger.base import (
     ClaimLimits,
     DeliveryFailure,
@@ -27,6 +28,7 @@ from exportd_server.jobs.ledger.base import (
 from exportd_server.jobs.ledger.codec import span_to_micros
 from exportd_server.jobs.ledger.keys import LedgerKeys
 from exportd_server.jobs.ledger.statements import (
+    auditing,
     delivering,
     pinning,
     reading,
@@ -72,11 +74,16 @@ class SqlLedger:
     # --- callers
 
     async def create_job(
-        self, new: NewJob, *, max_active: int | None = None
+        self,
+        new: NewJob,
+        *,
+        max_active: int | None = None,
+        max_queued: int | None = None,
     ) -> tuple[Job, bool]:
         """See `Ledger`."""
         return await self._database.write(
-            lambda tx: submitting.create_job(tx, new, max_active), line=new.tenant
+            lambda tx: submitting.create_job(tx, new, max_active, max_queued),
+            line=new.tenant,
         )
 
     async def get_job(self, tenant: str, job_id: str) -> Job | None:
@@ -420,6 +427,31 @@ class SqlLedger:
     def on_cut(self, job_id: str, tell: Callable[[], None]) -> AbstractContextManager[None]:
         """See `Ledger`."""
         return self._database.signals.on_cut(job_id, tell)
+
+    # --- audit records
+
+    async def append_audit(self, records: Sequence[AuditRecord]) -> None:
+        """See `Ledger`."""
+        await self._database.write(lambda tx: auditing.append(tx, records))
+
+    async def list_audit(
+        self,
+        query: AuditQuery,
+        *,
+        limit: int,
+        before: tuple[datetime, str] | None = None,
+    ) -> list[AuditRecord]:
+        """See `Ledger`."""
+        return await self._database.read(
+            lambda tx: auditing.list_records(tx, query, limit=limit, before=before)
+        )
+
+    async def forget_audit(self, lease: Lease, *, keep: timedelta, limit: int) -> int:
+        """See `Ledger`."""
+        return await self._database.write(
+            lambda tx: auditing.forget(tx, lease, span_to_micros(keep), limit),
+            line=lease.job_id,
+        )
 
     # --- waiting
 

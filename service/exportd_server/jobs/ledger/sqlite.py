@@ -10,7 +10,7 @@ import asyncio
 import fcntl
 import os
 import sqlite3
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -28,7 +28,7 @@ from exportd_server.jobs.ledger.base import Lease, TaskKind
 from exportd_server.jobs.ledger.signals import Signals
 from exportd_server.jobs.ledger.sql import SqlLedger
 from exportd_server.jobs.ledger.statements import claiming, working
-from exportd_server.jobs.ledger.tables import counters, queues, tenants
+from exportd_server.jobs.ledger.tables import audit_records, counters, queues, tenants
 from exportd_server.jobs.ledger.transaction import Transaction
 from exportd_server.platform.clock import Clock
 
@@ -90,6 +90,14 @@ class SqliteDialect:
     def ensure_queue(self, connection: Connection, values: Mapping[str, Any]) -> None:
         """Insert the row unless it is there."""
         connection.execute(sqlite.insert(queues).values(**values).on_conflict_do_nothing())
+
+    def add_audit_records(
+        self, connection: Connection, rows: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Insert those that are not there."""
+        connection.execute(
+            sqlite.insert(audit_records).on_conflict_do_nothing(), [*map(dict, rows)]
+        )
 
 
 class SqliteDatabase:

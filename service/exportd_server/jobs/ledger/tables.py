@@ -349,3 +349,42 @@ api_keys = sa.Table(
     sa.Column("revoke_time", sa.BigInteger),
 )
 """Empty in the embedded ledger, which the command that makes keys cannot open."""
+
+audit_records = sa.Table(
+    "audit_records",
+    METADATA,
+    sa.Column("record_id", sa.Text, primary_key=True),
+    # When the operation ended, and how long it took.
+    sa.Column("time", sa.BigInteger, nullable=False),
+    sa.Column("duration", sa.BigInteger, nullable=False),
+    # An `AuditMethod`, an `AuditOutcome`.
+    sa.Column("method", sa.Text, nullable=False),
+    sa.Column("outcome", sa.Text, nullable=False),
+    sa.Column("code", sa.Text, nullable=False),
+    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("tenant", sa.Text, nullable=False),
+    sa.Column("subject", sa.Text, nullable=False),
+    sa.Column("identity", sa.Text, nullable=False),
+    sa.Column("peer", sa.Text, nullable=False),
+    # Not a reference: records outlive jobs.
+    sa.Column("job_id", sa.Text, nullable=False),
+    sa.Column("dataset", sa.Text, nullable=False),
+    sa.Column("part", sa.BigInteger),
+    sa.Column("error_part", sa.BigInteger),
+    # Names, as a list in JSON.
+    sa.Column("sinks", sa.Text, nullable=False),
+    sa.Column("queue", sa.Text, nullable=False),
+    sa.Column("delivery_id", sa.Text, nullable=False),
+    sa.Column("key_id", sa.Text, nullable=False),
+    sa.Column("validate_only", sa.SmallInteger, nullable=False),
+    sa.Column("bytes_sent", sa.BigInteger),
+)
+"""What callers and operators did; see `AuditRecord`."""
+sa.Index("audit_records_time", audit_records.c.time, audit_records.c.record_id)
+for _name in ("tenant", "subject", "job_id", "method", "outcome"):
+    sa.Index(
+        f"audit_records_{_name}",
+        audit_records.c[_name],
+        audit_records.c.time,
+        audit_records.c.record_id,
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -42,6 +42,12 @@ class Dialect(Protocol):
 
     def ensure_queue(self, connection: Connection, values: Mapping[str, Any]) -> None:
         """Make sure that a delivery queue has a row; one that is there stays as it is."""
+        ...
+
+    def add_audit_records(
+        self, connection: Connection, rows: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Insert audit records; those that are there stay as they are."""
         ...
 
 

@@ -6,7 +6,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, IPvAnyNetwork, SecretStr, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    IPvAnyNetwork,
+    SecretStr,
+    field_validator,
+    model_validator,
+)
 
 from exportd_server.platform.egress import refusal
 from exportd_server.sinks.base import BadSinkRequest
@@ -24,10 +32,21 @@ class WebhookRequest(BaseModel):
 
     model_config = _CONFIG
 
-    url: str = Field("", repr=False)
+    url: str | SecretStr = Field("", repr=False)
     mode: Literal["NOTIFY", "PUSH_PARTS"] = "NOTIFY"
     headers: dict[str, SecretStr] = {}
     secret: SecretStr | None = None
+
+    @field_validator("url")
+    @classmethod
+    def _query_is_secret(cls, url: str | SecretStr) -> str | SecretStr:
+        # Many receivers have their key there.
+        return SecretStr(url) if isinstance(url, str) and "?" in url else url
+
+    @property
+    def address(self) -> str:
+        """The URL in clear."""
+        return self.url if isinstance(self.url, str) else self.url.get_secret_value()
 
 
 class WebhookConnection(BaseModel):
@@ -106,10 +125,10 @@ def read_target(request: WebhookRequest, connection: WebhookConnection | None) -
 
 
 def _url(request: WebhookRequest, connection: WebhookConnection) -> Url:
-    if not request.url and not connection.url:
+    if not request.address and not connection.url:
         raise BadSinkRequest("url", "is missing; the connection has none either")
     try:
-        url = parse_url(request.url or connection.url)
+        url = parse_url(request.address or connection.url)
         _judge(url, connection)
     except BadUrl as error:
         raise BadSinkRequest("url", str(error)) from None

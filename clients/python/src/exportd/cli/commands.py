@@ -13,6 +13,7 @@ import click
 from exportd import errors
 from exportd._connection import DEFAULT_ADDRESS
 from exportd.cli import _malloc, show
+from exportd.cli.audit import audit
 from exportd.cli.create import create
 from exportd.cli.deliveries import deliveries, queues, redrive
 from exportd.cli.jobs import cancel, datasets, delete, get, list_jobs, watch
@@ -111,6 +112,7 @@ for _command in (
     deliveries,
     redrive,
     queues,
+    audit,
 ):
     cli.add_command(_command)
 

@@ -20,6 +20,7 @@ from google.rpc import (
     status_pb2,
 )
 
+from exportd._audit import AuditOutcome, AuditRecord
 from exportd._deliveries import Delivery, DeliveryStatus, SinkDelivery, SinkQueue
 from exportd._model import Dataset, JobInfo, JobState, counted
 from exportd.errors import ExportdError
@@ -302,6 +303,34 @@ def show_queues(queues: Iterable[SinkQueue]) -> None:
             for q in queues
         ),
     )
+
+
+def show_audit(records: Iterable[AuditRecord]) -> None:
+    """The list of audit records."""
+    table(
+        ("TIME", "TENANT", "SUBJECT", "FROM", "METHOD", "ABOUT", "OUTCOME"),
+        (
+            (
+                _moment(r.time),
+                r.tenant,
+                r.subject or r.identity,
+                r.peer,
+                r.method,
+                one_line(r.job_id or r.key_id or r.delivery_id or r.queue or r.dataset),
+                _audit_outcome(r),
+            )
+            for r in records
+        ),
+    )
+
+
+def _audit_outcome(record: AuditRecord) -> str:
+    pieces = [record.outcome.lower().replace("_", " ")]
+    if record.bytes_sent is not None:
+        pieces.append(f"{size_text(record.bytes_sent)} sent")
+    if record.outcome is not AuditOutcome.SUCCEEDED:
+        pieces.append(record.reason or record.code)
+    return ", ".join(pieces)
 
 
 def _queue_state(queue: SinkQueue) -> str:

@@ -67,7 +67,7 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     names it.
     """
     ERROR_REASON_EXPORT_TOO_LARGE: _ErrorReason.ValueType  # 16
-    """Of a job: RESOURCE_EXHAUSTED. The export passed a cap on rows, bytes or parts;
+    """Of a job: RESOURCE_EXHAUSTED. The export passed a cap on rows, bytes, parts or time;
     metadata has `cap`, `limit` and `count`.
     """
     ERROR_REASON_CHECKSUM_MISMATCH: _ErrorReason.ValueType  # 17
@@ -197,7 +197,7 @@ ERROR_REASON_QUOTA_EXCEEDED: ErrorReason.ValueType  # 15
 names it.
 """
 ERROR_REASON_EXPORT_TOO_LARGE: ErrorReason.ValueType  # 16
-"""Of a job: RESOURCE_EXHAUSTED. The export passed a cap on rows, bytes or parts;
+"""Of a job: RESOURCE_EXHAUSTED. The export passed a cap on rows, bytes, parts or time;
 metadata has `cap`, `limit` and `count`.
 """
 ERROR_REASON_CHECKSUM_MISMATCH: ErrorReason.ValueType  # 17

@@ -22,6 +22,7 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from exportd.v1 import audit_pb2 as exportd_dot_v1_dot_audit__pb2
 from exportd.v1 import dataset_pb2 as exportd_dot_v1_dot_dataset__pb2
 from exportd.v1 import job_pb2 as exportd_dot_v1_dot_job__pb2
 from exportd.v1 import sink_pb2 as exportd_dot_v1_dot_sink__pb2
@@ -29,7 +30,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x65xportd/v1/export_service.proto\x12\nexportd.v1\x1a\x18\x65xportd/v1/dataset.proto\x1a\x14\x65xportd/v1/job.proto\x1a\x15\x65xportd/v1/sink.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"<\n\x13ListDatasetsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"V\n\x14ListDatasetsResponse\x12%\n\x08\x64\x61tasets\x18\x01 \x03(\x0b\x32\x13.exportd.v1.Dataset\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"!\n\x11GetDatasetRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\":\n\x12GetDatasetResponse\x12$\n\x07\x64\x61taset\x18\x01 \x01(\x0b\x32\x13.exportd.v1.Dataset\"4\n\x14\x43reateExportResponse\x12\x1c\n\x03job\x18\x01 \x01(\x0b\x32\x0f.exportd.v1.Job\"\x1f\n\rGetJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\".\n\x0eGetJobResponse\x12\x1c\n\x03job\x18\x01 \x01(\x0b\x32\x0f.exportd.v1.Job\"\xbd\x02\n\x0fListJobsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12$\n\x06states\x18\x03 \x03(\x0e\x32\x14.exportd.v1.JobState\x12\x0f\n\x07\x64\x61taset\x18\x04 \x01(\t\x12\x37\n\x06labels\x18\x05 \x03(\x0b\x32\'.exportd.v1.ListJobsRequest.LabelsEntry\x12\x30\n\x0c\x63reated_from\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x32\n\x0e\x63reated_before\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"J\n\x10ListJobsResponse\x12\x1d\n\x04jobs\x18\x01 \x03(\x0b\x32\x0f.exportd.v1.Job\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\":\n\x0fWatchJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x17\n\x0funtil_delivered\x18\x02 \x01(\x08\"0\n\x10WatchJobResponse\x12\x1c\n\x03job\x18\x01 \x01(\x0b\x32\x0f.exportd.v1.Job\"\"\n\x10\x43\x61ncelJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"]\n\x11\x43\x61ncelJobResponse\x12\x1c\n\x03job\x18\x01 \x01(\x0b\x32\x0f.exportd.v1.Job\x12*\n\x07outcome\x18\x02 \x01(\x0e\x32\x19.exportd.v1.CancelOutcome\"\"\n\x10\x44\x65leteJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"\x13\n\x11\x44\x65leteJobResponse\"\xd9\x01\n\x15StreamDownloadRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x17\n\npart_index\x18\x02 \x01(\x05H\x00\x88\x01\x01\x12\x13\n\x0bread_offset\x18\x03 \x01(\x03\x12\x12\n\nread_limit\x18\x04 \x01(\x03\x12\x1b\n\x13if_generation_match\x18\x05 \x01(\x03\x12\x0e\n\x06\x66ollow\x18\x06 \x01(\x08\x12\x1d\n\x10\x65rror_part_index\x18\x07 \x01(\x05H\x01\x88\x01\x01\x42\r\n\x0b_part_indexB\x13\n\x11_error_part_index\"v\n\x16StreamDownloadResponse\x12.\n\x08metadata\x18\x01 \x01(\x0b\x32\x1c.exportd.v1.DownloadMetadata\x12\x0e\n\x06offset\x18\x02 \x01(\x03\x12\x0e\n\x06\x63rc32c\x18\x03 \x01(\x07\x12\x0c\n\x04\x64\x61ta\x18\x0f \x01(\x0c\"\xe0\x01\n\x10\x44ownloadMetadata\x12\x11\n\tfile_name\x18\x01 \x01(\t\x12\x14\n\x0c\x63ontent_type\x18\x02 \x01(\t\x12\x18\n\x10\x63ontent_encoding\x18\x03 \x01(\t\x12\x18\n\x0btotal_bytes\x18\x04 \x01(\x03H\x00\x88\x01\x01\x12\x12\n\ngeneration\x18\x05 \x01(\x03\x12\x13\n\x06\x63rc32c\x18\x06 \x01(\x07H\x01\x88\x01\x01\x12\x0e\n\x06sha256\x18\x07 \x01(\x0c\x12\x1b\n\x13\x63ontent_disposition\x18\x08 \x01(\tB\x0e\n\x0c_total_bytesB\t\n\x07_crc32c\"\xa4\x01\n\x16GetDownloadUrlsRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x17\n\npart_index\x18\x02 \x01(\x05H\x00\x88\x01\x01\x12+\n\x08lifetime\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x11\n\tpage_size\x18\x04 \x01(\x05\x12\x12\n\npage_token\x18\x05 \x01(\tB\r\n\x0b_part_index\"\x96\x01\n\x17GetDownloadUrlsResponse\x12%\n\x04urls\x18\x01 \x03(\x0b\x32\x17.exportd.v1.DownloadUrl\x12\'\n\x06joined\x18\x02 \x01(\x0b\x32\x17.exportd.v1.DownloadUrl\x12\x12\n\ngeneration\x18\x03 \x01(\x03\x12\x17\n\x0fnext_page_token\x18\x04 \x01(\t\"\xea\x01\n\x0b\x44ownloadUrl\x12\x17\n\npart_index\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x0b\n\x03url\x18\x02 \x01(\t\x12/\n\x0b\x65xpire_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1d\n\x15requires_access_token\x18\x04 \x01(\x08\x12\x11\n\tfile_name\x18\x05 \x01(\t\x12\r\n\x05\x62ytes\x18\x06 \x01(\x03\x12\x0e\n\x06\x63rc32c\x18\x07 \x01(\x07\x12\x0e\n\x06sha256\x18\x08 \x01(\x0c\x12\x14\n\x0c\x63ontent_type\x18\t \x01(\tB\r\n\x0b_part_index\"\x96\x01\n\x15ListDeliveriesRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0c\n\x04sink\x18\x02 \x01(\t\x12\r\n\x05queue\x18\x03 \x01(\t\x12)\n\x06states\x18\x04 \x03(\x0e\x32\x19.exportd.v1.DeliveryState\x12\x11\n\tpage_size\x18\x05 \x01(\x05\x12\x12\n\npage_token\x18\x06 \x01(\t\"[\n\x16ListDeliveriesResponse\x12(\n\ndeliveries\x18\x01 \x03(\x0b\x32\x14.exportd.v1.Delivery\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\\\n\x18RedriveDeliveriesRequest\x12\x13\n\x0b\x64\x65livery_id\x18\x01 \x01(\t\x12\x0e\n\x06job_id\x18\x02 \x01(\t\x12\x0c\n\x04sink\x18\x03 \x01(\t\x12\r\n\x05queue\x18\x04 \x01(\t\"-\n\x19RedriveDeliveriesResponse\x12\x10\n\x08redriven\x18\x01 \x01(\x03\">\n\x15ListSinkQueuesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"X\n\x16ListSinkQueuesResponse\x12%\n\x06queues\x18\x01 \x03(\x0b\x32\x15.exportd.v1.SinkQueue\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\'\n\x16\x45nableSinkQueueRequest\x12\r\n\x05queue\x18\x01 \x01(\t\"?\n\x17\x45nableSinkQueueResponse\x12$\n\x05queue\x18\x01 \x01(\x0b\x32\x15.exportd.v1.SinkQueue*\x98\x01\n\rCancelOutcome\x12\x1e\n\x1a\x43\x41NCEL_OUTCOME_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x43\x41NCEL_OUTCOME_CANCELLED\x10\x01\x12$\n CANCEL_OUTCOME_ALREADY_CANCELLED\x10\x02\x12#\n\x1f\x43\x41NCEL_OUTCOME_ALREADY_FINISHED\x10\x03\x32\x8e\t\n\rExportService\x12Q\n\x0cListDatasets\x12\x1f.exportd.v1.ListDatasetsRequest\x1a .exportd.v1.ListDatasetsResponse\x12K\n\nGetDataset\x12\x1d.exportd.v1.GetDatasetRequest\x1a\x1e.exportd.v1.GetDatasetResponse\x12Q\n\x0c\x43reateExport\x12\x1f.exportd.v1.CreateExportRequest\x1a .exportd.v1.CreateExportResponse\x12?\n\x06GetJob\x12\x19.exportd.v1.GetJobRequest\x1a\x1a.exportd.v1.GetJobResponse\x12\x45\n\x08ListJobs\x12\x1b.exportd.v1.ListJobsRequest\x1a\x1c.exportd.v1.ListJobsResponse\x12G\n\x08WatchJob\x12\x1b.exportd.v1.WatchJobRequest\x1a\x1c.exportd.v1.WatchJobResponse0\x01\x12H\n\tCancelJob\x12\x1c.exportd.v1.CancelJobRequest\x1a\x1d.exportd.v1.CancelJobResponse\x12H\n\tDeleteJob\x12\x1c.exportd.v1.DeleteJobRequest\x1a\x1d.exportd.v1.DeleteJobResponse\x12Y\n\x0eStreamDownload\x12!.exportd.v1.StreamDownloadRequest\x1a\".exportd.v1.StreamDownloadResponse0\x01\x12Z\n\x0fGetDownloadUrls\x12\".exportd.v1.GetDownloadUrlsRequest\x1a#.exportd.v1.GetDownloadUrlsResponse\x12W\n\x0eListDeliveries\x12!.exportd.v1.ListDeliveriesRequest\x1a\".exportd.v1.ListDeliveriesResponse\x12`\n\x11RedriveDeliveries\x12$.exportd.v1.RedriveDeliveriesRequest\x1a%.exportd.v1.RedriveDeliveriesResponse\x12W\n\x0eListSinkQueues\x12!.exportd.v1.ListSinkQueuesRequest\x1a\".exportd.v1.ListSinkQueuesResponse\x12Z\n\x0f\x45nableSinkQueue\x12\".exportd.v1.EnableSinkQueueRequest\x1a#.exportd.v1.EnableSinkQueueResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x65xportd/v1/export_service.proto\x12\nexportd.v1\x1a\x16\x65xportd/v1/audit.proto\x1a\x18\x65xportd/v1/dataset.proto\x1a\x14\x65xportd/v1/job.proto\x1a\x15\x65xportd/v1/sink.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"<\n\x13ListDatasetsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"V\n\x14ListDatasetsResponse\x12%\n\x08\x64\x61tasets\x18\x01 \x03(\x0b\x32\x13.exportd.v1.Dataset\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"!\n\x11GetDatasetRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\":\n\x12GetDatasetResponse\x12$\n\x07\x64\x61taset\x18\x01 \x01(\x0b\x32\x13.exportd.v1.Dataset\"4\n\x14\x43reateExportResponse\x12\x1c\n\x03job\x18\x01 \x01(\x0b\x32\x0f.exportd.v1.Job\"\x1f\n\rGetJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\".\n\x0eGetJobResponse\x12\x1c\n\x03job\x18\x01 \x01(\x0b\x32\x0f.exportd.v1.Job\"\xbd\x02\n\x0fListJobsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12$\n\x06states\x18\x03 \x03(\x0e\x32\x14.exportd.v1.JobState\x12\x0f\n\x07\x64\x61taset\x18\x04 \x01(\t\x12\x37\n\x06labels\x18\x05 \x03(\x0b\x32\'.exportd.v1.ListJobsRequest.LabelsEntry\x12\x30\n\x0c\x63reated_from\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x32\n\x0e\x63reated_before\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"J\n\x10ListJobsResponse\x12\x1d\n\x04jobs\x18\x01 \x03(\x0b\x32\x0f.exportd.v1.Job\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\":\n\x0fWatchJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x17\n\x0funtil_delivered\x18\x02 \x01(\x08\"0\n\x10WatchJobResponse\x12\x1c\n\x03job\x18\x01 \x01(\x0b\x32\x0f.exportd.v1.Job\"\"\n\x10\x43\x61ncelJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"]\n\x11\x43\x61ncelJobResponse\x12\x1c\n\x03job\x18\x01 \x01(\x0b\x32\x0f.exportd.v1.Job\x12*\n\x07outcome\x18\x02 \x01(\x0e\x32\x19.exportd.v1.CancelOutcome\"\"\n\x10\x44\x65leteJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"\x13\n\x11\x44\x65leteJobResponse\"\xd9\x01\n\x15StreamDownloadRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x17\n\npart_index\x18\x02 \x01(\x05H\x00\x88\x01\x01\x12\x13\n\x0bread_offset\x18\x03 \x01(\x03\x12\x12\n\nread_limit\x18\x04 \x01(\x03\x12\x1b\n\x13if_generation_match\x18\x05 \x01(\x03\x12\x0e\n\x06\x66ollow\x18\x06 \x01(\x08\x12\x1d\n\x10\x65rror_part_index\x18\x07 \x01(\x05H\x01\x88\x01\x01\x42\r\n\x0b_part_indexB\x13\n\x11_error_part_index\"v\n\x16StreamDownloadResponse\x12.\n\x08metadata\x18\x01 \x01(\x0b\x32\x1c.exportd.v1.DownloadMetadata\x12\x0e\n\x06offset\x18\x02 \x01(\x03\x12\x0e\n\x06\x63rc32c\x18\x03 \x01(\x07\x12\x0c\n\x04\x64\x61ta\x18\x0f \x01(\x0c\"\xe0\x01\n\x10\x44ownloadMetadata\x12\x11\n\tfile_name\x18\x01 \x01(\t\x12\x14\n\x0c\x63ontent_type\x18\x02 \x01(\t\x12\x18\n\x10\x63ontent_encoding\x18\x03 \x01(\t\x12\x18\n\x0btotal_bytes\x18\x04 \x01(\x03H\x00\x88\x01\x01\x12\x12\n\ngeneration\x18\x05 \x01(\x03\x12\x13\n\x06\x63rc32c\x18\x06 \x01(\x07H\x01\x88\x01\x01\x12\x0e\n\x06sha256\x18\x07 \x01(\x0c\x12\x1b\n\x13\x63ontent_disposition\x18\x08 \x01(\tB\x0e\n\x0c_total_bytesB\t\n\x07_crc32c\"\xa4\x01\n\x16GetDownloadUrlsRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x17\n\npart_index\x18\x02 \x01(\x05H\x00\x88\x01\x01\x12+\n\x08lifetime\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x11\n\tpage_size\x18\x04 \x01(\x05\x12\x12\n\npage_token\x18\x05 \x01(\tB\r\n\x0b_part_index\"\x96\x01\n\x17GetDownloadUrlsResponse\x12%\n\x04urls\x18\x01 \x03(\x0b\x32\x17.exportd.v1.DownloadUrl\x12\'\n\x06joined\x18\x02 \x01(\x0b\x32\x17.exportd.v1.DownloadUrl\x12\x12\n\ngeneration\x18\x03 \x01(\x03\x12\x17\n\x0fnext_page_token\x18\x04 \x01(\t\"\xea\x01\n\x0b\x44ownloadUrl\x12\x17\n\npart_index\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x0b\n\x03url\x18\x02 \x01(\t\x12/\n\x0b\x65xpire_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1d\n\x15requires_access_token\x18\x04 \x01(\x08\x12\x11\n\tfile_name\x18\x05 \x01(\t\x12\r\n\x05\x62ytes\x18\x06 \x01(\x03\x12\x0e\n\x06\x63rc32c\x18\x07 \x01(\x07\x12\x0e\n\x06sha256\x18\x08 \x01(\x0c\x12\x14\n\x0c\x63ontent_type\x18\t \x01(\tB\r\n\x0b_part_index\"\x96\x01\n\x15ListDeliveriesRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0c\n\x04sink\x18\x02 \x01(\t\x12\r\n\x05queue\x18\x03 \x01(\t\x12)\n\x06states\x18\x04 \x03(\x0e\x32\x19.exportd.v1.DeliveryState\x12\x11\n\tpage_size\x18\x05 \x01(\x05\x12\x12\n\npage_token\x18\x06 \x01(\t\"[\n\x16ListDeliveriesResponse\x12(\n\ndeliveries\x18\x01 \x03(\x0b\x32\x14.exportd.v1.Delivery\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\\\n\x18RedriveDeliveriesRequest\x12\x13\n\x0b\x64\x65livery_id\x18\x01 \x01(\t\x12\x0e\n\x06job_id\x18\x02 \x01(\t\x12\x0c\n\x04sink\x18\x03 \x01(\t\x12\r\n\x05queue\x18\x04 \x01(\t\"-\n\x19RedriveDeliveriesResponse\x12\x10\n\x08redriven\x18\x01 \x01(\x03\">\n\x15ListSinkQueuesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"X\n\x16ListSinkQueuesResponse\x12%\n\x06queues\x18\x01 \x03(\x0b\x32\x15.exportd.v1.SinkQueue\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\'\n\x16\x45nableSinkQueueRequest\x12\r\n\x05queue\x18\x01 \x01(\t\"?\n\x17\x45nableSinkQueueResponse\x12$\n\x05queue\x18\x01 \x01(\x0b\x32\x15.exportd.v1.SinkQueue\"\x8e\x02\n\x17ListAuditRecordsRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0f\n\x07subject\x18\x02 \x01(\t\x12\x0e\n\x06job_id\x18\x03 \x01(\t\x12\x0f\n\x07methods\x18\x04 \x03(\t\x12*\n\x08outcomes\x18\x05 \x03(\x0e\x32\x18.exportd.v1.AuditOutcome\x12-\n\tfrom_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x62\x65\x66ore_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tpage_size\x18\x08 \x01(\x05\x12\x12\n\npage_token\x18\t \x01(\t\"]\n\x18ListAuditRecordsResponse\x12(\n\x07records\x18\x01 \x03(\x0b\x32\x17.exportd.v1.AuditRecord\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t*\x98\x01\n\rCancelOutcome\x12\x1e\n\x1a\x43\x41NCEL_OUTCOME_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x43\x41NCEL_OUTCOME_CANCELLED\x10\x01\x12$\n CANCEL_OUTCOME_ALREADY_CANCELLED\x10\x02\x12#\n\x1f\x43\x41NCEL_OUTCOME_ALREADY_FINISHED\x10\x03\x32\xed\t\n\rExportService\x12Q\n\x0cListDatasets\x12\x1f.exportd.v1.ListDatasetsRequest\x1a .exportd.v1.ListDatasetsResponse\x12K\n\nGetDataset\x12\x1d.exportd.v1.GetDatasetRequest\x1a\x1e.exportd.v1.GetDatasetResponse\x12Q\n\x0c\x43reateExport\x12\x1f.exportd.v1.CreateExportRequest\x1a .exportd.v1.CreateExportResponse\x12?\n\x06GetJob\x12\x19.exportd.v1.GetJobRequest\x1a\x1a.exportd.v1.GetJobResponse\x12\x45\n\x08ListJobs\x12\x1b.exportd.v1.ListJobsRequest\x1a\x1c.exportd.v1.ListJobsResponse\x12G\n\x08WatchJob\x12\x1b.exportd.v1.WatchJobRequest\x1a\x1c.exportd.v1.WatchJobResponse0\x01\x12H\n\tCancelJob\x12\x1c.exportd.v1.CancelJobRequest\x1a\x1d.exportd.v1.CancelJobResponse\x12H\n\tDeleteJob\x12\x1c.exportd.v1.DeleteJobRequest\x1a\x1d.exportd.v1.DeleteJobResponse\x12Y\n\x0eStreamDownload\x12!.exportd.v1.StreamDownloadRequest\x1a\".exportd.v1.StreamDownloadResponse0\x01\x12Z\n\x0fGetDownloadUrls\x12\".exportd.v1.GetDownloadUrlsRequest\x1a#.exportd.v1.GetDownloadUrlsResponse\x12W\n\x0eListDeliveries\x12!.exportd.v1.ListDeliveriesRequest\x1a\".exportd.v1.ListDeliveriesResponse\x12`\n\x11RedriveDeliveries\x12$.exportd.v1.RedriveDeliveriesRequest\x1a%.exportd.v1.RedriveDeliveriesResponse\x12W\n\x0eListSinkQueues\x12!.exportd.v1.ListSinkQueuesRequest\x1a\".exportd.v1.ListSinkQueuesResponse\x12Z\n\x0f\x45nableSinkQueue\x12\".exportd.v1.EnableSinkQueueRequest\x1a#.exportd.v1.EnableSinkQueueResponse\x12]\n\x10ListAuditRecords\x12#.exportd.v1.ListAuditRecordsRequest\x1a$.exportd.v1.ListAuditRecordsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,68 +39,72 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_LISTJOBSREQUEST_LABELSENTRY']._loaded_options = None
   _globals['_LISTJOBSREQUEST_LABELSENTRY']._serialized_options = b'8\001'
-  _globals['_CANCELOUTCOME']._serialized_start=3029
-  _globals['_CANCELOUTCOME']._serialized_end=3181
-  _globals['_LISTDATASETSREQUEST']._serialized_start=183
-  _globals['_LISTDATASETSREQUEST']._serialized_end=243
-  _globals['_LISTDATASETSRESPONSE']._serialized_start=245
-  _globals['_LISTDATASETSRESPONSE']._serialized_end=331
-  _globals['_GETDATASETREQUEST']._serialized_start=333
-  _globals['_GETDATASETREQUEST']._serialized_end=366
-  _globals['_GETDATASETRESPONSE']._serialized_start=368
-  _globals['_GETDATASETRESPONSE']._serialized_end=426
-  _globals['_CREATEEXPORTRESPONSE']._serialized_start=428
-  _globals['_CREATEEXPORTRESPONSE']._serialized_end=480
-  _globals['_GETJOBREQUEST']._serialized_start=482
-  _globals['_GETJOBREQUEST']._serialized_end=513
-  _globals['_GETJOBRESPONSE']._serialized_start=515
-  _globals['_GETJOBRESPONSE']._serialized_end=561
-  _globals['_LISTJOBSREQUEST']._serialized_start=564
-  _globals['_LISTJOBSREQUEST']._serialized_end=881
-  _globals['_LISTJOBSREQUEST_LABELSENTRY']._serialized_start=836
-  _globals['_LISTJOBSREQUEST_LABELSENTRY']._serialized_end=881
-  _globals['_LISTJOBSRESPONSE']._serialized_start=883
-  _globals['_LISTJOBSRESPONSE']._serialized_end=957
-  _globals['_WATCHJOBREQUEST']._serialized_start=959
-  _globals['_WATCHJOBREQUEST']._serialized_end=1017
-  _globals['_WATCHJOBRESPONSE']._serialized_start=1019
-  _globals['_WATCHJOBRESPONSE']._serialized_end=1067
-  _globals['_CANCELJOBREQUEST']._serialized_start=1069
-  _globals['_CANCELJOBREQUEST']._serialized_end=1103
-  _globals['_CANCELJOBRESPONSE']._serialized_start=1105
-  _globals['_CANCELJOBRESPONSE']._serialized_end=1198
-  _globals['_DELETEJOBREQUEST']._serialized_start=1200
-  _globals['_DELETEJOBREQUEST']._serialized_end=1234
-  _globals['_DELETEJOBRESPONSE']._serialized_start=1236
-  _globals['_DELETEJOBRESPONSE']._serialized_end=1255
-  _globals['_STREAMDOWNLOADREQUEST']._serialized_start=1258
-  _globals['_STREAMDOWNLOADREQUEST']._serialized_end=1475
-  _globals['_STREAMDOWNLOADRESPONSE']._serialized_start=1477
-  _globals['_STREAMDOWNLOADRESPONSE']._serialized_end=1595
-  _globals['_DOWNLOADMETADATA']._serialized_start=1598
-  _globals['_DOWNLOADMETADATA']._serialized_end=1822
-  _globals['_GETDOWNLOADURLSREQUEST']._serialized_start=1825
-  _globals['_GETDOWNLOADURLSREQUEST']._serialized_end=1989
-  _globals['_GETDOWNLOADURLSRESPONSE']._serialized_start=1992
-  _globals['_GETDOWNLOADURLSRESPONSE']._serialized_end=2142
-  _globals['_DOWNLOADURL']._serialized_start=2145
-  _globals['_DOWNLOADURL']._serialized_end=2379
-  _globals['_LISTDELIVERIESREQUEST']._serialized_start=2382
-  _globals['_LISTDELIVERIESREQUEST']._serialized_end=2532
-  _globals['_LISTDELIVERIESRESPONSE']._serialized_start=2534
-  _globals['_LISTDELIVERIESRESPONSE']._serialized_end=2625
-  _globals['_REDRIVEDELIVERIESREQUEST']._serialized_start=2627
-  _globals['_REDRIVEDELIVERIESREQUEST']._serialized_end=2719
-  _globals['_REDRIVEDELIVERIESRESPONSE']._serialized_start=2721
-  _globals['_REDRIVEDELIVERIESRESPONSE']._serialized_end=2766
-  _globals['_LISTSINKQUEUESREQUEST']._serialized_start=2768
-  _globals['_LISTSINKQUEUESREQUEST']._serialized_end=2830
-  _globals['_LISTSINKQUEUESRESPONSE']._serialized_start=2832
-  _globals['_LISTSINKQUEUESRESPONSE']._serialized_end=2920
-  _globals['_ENABLESINKQUEUEREQUEST']._serialized_start=2922
-  _globals['_ENABLESINKQUEUEREQUEST']._serialized_end=2961
-  _globals['_ENABLESINKQUEUERESPONSE']._serialized_start=2963
-  _globals['_ENABLESINKQUEUERESPONSE']._serialized_end=3026
-  _globals['_EXPORTSERVICE']._serialized_start=3184
-  _globals['_EXPORTSERVICE']._serialized_end=4350
+  _globals['_CANCELOUTCOME']._serialized_start=3421
+  _globals['_CANCELOUTCOME']._serialized_end=3573
+  _globals['_LISTDATASETSREQUEST']._serialized_start=207
+  _globals['_LISTDATASETSREQUEST']._serialized_end=267
+  _globals['_LISTDATASETSRESPONSE']._serialized_start=269
+  _globals['_LISTDATASETSRESPONSE']._serialized_end=355
+  _globals['_GETDATASETREQUEST']._serialized_start=357
+  _globals['_GETDATASETREQUEST']._serialized_end=390
+  _globals['_GETDATASETRESPONSE']._serialized_start=392
+  _globals['_GETDATASETRESPONSE']._serialized_end=450
+  _globals['_CREATEEXPORTRESPONSE']._serialized_start=452
+  _globals['_CREATEEXPORTRESPONSE']._serialized_end=504
+  _globals['_GETJOBREQUEST']._serialized_start=506
+  _globals['_GETJOBREQUEST']._serialized_end=537
+  _globals['_GETJOBRESPONSE']._serialized_start=539
+  _globals['_GETJOBRESPONSE']._serialized_end=585
+  _globals['_LISTJOBSREQUEST']._serialized_start=588
+  _globals['_LISTJOBSREQUEST']._serialized_end=905
+  _globals['_LISTJOBSREQUEST_LABELSENTRY']._serialized_start=860
+  _globals['_LISTJOBSREQUEST_LABELSENTRY']._serialized_end=905
+  _globals['_LISTJOBSRESPONSE']._serialized_start=907
+  _globals['_LISTJOBSRESPONSE']._serialized_end=981
+  _globals['_WATCHJOBREQUEST']._serialized_start=983
+  _globals['_WATCHJOBREQUEST']._serialized_end=1041
+  _globals['_WATCHJOBRESPONSE']._serialized_start=1043
+  _globals['_WATCHJOBRESPONSE']._serialized_end=1091
+  _globals['_CANCELJOBREQUEST']._serialized_start=1093
+  _globals['_CANCELJOBREQUEST']._serialized_end=1127
+  _globals['_CANCELJOBRESPONSE']._serialized_start=1129
+  _globals['_CANCELJOBRESPONSE']._serialized_end=1222
+  _globals['_DELETEJOBREQUEST']._serialized_start=1224
+  _globals['_DELETEJOBREQUEST']._serialized_end=1258
+  _globals['_DELETEJOBRESPONSE']._serialized_start=1260
+  _globals['_DELETEJOBRESPONSE']._serialized_end=1279
+  _globals['_STREAMDOWNLOADREQUEST']._serialized_start=1282
+  _globals['_STREAMDOWNLOADREQUEST']._serialized_end=1499
+  _globals['_STREAMDOWNLOADRESPONSE']._serialized_start=1501
+  _globals['_STREAMDOWNLOADRESPONSE']._serialized_end=1619
+  _globals['_DOWNLOADMETADATA']._serialized_start=1622
+  _globals['_DOWNLOADMETADATA']._serialized_end=1846
+  _globals['_GETDOWNLOADURLSREQUEST']._serialized_start=1849
+  _globals['_GETDOWNLOADURLSREQUEST']._serialized_end=2013
+  _globals['_GETDOWNLOADURLSRESPONSE']._serialized_start=2016
+  _globals['_GETDOWNLOADURLSRESPONSE']._serialized_end=2166
+  _globals['_DOWNLOADURL']._serialized_start=2169
+  _globals['_DOWNLOADURL']._serialized_end=2403
+  _globals['_LISTDELIVERIESREQUEST']._serialized_start=2406
+  _globals['_LISTDELIVERIESREQUEST']._serialized_end=2556
+  _globals['_LISTDELIVERIESRESPONSE']._serialized_start=2558
+  _globals['_LISTDELIVERIESRESPONSE']._serialized_end=2649
+  _globals['_REDRIVEDELIVERIESREQUEST']._serialized_start=2651
+  _globals['_REDRIVEDELIVERIESREQUEST']._serialized_end=2743
+  _globals['_REDRIVEDELIVERIESRESPONSE']._serialized_start=2745
+  _globals['_REDRIVEDELIVERIESRESPONSE']._serialized_end=2790
+  _globals['_LISTSINKQUEUESREQUEST']._serialized_start=2792
+  _globals['_LISTSINKQUEUESREQUEST']._serialized_end=2854
+  _globals['_LISTSINKQUEUESRESPONSE']._serialized_start=2856
+  _globals['_LISTSINKQUEUESRESPONSE']._serialized_end=2944
+  _globals['_ENABLESINKQUEUEREQUEST']._serialized_start=2946
+  _globals['_ENABLESINKQUEUEREQUEST']._serialized_end=2985
+  _globals['_ENABLESINKQUEUERESPONSE']._serialized_start=2987
+  _globals['_ENABLESINKQUEUERESPONSE']._serialized_end=3050
+  _globals['_LISTAUDITRECORDSREQUEST']._serialized_start=3053
+  _globals['_LISTAUDITRECORDSREQUEST']._serialized_end=3323
+  _globals['_LISTAUDITRECORDSRESPONSE']._serialized_start=3325
+  _globals['_LISTAUDITRECORDSRESPONSE']._serialized_end=3418
+  _globals['_EXPORTSERVICE']._serialized_start=3576
+  _globals['_EXPORTSERVICE']._serialized_end=4837
 # @@protoc_insertion_point(module_scope)

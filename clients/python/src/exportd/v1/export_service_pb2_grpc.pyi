@@ -38,8 +38,9 @@ class ExportServiceStub:
     `authorization: Bearer <API key or token>`, or as a client certificate. They say whose
     jobs the caller sees and what it may do: scope `exports.read` for the methods that
     only read, `exports.write` for CreateExport, CancelJob, DeleteJob, RedriveDeliveries
-    and EnableSinkQueue; `admin` is both. Any method may answer UNAUTHENTICATED, and
-    PERMISSION_DENIED with the scope that is missing.
+    and EnableSinkQueue; `admin` is both, and ListAuditRecords, which tells of all tenants.
+    Any method may answer UNAUTHENTICATED, and PERMISSION_DENIED with the scope that is
+    missing.
     """
 
     @_typing.overload
@@ -140,6 +141,12 @@ class ExportServiceStub:
 
     Errors: NOT_FOUND `SINK_QUEUE_NOT_FOUND`.
     """
+    ListAuditRecords: _grpc.UnaryUnaryMultiCallable[_export_service_pb2.ListAuditRecordsRequest, _export_service_pb2.ListAuditRecordsResponse]
+    """Lists who did what, newest first: of every tenant, for those who run the service.
+    Needs scope `admin`. A record appears within a moment of the end of what it tells.
+
+    Errors: INVALID_ARGUMENT for a bad condition, page size or token.
+    """
 
 @_typing.type_check_only
 class ExportServiceAsyncStub(ExportServiceStub):
@@ -153,8 +160,9 @@ class ExportServiceAsyncStub(ExportServiceStub):
     `authorization: Bearer <API key or token>`, or as a client certificate. They say whose
     jobs the caller sees and what it may do: scope `exports.read` for the methods that
     only read, `exports.write` for CreateExport, CancelJob, DeleteJob, RedriveDeliveries
-    and EnableSinkQueue; `admin` is both. Any method may answer UNAUTHENTICATED, and
-    PERMISSION_DENIED with the scope that is missing.
+    and EnableSinkQueue; `admin` is both, and ListAuditRecords, which tells of all tenants.
+    Any method may answer UNAUTHENTICATED, and PERMISSION_DENIED with the scope that is
+    missing.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -252,6 +260,12 @@ class ExportServiceAsyncStub(ExportServiceStub):
 
     Errors: NOT_FOUND `SINK_QUEUE_NOT_FOUND`.
     """
+    ListAuditRecords: _aio.UnaryUnaryMultiCallable[_export_service_pb2.ListAuditRecordsRequest, _export_service_pb2.ListAuditRecordsResponse]  # type: ignore[assignment]
+    """Lists who did what, newest first: of every tenant, for those who run the service.
+    Needs scope `admin`. A record appears within a moment of the end of what it tells.
+
+    Errors: INVALID_ARGUMENT for a bad condition, page size or token.
+    """
 
 class ExportServiceServicer(metaclass=_abc_1.ABCMeta):
     """Runs dataset exports as background jobs.
@@ -264,8 +278,9 @@ class ExportServiceServicer(metaclass=_abc_1.ABCMeta):
     `authorization: Bearer <API key or token>`, or as a client certificate. They say whose
     jobs the caller sees and what it may do: scope `exports.read` for the methods that
     only read, `exports.write` for CreateExport, CancelJob, DeleteJob, RedriveDeliveries
-    and EnableSinkQueue; `admin` is both. Any method may answer UNAUTHENTICATED, and
-    PERMISSION_DENIED with the scope that is missing.
+    and EnableSinkQueue; `admin` is both, and ListAuditRecords, which tells of all tenants.
+    Any method may answer UNAUTHENTICATED, and PERMISSION_DENIED with the scope that is
+    missing.
     """
 
     @_abc_1.abstractmethod
@@ -444,6 +459,18 @@ class ExportServiceServicer(metaclass=_abc_1.ABCMeta):
         until they are redriven. An enabled one stays as it is.
 
         Errors: NOT_FOUND `SINK_QUEUE_NOT_FOUND`.
+        """
+
+    @_abc_1.abstractmethod
+    def ListAuditRecords(
+        self,
+        request: _export_service_pb2.ListAuditRecordsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_export_service_pb2.ListAuditRecordsResponse, _abc.Awaitable[_export_service_pb2.ListAuditRecordsResponse]]:
+        """Lists who did what, newest first: of every tenant, for those who run the service.
+        Needs scope `admin`. A record appears within a moment of the end of what it tells.
+
+        Errors: INVALID_ARGUMENT for a bad condition, page size or token.
         """
 
 def add_ExportServiceServicer_to_server(servicer: ExportServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -11,6 +11,7 @@ from exportd_server.jobs.ledger.base import (
     RequestIdConflict,
     TaskKind,
     TooManyActiveJobs,
+    TooManyQueuedJobs,
 )
 from exportd_server.jobs.ledger.statements import (
     delivering,
@@ -23,9 +24,12 @@ from exportd_server.jobs.ledger.transaction import Transaction
 from exportd_server.jobs.model import CancelOutcome, Job, JobState
 
 _UNFINISHED = [state.value for state in JobState if not state.terminal]
+_QUEUED = [JobState.PENDING.value]
 
 
-def create_job(tx: Transaction, new: NewJob, max_active: int | None) -> tuple[Job, bool]:
+def create_job(
+    tx: Transaction, new: NewJob, max_active: int | None, max_queued: int | None
+) -> tuple[Job, bool]:
     """Record a job and its plan, unless the request was recorded before."""
     tx.dialect.ensure_tenant(tx.connection, new.tenant)
     if new.request_id:
@@ -38,8 +42,12 @@ def create_job(tx: Transaction, new: NewJob, max_active: int | None) -> tuple[Jo
             if known.fingerprint != new.fingerprint:
                 raise RequestIdConflict(known.job_id)
             return reading.to_job(tx, known), False
-    if max_active is not None and _active(tx, new.tenant, max_active) >= max_active:
-        raise TooManyActiveJobs(f"{max_active} jobs are unfinished")
+    for most, states, error in (
+        (max_active, _UNFINISHED, TooManyActiveJobs),
+        (max_queued, _QUEUED, TooManyQueuedJobs),
+    ):
+        if most is not None and _count(tx, new.tenant, states, most) >= most:
+            raise error(f"{most} jobs are {' or '.join(states).lower()}")
     spec = new.spec
     disabled = delivering.disabled_among(tx, new.queues)
     if disabled is not None:
@@ -96,11 +104,11 @@ def create_job(tx: Transaction, new: NewJob, max_active: int | None) -> tuple[Jo
     return reading.to_job(tx, row), True
 
 
-def _active(tx: Transaction, tenant: str, enough: int) -> int:
-    """Unfinished jobs of the tenant, counted no further than `enough`."""
+def _count(tx: Transaction, tenant: str, states: list[str], enough: int) -> int:
+    """Jobs of the tenant in these states, counted no further than `enough`."""
     some = (
         sa.select(jobs.c.job_id)
-        .where(jobs.c.tenant == tenant, jobs.c.state.in_(_UNFINISHED))
+        .where(jobs.c.tenant == tenant, jobs.c.state.in_(states))
         .limit(enough)
         .subquery()
     )

@@ -1,0 +1,776 @@
+"""Every limit: just under it a call passes, just over it one is refused in a way that a
+program can act on, and after the wait it passes. One tenant's limits leave others alone."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import re
+import struct
+import threading
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from exportd.v1 import dataset_pb2, export_service_pb2_grpc, job_pb2
+from exportd.v1 import export_service_pb2 as pb
+from exportd_server.api.chunks import ChunkMemory
+from exportd_server.api.limits import RequestRates, Slots
+from exportd_server.errors import ExportTooLarge, QuotaExceeded, SourceFailed
+from exportd_server.jobs.caps import TimeCap
+from exportd_server.jobs.strays import Strayable, Strays
+from tests.security.stalled import measure
+from tests.support import rpc
+from tests.support.gate import GateSource
+from tests.support.http2 import (
+    ACK,
+    DATA,
+    END_STREAM,
+    GOAWAY,
+    HEADERS,
+    PING,
+    SETTINGS,
+    Connection,
+    connected,
+)
+from tests.support.identity import api_key, bearer
+from tests.support.rpc import Refusal, refusal
+from tests.support.samples import catalogue_of
+from tests.support.server import Server, serve, settings, until
+
+ENOUGH = 20.0
+LIST = "/exportd.v1.ExportService/ListDatasets"
+WATCH = "/exportd.v1.ExportService/WatchJob"
+
+
+@asynccontextmanager
+async def serving(
+    data_dir: Path, gate: GateSource, **values: object
+) -> AsyncIterator[Server]:
+    async with serve(settings(data_dir, **values), catalogue_of(gated=gate)) as server:
+        try:
+            yield server
+        finally:
+            gate.open_wide()
+
+
+def check(refused: Refusal, subject: str) -> float:
+    """Check a refusal; returns the seconds to wait."""
+    assert refused.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert refused.reason == "QUOTA_EXCEEDED"
+    (violation,) = refused.details["QuotaFailure"].violations
+    assert violation.subject == subject
+    assert violation.description
+    wait: float = refused.details["RetryInfo"].retry_delay.ToNanoseconds() / 1e9
+    assert 0 < wait <= 60
+    return wait
+
+
+def datasets(server: Server, key: str = "") -> Any:
+    return server.stub.ListDatasets(
+        pb.ListDatasetsRequest(), metadata=bearer(key) if key else ()
+    )
+
+
+# --- requests a second
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_bucket_lets_a_burst_through_and_then_what_its_rate_allows() -> None:
+    clock = Clock()
+    rates = RequestRates(10, 5, clock)
+    for _ in range(5):
+        rates.take("acme")
+    with pytest.raises(QuotaExceeded) as refused:
+        rates.take("acme")
+    assert refused.value.retry_after == timedelta(seconds=0.1)
+    clock.now += 0.09
+    with pytest.raises(QuotaExceeded):
+        rates.take("acme")
+    clock.now += 0.01
+    rates.take("acme")
+    with pytest.raises(QuotaExceeded):
+        rates.take("acme")
+    clock.now += 100
+    for _ in range(5):
+        rates.take("acme")
+    with pytest.raises(QuotaExceeded):
+        rates.take("acme")
+
+
+def test_over_an_hour_a_bucket_lets_through_its_rate_and_one_burst() -> None:
+    clock = Clock()
+    rates = RequestRates(7, 20, clock)
+    passed = 0
+    for _ in range(3600 * 20):
+        clock.now += 0.05
+        try:
+            rates.take("acme")
+        except QuotaExceeded:
+            continue
+        passed += 1
+    assert passed in range(7 * 3600, 7 * 3600 + 21)
+
+
+def test_the_bucket_of_one_tenant_leaves_another_alone() -> None:
+    rates = RequestRates(1, 1, Clock())
+    rates.take("acme")
+    rates.take("other")
+    with pytest.raises(QuotaExceeded) as refused:
+        rates.take("acme")
+    assert refused.value.subject == "tenant:acme/requests"
+
+
+def test_tenants_that_went_away_take_no_memory() -> None:
+    clock = Clock()
+    rates = RequestRates(100, 200, clock)
+    for number in range(50_000):
+        clock.now += 0.01
+        rates.take(f"tenant-{number}")
+        # Those of the last two seconds, at one each hundredth, and as long again.
+        assert len(rates) <= 402
+    clock.now += 4
+    rates.take("last")
+    assert len(rates) == 1
+
+
+async def test_requests_over_the_rate_are_refused_until_the_wait_is_over(
+    tmp_path: Path, gate: GateSource
+) -> None:
+    limits = {"requests_per_second": 1, "request_burst": 5}
+    async with serving(tmp_path, gate, limits=limits) as server:
+        for _ in range(5):
+            await datasets(server)
+        wait = check(await refusal(datasets(server)), "tenant:default/requests")
+        assert wait <= 1
+        # Neither health nor reflection is any tenant's call.
+        health = health_pb2_grpc.HealthStub(server.channel)
+        reflection = reflection_pb2_grpc.ServerReflectionStub(server.channel)
+        for _ in range(10):
+            await health.Check(health_pb2.HealthCheckRequest())
+            listing = reflection_pb2.ServerReflectionRequest(list_services="")
+            assert [
+                answer async for answer in reflection.ServerReflectionInfo(iter([listing]))
+            ]
+        await asyncio.sleep(wait)
+        await datasets(server)
+
+
+async def test_the_rate_of_one_tenant_leaves_another_alone(
+    tmp_path: Path, gate: GateSource
+) -> None:
+    acme, _ = await api_key(tmp_path, "acme")
+    other, _ = await api_key(tmp_path, "other")
+    limits = {"requests_per_second": 0.05, "request_burst": 2}
+    async with serving(
+        tmp_path, gate, limits=limits, identity={"api_keys": True}
+    ) as server:
+        for _ in range(2):
+            await datasets(server, acme)
+        check(await refusal(datasets(server, acme)), "tenant:acme/requests")
+        for _ in range(2):
+            await datasets(server, other)
+        check(await refusal(datasets(server, other)), "tenant:other/requests")
+
+
+# --- watches and downloads
+
+
+def test_places_are_given_back_however_their_holder_ends() -> None:
+    slots = Slots("downloads", 2, 3)
+    with slots.hold("acme"), slots.hold("acme"):
+        with pytest.raises(QuotaExceeded) as refused, slots.hold("acme"):
+            pass
+        assert refused.value.subject == "tenant:acme/downloads"
+        with slots.hold("other"):
+            with pytest.raises(QuotaExceeded) as refused, slots.hold("third"):
+                pass
+            assert refused.value.subject == "server/downloads"
+            assert slots.taken == 3
+    with pytest.raises(ZeroDivisionError), slots.hold("acme"):
+        raise ZeroDivisionError
+    assert slots.taken == 0
+
+
+async def begun(call: Any) -> Any:
+    """The call, once it has its first message."""
+    async with asyncio.timeout(ENOUGH):
+        await anext(aiter(call))
+    return call
+
+
+async def gone(server: Server, call: Any) -> None:
+    """End a call, and wait until the server knows."""
+    call.cancel()
+    await call.code()
+
+
+async def until_let_in(make: Any) -> Any:
+    """Try again until a place is free, as a refused caller would."""
+    async with asyncio.timeout(ENOUGH):
+        while True:
+            try:
+                return await begun(make())
+            except grpc.aio.AioRpcError as error:
+                _is_quota(error)
+                await asyncio.sleep(0.02)
+
+
+def _is_quota(error: grpc.aio.AioRpcError) -> None:
+    if error.code() is not grpc.StatusCode.RESOURCE_EXHAUSTED:
+        raise error
+
+
+async def test_watches_have_a_limit_for_each_tenant_and_one_for_all(
+    tmp_path: Path, gate: GateSource
+) -> None:
+    keys = {name: (await api_key(tmp_path, name))[0] for name in ("acme", "other", "third")}
+    limits = {"max_watches_per_tenant": 2, "max_watches": 3}
+    async with serving(
+        tmp_path, gate, limits=limits, identity={"api_keys": True}
+    ) as server:
+        jobs = {}
+        for name, key in keys.items():
+            response = await server.stub.CreateExport(
+                rpc.request("gated"), metadata=bearer(key)
+            )
+            jobs[name] = response.job.job_id
+
+        def watch(name: str) -> Any:
+            return server.stub.WatchJob(
+                pb.WatchJobRequest(job_id=jobs[name]), metadata=bearer(keys[name])
+            )
+
+        first = await begun(watch("acme"))
+        await begun(watch("acme"))
+        check(await refusal(watch("acme")), "tenant:acme/watches")
+        await begun(watch("other"))
+        check(await refusal(watch("third")), "server/watches")
+        await gone(server, first)
+        await until_let_in(lambda: watch("third"))
+
+
+async def test_a_watcher_that_takes_nothing_is_dropped(
+    tmp_path: Path, gate: GateSource
+) -> None:
+    limits, download = {"max_watches_per_tenant": 1}, {"stall_timeout": 0.5}
+    async with serving(tmp_path, gate, limits=limits, download=download) as server:
+        values = [job_pb2.FilterValue(string_value=f"{n:0500}") for n in range(1000)]
+        job = await rpc.create(
+            server.stub,
+            "gated",
+            filters=[
+                job_pb2.Filter(
+                    column="text", operator=dataset_pb2.FILTER_OPERATOR_IN, values=values
+                )
+            ],
+        )
+
+        def watch() -> Any:
+            return server.stub.WatchJob(pb.WatchJobRequest(job_id=job.job_id))
+
+        async with connected(server.running.port) as shut:
+            # A window that is shut: initial window size 0.
+            await shut.send(SETTINGS, body=struct.pack(">HI", 4, 0))
+            await shut.begin_call(1, WATCH)
+            wire = pb.WatchJobRequest(job_id=job.job_id).SerializeToString()
+            framed = b"\0" + len(wire).to_bytes(4, "big") + wire
+            await shut.send(DATA, END_STREAM, 1, framed)
+            await until(lambda: _calls_under_way(WATCH) == 1)
+            check(await refusal(watch()), "tenant:default/watches")
+            await until_let_in(watch)
+
+
+async def test_downloads_have_a_limit_over_grpc_and_http_together(
+    tmp_path: Path, gate: GateSource
+) -> None:
+    limits = {"max_downloads_per_tenant": 2}
+    async with (
+        serving(tmp_path, gate, limits=limits, http={"listen": "127.0.0.1:0"}) as server,
+        aiohttp.ClientSession() as http,
+    ):
+        gate.allow(10)
+        done = await rpc.export(server.stub, "gated")
+        running = await rpc.create(server.stub, "gated")
+        urls = await server.stub.GetDownloadUrls(
+            pb.GetDownloadUrlsRequest(job_id=done.job_id)
+        )
+        url = urls.urls[0].url
+
+        def follow() -> Any:
+            return server.stub.StreamDownload(
+                pb.StreamDownloadRequest(job_id=running.job_id, follow=True)
+            )
+
+        first = await begun(follow())
+        async with http.get(url) as answer:
+            assert answer.status == 200
+            assert len(await answer.read()) == urls.urls[0].bytes
+        await until_let_in(follow)
+        whole = server.stub.StreamDownload(pb.StreamDownloadRequest(job_id=done.job_id))
+        check(await refusal(whole), "tenant:default/downloads")
+        async with http.get(url) as answer:
+            assert answer.status == 429
+            assert answer.headers["Retry-After"] == "2"
+            assert (await answer.json())["reason"] == "QUOTA_EXCEEDED"
+        await gone(server, first)
+        async with asyncio.timeout(ENOUGH):
+            while True:
+                async with http.get(url) as answer:
+                    if answer.status == 200:
+                        break
+                    assert answer.status == 429
+
+
+# --- jobs
+
+
+async def test_queued_jobs_have_a_limit_of_their_own(
+    tmp_path: Path, gate: GateSource
+) -> None:
+    limits = {"max_queued_jobs": 1}
+    async with serving(tmp_path, gate, limits=limits, worker={"concurrency": 1}) as server:
+        running = await rpc.create(server.stub, "gated")
+        await until(lambda: gate.opened)
+        await rpc.create(server.stub, "gated")
+        check(
+            await refusal(server.stub.CreateExport(rpc.request("gated"))),
+            "tenant:default/queued_jobs",
+        )
+        gate.open_wide()
+        await rpc.finish(server.stub, running.job_id)
+        async with asyncio.timeout(ENOUGH):
+            while True:
+                try:
+                    await rpc.create(server.stub, "gated")
+                except grpc.aio.AioRpcError as error:
+                    _is_quota(error)
+                else:
+                    break
+
+
+async def test_a_job_that_runs_too_long_fails_at_once(
+    tmp_path: Path, gate: GateSource
+) -> None:
+    async with serving(tmp_path, gate, limits={"max_seconds": 1}) as server:
+        job = await rpc.create(server.stub, "gated")
+        job = await rpc.finish(server.stub, job.job_id)
+        assert job.state == job_pb2.JOB_STATE_FAILED
+        ran = job.finish_time.ToNanoseconds() - job.start_time.ToNanoseconds()
+        assert 1.0 <= ran / 1e9 < 8
+        _check_too_long(job, 1)
+        await until(lambda: gate.cancelled)
+        # The place is free, and a quick one passes.
+        gate.open_wide()
+        await rpc.export(server.stub, "gated")
+
+
+def _check_too_long(job: job_pb2.Job, limit: int) -> None:
+    assert "EXPORT_TOO_LARGE" in job.error.message
+    info = re.search(r"max_seconds = (\d+): it had reached (\d+)", job.error.message)
+    assert info is not None, job.error.message
+    assert int(info[1]) == limit
+    assert int(info[2]) >= limit
+
+
+async def test_the_time_of_a_job_goes_on_through_its_attempts(
+    tmp_path: Path, gate: GateSource
+) -> None:
+    limits, worker = {"max_seconds": 3}, {"max_attempts": 50}
+    async with serving(tmp_path, gate, limits=limits, worker=worker) as server:
+        job = await rpc.create(server.stub, "gated")
+        await until(lambda: gate.opened == 1)
+        gate.fail(SourceFailed())
+        # Another attempt, which begins with what the first one left.
+        await until(lambda: gate.opened == 2, ENOUGH)
+        job = await rpc.finish(server.stub, job.job_id)
+        assert job.state == job_pb2.JOB_STATE_FAILED
+        _check_too_long(job, 3)
+        ran = job.finish_time.ToNanoseconds() - job.start_time.ToNanoseconds()
+        assert 3.0 <= ran / 1e9 < 10
+
+
+def test_whoever_takes_a_job_over_has_what_is_left_of_its_time() -> None:
+    now = datetime.now(UTC)
+    job = _job(start_time=now - timedelta(seconds=50), read_time=now)
+    left = TimeCap(60, job).left
+    assert left is not None
+    assert math.isclose(left, 10, abs_tol=1)
+    assert TimeCap(60, job).passed() is None
+    passed = TimeCap(40, job).passed()
+    assert isinstance(passed, ExportTooLarge)
+    assert not passed.retryable
+    assert passed.metadata == {"cap": "max_seconds", "limit": "40", "count": "50"}
+    assert TimeCap(None, job).passed() is None
+
+
+def _job(**times: datetime) -> Any:
+    class Times:
+        start_time = times["start_time"]
+        read_time = times["read_time"]
+
+    return Times()
+
+
+async def test_a_source_that_gives_nothing_fails_the_attempt(
+    tmp_path: Path, gate: GateSource
+) -> None:
+    worker = {"source_timeout": 0.5, "max_attempts": 2}
+    async with serving(tmp_path, gate, worker=worker) as server:
+        gate.allow(3)
+        job = await rpc.create(server.stub, "gated")
+        job = await rpc.finish(server.stub, job.job_id)
+        assert job.state == job_pb2.JOB_STATE_FAILED
+        assert "SOURCE_FAILED" in job.error.message
+        assert "gave nothing for 0.5 s" in job.error.message
+        assert gate.opened == 2
+        await until(lambda: gate.cancelled >= 2)
+        gate.open_wide()
+        await rpc.export(server.stub, "gated")
+
+
+async def test_a_slow_source_is_not_a_silent_one(tmp_path: Path, gate: GateSource) -> None:
+    worker = {"source_timeout": 1.0, "max_attempts": 1}
+    async with serving(tmp_path, gate, worker=worker) as server:
+        job = await rpc.create(server.stub, "gated")
+        for given in range(1, 11):
+            await asyncio.sleep(0.2)
+            gate.allow()
+            await until(partial(_given, gate, given))
+        job = await rpc.finish(server.stub, job.job_id)
+        assert job.state == job_pb2.JOB_STATE_SUCCEEDED
+
+
+def _given(gate: GateSource, batches: int) -> bool:
+    return gate.given >= batches
+
+
+async def test_threads_that_hang_for_good_are_left_behind_up_to_a_number() -> None:
+    strays, release = Strays(most=2), threading.Event()
+    work = [Strayable(strays, release.wait) for _ in range(2)]
+    threads = [threading.Thread(target=each) for each in work]
+    for thread in threads:
+        thread.start()
+    await strays.room()
+    for each in work:
+        each.leave()
+        each.leave()
+    assert strays.count == 2
+    waiting = asyncio.create_task(strays.room())
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    release.set()
+    async with asyncio.timeout(ENOUGH):
+        await waiting
+    for thread in threads:
+        thread.join()
+    assert strays.count == 0
+    ended = Strayable(strays, release.wait)
+    ended()
+    ended.leave()
+    assert strays.count == 0
+
+
+# --- gRPC: sizes, connections, pings, calls
+
+
+async def test_a_request_over_the_size_is_refused(tmp_path: Path, gate: GateSource) -> None:
+    async with serving(tmp_path, gate, limits={"max_request_bytes": 10_000}) as server:
+        overhead = len(pb.GetDatasetRequest(name="x" * 9000).SerializeToString()) - 9000
+
+        def ask(size: int) -> Any:
+            name = "x" * (size - overhead)
+            return server.stub.GetDataset(pb.GetDatasetRequest(name=name))
+
+        assert (await refusal(ask(10_000))).reason == "DATASET_NOT_FOUND"
+        with pytest.raises(grpc.aio.AioRpcError, match="larger than max") as refused:
+            await ask(10_001)
+        assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+async def settings_of(connection: Connection) -> bytes:
+    frame = await connection.frame()
+    assert frame.kind == SETTINGS
+    return frame.body
+
+
+async def test_connections_have_a_limit(tmp_path: Path, gate: GateSource) -> None:
+    async with serving(tmp_path, gate, limits={"max_connections": 3}) as server:
+        await datasets(server)
+        port = server.running.port
+        async with connected(port) as second:
+            await settings_of(second)
+            async with connected(port) as third:
+                await settings_of(third)
+                assert await _is_refused(port)
+            # Those that are there are served on.
+            await datasets(server)
+            async with asyncio.timeout(ENOUGH):
+                while await _is_refused(port):
+                    await asyncio.sleep(0.02)
+
+
+async def _is_refused(port: int) -> bool:
+    try:
+        async with asyncio.timeout(ENOUGH), connected(port) as connection:
+            await settings_of(connection)
+    except (EOFError, ConnectionError):
+        return True
+    return False
+
+
+async def test_a_client_that_pings_too_often_is_closed(
+    tmp_path: Path, gate: GateSource
+) -> None:
+    limits = {"min_ping_seconds": 30, "max_ping_strikes": 3}
+    async with serving(tmp_path, gate, limits=limits) as server:
+        async with connected(server.running.port) as connection:
+            # The first counts from the start of the connection, or not at all.
+            for _ in range(3):
+                await connection.send(PING, body=b"12345678")
+            answers = [await _next(connection, PING) for _ in range(3)]
+            assert all(answer.flags == ACK for answer in answers)
+            for _ in range(3):
+                await connection.send(PING, body=b"12345678")
+            async with asyncio.timeout(ENOUGH):
+                frames = await connection.frames()
+            assert frames[-1].kind == GOAWAY
+            assert frames[-1].body.endswith(b"too_many_pings")
+        await datasets(server)
+
+
+async def _next(connection: Connection, kind: int) -> Any:
+    async with asyncio.timeout(ENOUGH):
+        while (frame := await connection.frame()).kind != kind:
+            pass
+    return frame
+
+
+async def test_a_connection_that_leaves_a_ping_unanswered_is_closed(
+    tmp_path: Path, gate: GateSource
+) -> None:
+    limits = {"ping_seconds": 1, "ping_timeout": 1}
+    async with serving(tmp_path, gate, limits=limits) as server:
+        async with connected(server.running.port) as silent:
+            async with asyncio.timeout(ENOUGH):
+                frames = await silent.frames()
+            assert PING in [frame.kind for frame in frames]
+        await datasets(server)
+
+
+async def test_a_connection_without_calls_is_closed_after_a_while(
+    tmp_path: Path, gate: GateSource
+) -> None:
+    limits = {"max_idle_seconds": 1}
+    async with serving(tmp_path, gate, limits=limits) as server:
+        job = await rpc.create(server.stub, "gated")
+        watching = await begun(server.stub.WatchJob(pb.WatchJobRequest(job_id=job.job_id)))
+        async with connected(server.running.port) as idle:
+            await _next(idle, GOAWAY)
+        # One with a call is not idle, and its client's next call finds a way.
+        gate.open_wide()
+        async with asyncio.timeout(ENOUGH):
+            async for _ in watching:
+                pass
+        await datasets(server)
+
+
+async def test_calls_of_one_connection_above_its_streams_wait(
+    tmp_path: Path, gate: GateSource
+) -> None:
+    async with serving(tmp_path, gate, limits={"max_streams_per_connection": 2}) as server:
+        async with connected(server.running.port) as connection:
+            assert b"\x00\x03\x00\x00\x00\x02" in await settings_of(connection)
+        job = await rpc.create(server.stub, "gated")
+        watch = pb.WatchJobRequest(job_id=job.job_id)
+        first = await begun(server.stub.WatchJob(watch))
+        await begun(server.stub.WatchJob(watch))
+        third = datasets(server)
+        done, _ = await asyncio.wait({asyncio.ensure_future(third)}, timeout=0.3)
+        assert not done
+        # Another connection has streams of its own.
+        own = (("grpc.use_local_subchannel_pool", 1),)
+        async with grpc.aio.insecure_channel(server.address, options=own) as channel:
+            stub = export_service_pb2_grpc.ExportServiceStub(channel)
+            async with asyncio.timeout(ENOUGH):
+                await stub.ListDatasets(pb.ListDatasetsRequest())
+        first.cancel()
+        async with asyncio.timeout(ENOUGH):
+            await third
+
+
+async def test_calls_have_a_limit_that_health_is_exempt_from(
+    tmp_path: Path, gate: GateSource
+) -> None:
+    async with serving(tmp_path, gate, limits={"max_calls": 2}) as server:
+        job = await rpc.create(server.stub, "gated")
+        watch = pb.WatchJobRequest(job_id=job.job_id)
+        first = await begun(server.stub.WatchJob(watch))
+        await begun(server.stub.WatchJob(watch))
+        check(await refusal(datasets(server)), "server/calls")
+        health = health_pb2_grpc.HealthStub(server.channel)
+        await health.Check(health_pb2.HealthCheckRequest())
+        await gone(server, first)
+        async with asyncio.timeout(ENOUGH):
+            while True:
+                try:
+                    await datasets(server)
+                except grpc.aio.AioRpcError as error:
+                    check(Refusal(error), "server/calls")
+                else:
+                    break
+
+
+async def test_callers_without_credentials_cannot_take_the_places_of_others(
+    tmp_path: Path, gate: GateSource
+) -> None:
+    async with serving(tmp_path, gate, limits={"max_calls": 20}) as server:
+        health = health_pb2_grpc.HealthStub(server.channel)
+        for _ in range(2):
+            await begun(health.Watch(health_pb2.HealthCheckRequest()))
+        refused = await refusal(health.Watch(health_pb2.HealthCheckRequest()))
+        check(refused, "server/open_calls")
+        await datasets(server)
+
+
+async def test_a_call_whose_request_never_comes_is_ended(
+    tmp_path: Path, gate: GateSource
+) -> None:
+    limits = {"max_calls": 2, "request_timeout": 0.5}
+    async with serving(tmp_path, gate, limits=limits) as server:
+        async with connected(server.running.port) as connection:
+            await connection.begin_call(1, LIST)
+            await connection.begin_call(3, LIST)
+            # Without a request, too, it is a call under way.
+            await until(lambda: _calls_under_way(LIST) == 2)
+            check(await refusal(datasets(server)), "server/calls")
+            for stream in (1, 3):
+                ended = await _next(connection, HEADERS)
+                assert (ended.stream, ended.flags & END_STREAM) == (stream, END_STREAM)
+                assert b"INVALID_REQUEST" in ended.body
+        await datasets(server)
+
+
+def _calls_under_way(method: str) -> int:
+    names = [task.get_name() for task in asyncio.all_tasks()]
+    return sum(f"[{method}]" in name for name in names)
+
+
+async def test_a_call_without_any_request_is_told_so(
+    tmp_path: Path, gate: GateSource
+) -> None:
+    async with serving(tmp_path, gate) as server, connected(server.running.port) as odd:
+        await odd.begin_call(1, LIST)
+        await odd.send(DATA, END_STREAM, 1)
+        assert b"INVALID_REQUEST" in (await _next(odd, HEADERS)).body
+
+
+# --- HTTP
+
+
+async def http_status(port: int) -> tuple[int, str]:
+    """Ask for what is not there; the status and the head of the answer."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        writer.write(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        async with asyncio.timeout(ENOUGH):
+            head = (await reader.readuntil(b"\r\n\r\n")).decode()
+    finally:
+        writer.close()
+    return int(head.split(" ")[1]), head
+
+
+async def test_connections_of_the_http_port_have_a_limit(
+    tmp_path: Path, gate: GateSource
+) -> None:
+    limits = {"max_http_connections": 2}
+    async with serving(
+        tmp_path, gate, limits=limits, http={"listen": "127.0.0.1:0"}
+    ) as server:
+        port = server.running.http_port
+        assert port is not None
+        _, first = await asyncio.open_connection("127.0.0.1", port)
+        assert (await http_status(port))[0] == 404
+        _, second = await asyncio.open_connection("127.0.0.1", port)
+        async with asyncio.timeout(ENOUGH):
+            # The end of the one before may not have been noticed, nor this one's start.
+            while (answer := await http_status(port))[0] == 404:
+                await asyncio.sleep(0.01)
+        assert answer[0] == 503
+        assert "Retry-After: 2\r\n" in answer[1]
+        first.close()
+        async with asyncio.timeout(ENOUGH):
+            while (await http_status(port))[0] != 404:
+                await asyncio.sleep(0.01)
+        second.close()
+
+
+async def test_headers_that_trickle_in_end_the_connection(
+    tmp_path: Path, gate: GateSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("exportd_server.api.http._FIRST_REQUEST", 0.5)
+    async with serving(tmp_path, gate, http={"listen": "127.0.0.1:0"}) as server:
+        port = server.running.http_port
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET / HTTP/1.1\r\n")
+        started = time.monotonic()
+        while time.monotonic() - started < ENOUGH and not reader.at_eof():
+            writer.write(b"X: y\r\n")
+            try:
+                async with asyncio.timeout(0.05):
+                    await reader.read(1)
+            except TimeoutError:
+                continue
+            except ConnectionError:
+                break
+        assert time.monotonic() - started < 5
+        writer.close()
+
+
+# --- readers that take nothing
+
+
+def test_chunks_begin_small_grow_and_shrink_when_there_are_many() -> None:
+    memory = ChunkMemory(most=2**20, in_flight=2**21)
+    with memory.download() as one:
+        sizes = []
+        for _ in range(6):
+            sizes.append(len(one.room(2**30)))
+            one.release()
+        assert sizes == [2**16, 2**17, 2**18, 2**19, 2**20, 2**20]
+        assert len(one.room(100)) == 100
+        with memory.download(), memory.download(), memory.download():
+            assert len(one.room(2**30)) == 2**19
+        assert len(one.room(2**30)) == 2**20
+
+
+def test_memory_that_is_lent_is_nobody_elses() -> None:
+    memory = ChunkMemory(most=2**16, in_flight=2**20)
+    with memory.download() as one, memory.download() as other:
+        mine = one.room(4)
+        mine[:] = b"mine"
+        other.room(4)[:] = b"your"
+        assert bytes(mine) == b"mine"
+
+
+async def test_a_reader_that_takes_nothing_costs_little(tmp_path: Path) -> None:
+    figures = await measure(tmp_path, readers=30, idle=30, asks=100, rows=100_000)
+    # 3 MiB when each held its own read buffer and 1 MiB messages.
+    assert figures.per_reader < 1.5
