@@ -42,7 +42,7 @@ async def test_a_sink_of_another_package_is_found_configured_and_delivered_to(
     sinks = tmp_path / "sinks.toml"
     sinks.write_text(f'[connections.audit]\ntype = "journal"\nfile = "{journal}"\n')
 
-    def to(**config: object) -> sink_pb2.Sink:
+    def to(**config: str) -> sink_pb2.Sink:
         said = struct_pb2.Struct()
         said.update(config)
         return sink_pb2.Sink(
