@@ -474,8 +474,8 @@ class DownloadSettings(Section):
         "in any case; messages are the smaller the more downloads there are",
     )
     stall_timeout: PositiveSeconds = Field(
-        60.0, description="seconds after which a reader or watcher that takes nothing is "
-        "dropped"
+        60.0,
+        description="seconds after which a reader or watcher that takes nothing is dropped",
     )
     url_lifetime: PositiveInt = Field(
         3600, description="seconds that download URLs work when the request does not say"
