@@ -294,7 +294,7 @@ class DeliverySettings(Section):
     """How outputs are delivered to sinks."""
 
     concurrency: PositiveInt = Field(
-        16, description="deliveries at a time in this process, of all sinks together"
+        64, description="deliveries at a time in this process, of all sinks together"
     )
     secret_keys: SecretKeys = Field(
         (),

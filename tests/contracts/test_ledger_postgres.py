@@ -250,12 +250,19 @@ async def test_a_renewal_may_come_from_another_threads_loop(
 
 
 async def deliveries_of(
-    ledger: SqlLedger, queues: dict[str, int], *, parts: int, tenants: int = 1
+    ledger: SqlLedger,
+    queues: dict[str, int],
+    *,
+    parts: int,
+    tenants: int = 1,
+    owner: str = "",
 ) -> Lease:
     """So many parts due to each queue, which allows so many under way; returns the lease
     of the last job."""
     sinks = tuple(sink(name, name) for name in queues)
-    policies = tuple(QueuePolicy(name, concurrency=most) for name, most in queues.items())
+    policies = tuple(
+        QueuePolicy(name, owner, concurrency=most) for name, most in queues.items()
+    )
     lease = None
     for number in range(tenants):
         one = new(1000 + number, f"tenant-{number}", sinks=sinks)
@@ -364,7 +371,7 @@ async def test_deliveries_of_one_job_that_end_at_once_bring_one_completion(
 async def test_an_endpoint_is_disabled_once_however_many_see_it_gone(
     fleet: list[SqlLedger],
 ) -> None:
-    await deliveries_of(fleet[0], {"q": 100}, parts=4, tenants=3)
+    await deliveries_of(fleet[0], {"q": 100}, parts=12, owner="tenant-0")
     held = [await fleet[0].claim("w", DELIVER, lease=LEASE) for _ in range(12)]
     async with asyncio.timeout(LONG):
         told = await asyncio.gather(

@@ -596,7 +596,7 @@ async def test_an_endpoint_that_fails_for_too_long_is_disabled(
         "max_attempts = 1000\nretry_base_seconds = 0.05\nretry_cap_seconds = 0.05\n"
     )
     async with run(sinks=weak) as server:
-        job = await create(server, to("a", connection="weak"))
+        job = await create(server, to("a", connection="weak", endpoint="x"))
         done = await settled(server, job.job_id)
         assert done.deliveries[0].dead_lettered == PARTS + 1
         (queue,) = (await server.stub.ListSinkQueues(pb.ListSinkQueuesRequest())).queues

@@ -51,9 +51,10 @@ class Deliveries:
         concurrency: int = 100,
         depth: int = 1000,
         on_full: OnFull = OnFull.BLOCK,
+        owner: str = "acme",
     ) -> None:
         """What the operator says of a queue; holds from the next job on."""
-        self.policies[queue] = QueuePolicy(queue, "", concurrency, depth, on_full)
+        self.policies[queue] = QueuePolicy(queue, owner, concurrency, depth, on_full)
 
     def new(self, *sinks: SinkSpec, tenant: str = "acme", **what: Any) -> NewJob:
         queues = []

@@ -233,10 +233,10 @@ class ExportService:
         page = found[:size]
         token = ""
         if len(found) > size:
-            last, _ = page[-1]
+            last = page[-1]
             token = _token(digest, _micros(last.create_time), last.delivery_id)
         return pb.ListDeliveriesResponse(
-            deliveries=[sinks.delivery_message(record, job) for record, job in page],
+            deliveries=[sinks.delivery_message(record) for record in page],
             next_page_token=token,
         )
 

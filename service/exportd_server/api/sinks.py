@@ -18,12 +18,10 @@ from exportd_server.jobs.model import (
     DeliveryRecord,
     DeliveryState,
     DeliveryStatus,
-    Job,
     SinkDelivery,
     SinkQueue,
     SinkSpec,
 )
-from exportd_server.jobs.output import delivered_file_name
 
 _BUILT_IN = ("local_file", "webhook", "object_storage", "database")
 
@@ -245,14 +243,14 @@ def sink_delivery_message(found: SinkDelivery) -> sink_pb2.SinkDelivery:
     )
 
 
-def delivery_message(record: DeliveryRecord, job: Job) -> sink_pb2.Delivery:
+def delivery_message(record: DeliveryRecord) -> sink_pb2.Delivery:
     """One delivery."""
     return sink_pb2.Delivery(
         delivery_id=record.delivery_id,
         job_id=record.job_id,
         sink=record.sink,
         queue=record.queue,
-        file_name="" if record.part is None else delivered_file_name(job, *record.part),
+        file_name=record.file_name,
         generation=record.generation,
         state=sink_pb2.DeliveryState.Value(f"DELIVERY_STATE_{record.state}"),
         attempts=record.attempts,

@@ -12,7 +12,12 @@ from typing import Any
 import structlog
 from pydantic import BaseModel, SecretStr, ValidationError
 
-from exportd_server.errors import ConfigurationError, DeliveryFailed, StoreFailed
+from exportd_server.errors import (
+    ConfigurationError,
+    DeliveryFailed,
+    ErrorReason,
+    ExportdError,
+)
 from exportd_server.platform.sealing import Sealer, Unreadable
 from exportd_server.sinks.base import (
     BadSinkRequest,
@@ -31,6 +36,8 @@ from exportd_server.sinks.connections import (
 from exportd_server.sinks.registry import AnySinkType, SinkTypes
 
 log = structlog.get_logger(__name__)
+
+_CLOSING_SECONDS = 5.0
 
 _UNKNOWN = SinkLimits(
     concurrency=4,
@@ -163,7 +170,7 @@ class Sinks:
             asked.type,
             asked.connection,
             _mapped(values, reveal=False),
-            self._sealer.seal(json.dumps(plain)),
+            self._sealer.seal(json.dumps(plain, default=str)),
         )
 
     # --- when it is delivered
@@ -171,13 +178,15 @@ class Sinks:
     def limits(self, type_name: str, connection_name: str) -> SinkLimits:
         """What holds for a sink now."""
         type_ = self._types.get(type_name)
-        if type_ is None:
+        missing = connection_name and self._connections.get(connection_name) is None
+        if type_ is None or missing:
             return _UNKNOWN
         return _limits(type_, self._connections.get(connection_name))
 
     async def deliver(self, kept: KeptSink, delivery: Delivery) -> str:
         """Deliver within the sink's time limit; returns its receipt. Raises
-        `DeliveryFailed`, and leaves through `StoreFailed` and `KeyError` of the content."""
+        `DeliveryFailed`, another `ExportdError` for what the service itself fails at, and
+        leaves through `KeyError` of the content."""
         (outcome,) = await self.deliver_batch(kept, [delivery])
         if isinstance(outcome, DeliveryFailed):
             raise outcome
@@ -193,11 +202,11 @@ class Sinks:
         connection = self._connections.get(kept.connection)
         tenant = deliveries[0].export.tenant
         if type_ is None or (kept.connection and not _fits(connection, kept, tenant)):
-            raise DeliveryFailed(
+            raise ExportdError(
+                ErrorReason.SINK_UNAVAILABLE,
                 f"this server has no connection {kept.connection!r} of type {kept.type}"
                 if type_ is not None
                 else f"this server has no sink type {kept.type!r}",
-                retryable=True,
             )
         request = self._opened(type_, kept)
         limit = _limits(type_, connection).timeout
@@ -215,7 +224,8 @@ class Sinks:
             raise DeliveryFailed(
                 f"the delivery took longer than {limit:g} s", retryable=True
             ) from error
-        except (DeliveryFailed, StoreFailed, KeyError):
+        except (ExportdError, KeyError):
+            # Of the delivery, of the store, or of what else the service itself lacks.
             raise
         except BadSinkRequest as error:
             raise DeliveryFailed(str(error), retryable=False) from error
@@ -233,10 +243,10 @@ class Sinks:
         try:
             return _parsed(type_, self._config(kept))
         except Unreadable as error:
-            raise DeliveryFailed(
+            raise ExportdError(
+                ErrorReason.SINK_UNAVAILABLE,
                 "the sink's secrets cannot be read on this server: the key that they were "
                 "kept under is missing",
-                retryable=True,
             ) from error
         except BadSinkRequest as error:
             raise DeliveryFailed(
@@ -266,16 +276,25 @@ class Sinks:
 
     async def close(self) -> None:
         """Close what is open."""
-        for key, opening in self._open.items():
-            opening.cancel()
-            await asyncio.wait({opening})
-            if not _failed(opening):
-                try:
-                    await opening.result().close()
-                except Exception:
-                    # Whatever a sink does at its end, the others are to have theirs.
-                    log.exception("sink was not closed", sink=key[0])
+        closing = {
+            asyncio.create_task(_close(key[0], opening))
+            for key, opening in self._open.items()
+        }
         self._open.clear()
+        if closing:
+            # One that hangs does not keep the process.
+            await asyncio.wait(closing, timeout=_CLOSING_SECONDS)
+
+
+async def _close(name: str, opening: asyncio.Future[Sink[Any]]) -> None:
+    opening.cancel()
+    await asyncio.wait({opening})
+    if not _failed(opening):
+        try:
+            await opening.result().close()
+        except Exception:
+            # Whatever a sink does at its end, the others are to have theirs.
+            log.exception("sink was not closed", sink=name)
 
 
 def _failed(opening: asyncio.Future[Any]) -> bool:

@@ -17,7 +17,6 @@ from exportd_server.errors import (
     ErrorReason,
     ErrorRecord,
     ExportdError,
-    StoreFailed,
 )
 from exportd_server.jobs.housekeeping import part_key
 from exportd_server.jobs.leases import GivenBack, Held, Leases
@@ -173,16 +172,18 @@ class Deliverer:
             raise
         except LeaseLost:
             raise
-        except (DeliveryFailed, StoreFailed) as failed:
+        except ExportdError as failed:
             outcomes = [failed] * len(batch.members)
         except KeyError as gone:
             # The job has expired or was deleted, and its lease is about to be lost: the
             # ledger says so when it is told.
-            error = DeliveryFailed("the output is gone", retryable=True)
+            error = ExportdError(ErrorReason.OUTPUT_EXPIRED)
             error.__cause__ = gone
             outcomes = [error] * len(batch.members)
         if held.lost:
             raise LeaseLost
+        # A sink may take it for a failure that it was told to stop.
+        held.check()
         metrics.delivery_seconds.labels(*labels).observe(time.monotonic() - begun)
         # The first one last: while it holds its lease, nobody gives up waiting for it.
         for (mine, one), outcome in reversed(
@@ -224,7 +225,8 @@ class Deliverer:
                 disable_after = timedelta(seconds=limits.disable_after)
             if error.retryable:
                 retry_in = pause(limits.retry, lease.attempt, error.retry_after)
-        elif isinstance(error, StoreFailed):
+        elif error not in (_DISABLED, _EXHAUSTED):
+            # The service's own fault, or nobody's: another attempt may do better.
             retry_in = pause(limits.retry, lease.attempt)
         came_to = await held.insist(
             lambda: self._ledger.fail_delivery(
@@ -233,7 +235,7 @@ class Deliverer:
                 retry_in=retry_in,
                 disable_after=disable_after,
                 gone=gone,
-                # A store that fails is ours, and no fault of the endpoint's.
+                # What the service fails at is no fault of the endpoint's.
                 blame=isinstance(error, DeliveryFailed),
             )
         )
@@ -246,7 +248,9 @@ class Deliverer:
             reason=record.reason.value,
             message=record.message,
             retry_in=None if retry_in is None else round(retry_in.total_seconds(), 3),
-            exc_info=error.__cause__,
+            # Only its kind: drivers put values of rows into their texts.
+            cause=None if error.__cause__ is None else type(error.__cause__).__name__,
+            sqlstate=getattr(error.__cause__, "sqlstate", None),
         )
         if came_to.disabled:
             metrics.endpoints_disabled.labels(*labels).inc()

@@ -240,7 +240,7 @@ class Exporter:
                 skip_errors=job.spec.max_row_errors is not None,
             ),
             self._store,
-            commit=self._commit(held, job, parts=_parts(job)),
+            commit=self._commit(held, job, time_cap, parts=_parts(job)),
             check=caps.check,
             max_bytes_in_flight=self._options.max_bytes_in_flight,
         )
@@ -276,6 +276,7 @@ class Exporter:
         self,
         held: Held,
         job: Job,
+        time_cap: TimeCap,
         lease: Lease,
         part: PartRecord,
         errors: PartRecord | None,
@@ -285,6 +286,8 @@ class Exporter:
             while not await held.insist(lambda: self._ledger.has_room(lease)):
                 held.check()
                 await asyncio.sleep(_FULL_PAUSE)
+                # A slow sink is no reason for the job to fail.
+                time_cap.excuse(_FULL_PAUSE)
         dropped = await held.insist(lambda: self._ledger.add_part(lease, part, errors))
         for index in dropped:
             sink = job.spec.sinks[index]
@@ -292,7 +295,7 @@ class Exporter:
             log.warning("delivery dropped", sink=sink.name, queue=sink.queue)
 
     def _commit(
-        self, held: Held, job: Job, *, parts: int
+        self, held: Held, job: Job, time_cap: TimeCap, *, parts: int
     ) -> Callable[[FinishedPart], None]:
         lease, loop = held.lease, asyncio.get_running_loop()
 
@@ -303,7 +306,7 @@ class Exporter:
             check_parts(parts)
             record = _part_record(part)
             errors = None if part.errors is None else _part_record(part.errors)
-            recorded = self._record(held, job, lease, record, errors)
+            recorded = self._record(held, job, time_cap, lease, record, errors)
             asyncio.run_coroutine_threadsafe(recorded, loop).result()
 
         return commit

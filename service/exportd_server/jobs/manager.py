@@ -520,25 +520,12 @@ class JobManager:
         *,
         limit: int,
         before: tuple[datetime, str] | None,
-    ) -> list[tuple[DeliveryRecord, Job]]:
-        """A page of deliveries, newest first, each with its job; raises JOB_NOT_FOUND
-        for one that is asked for."""
-        jobs: dict[str, Job] = {}
+    ) -> list[DeliveryRecord]:
+        """A page of deliveries, newest first; raises JOB_NOT_FOUND for a job that is asked
+        for."""
         if query.job_id:
-            jobs[query.job_id] = await self.get(tenant, query.job_id)
-        found = await self._ledger.list_deliveries(
-            tenant, query, limit=limit, before=before
-        )
-        paired = []
-        for record in found:
-            if record.job_id not in jobs:
-                job = await self._ledger.get_job(tenant, record.job_id)
-                if job is None:
-                    # Deleted a moment ago.
-                    continue
-                jobs[record.job_id] = job
-            paired.append((record, jobs[record.job_id]))
-        return paired
+            await self.get(tenant, query.job_id)
+        return await self._ledger.list_deliveries(tenant, query, limit=limit, before=before)
 
     async def redrive(self, tenant: str, query: DeliveryQuery) -> int:
         """Send deliveries again; returns how many. Raises DELIVERY_NOT_FOUND,

@@ -263,6 +263,8 @@ class DeliveryRecord:
     queue: str
     generation: int
     part: tuple[int, int] | None
+    file_name: str
+    """Of the part; empty for the completion."""
     state: DeliveryState
     attempts: int
     create_time: datetime

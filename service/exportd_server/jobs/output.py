@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from exportd_server.encoders.base import Format, OutputFormat
-from exportd_server.jobs.model import Job, PartRecord
+from exportd_server.jobs.model import ExportSpec, Job, PartRecord
 from exportd_server.platform.checksum import crc32c_combine
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
@@ -86,8 +86,12 @@ def _joined_layout(output: OutputFormat, parts: tuple[PartRecord, ...]) -> Layou
 def file_stem(job: Job) -> str:
     """The start of the job's file names. It holds nothing that could break a header or
     a path, whatever the dataset is called."""
-    dataset = _UNSAFE.sub("_", job.spec.dataset).strip("._-")[:64] or "export"
-    return f"{dataset}-{job.job_id}"
+    return _stem(job.spec, job.job_id)
+
+
+def _stem(spec: ExportSpec, job_id: str) -> str:
+    dataset = _UNSAFE.sub("_", spec.dataset).strip("._-")[:64] or "export"
+    return f"{dataset}-{job_id}"
 
 
 def part_file_name(job: Job, index: int) -> str:
@@ -96,12 +100,19 @@ def part_file_name(job: Job, index: int) -> str:
 
 
 def delivered_file_name(job: Job, shard: int, sequence: int) -> str:
+    """The name of one part of the job as it stands; see `delivered_name`."""
+    return delivered_name(job.spec, job.job_id, job.generation, shard, sequence)
+
+
+def delivered_name(
+    spec: ExportSpec, job_id: str, generation: int, shard: int, sequence: int
+) -> str:
     """The name of one part where it is delivered. Its index is not known while the job
     runs, so it is named by its place; and one of a generation that was begun anew never
     stands in for one of the first."""
-    generation = f"-g{job.generation}" if job.generation > 1 else ""
+    made = f"-g{generation}" if generation > 1 else ""
     place = f"{shard:05d}-{sequence:05d}"
-    return f"{file_stem(job)}{generation}.part-{place}.{job.spec.output.extension}"
+    return f"{_stem(spec, job_id)}{made}.part-{place}.{spec.output.extension}"
 
 
 def error_part_file_name(job: Job, index: int) -> str:

@@ -52,7 +52,7 @@ class WorkerOptions:
     """How a worker works; times in seconds."""
 
     concurrency: int = 2
-    deliveries: int = 16
+    deliveries: int = 64
     lease: float = 15.0
     poll: float = 5.0
     running_per_tenant: int | None = None
@@ -123,7 +123,8 @@ class Worker:
             tasks = self._tasks()
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(working, *tasks, return_exceptions=True)
+            # What does not let itself be cancelled is left behind: its lease runs out.
+            await asyncio.wait({working, *tasks}, timeout=_LAST_WORDS)
             await self._anchors.close()
             await self._leases.stop()
             self._finished.set()

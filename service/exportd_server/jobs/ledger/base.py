@@ -438,7 +438,8 @@ class Ledger(Protocol):
         """End an attempt: with `retry_in` the delivery is due again after it, else it is
         a dead letter. An endpoint that is `gone`, or has failed for `disable_after` since
         its last success, is disabled: no delivery of its queue is tried any more, nor
-        this one again. Without `blame` it was not the endpoint's fault."""
+        this one again. Only a tenant's own queue is disabled, and none that all share.
+        Without `blame` it was not the endpoint's fault."""
         ...
 
     async def list_deliveries(

@@ -265,8 +265,8 @@ class ExportServiceServicer:
         again. What is waiting to be tried again is tried now.
 
         Errors: INVALID_ARGUMENT; NOT_FOUND `JOB_NOT_FOUND`, `DELIVERY_NOT_FOUND`,
-        `OUTPUT_EXPIRED`; FAILED_PRECONDITION `JOB_FAILED`, `JOB_CANCELLED`,
-        `ENDPOINT_DISABLED`.
+        `SINK_QUEUE_NOT_FOUND`, `OUTPUT_EXPIRED`, `OUTPUT_DROPPED`; FAILED_PRECONDITION
+        `JOB_FAILED`, `JOB_CANCELLED`, `ENDPOINT_DISABLED`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

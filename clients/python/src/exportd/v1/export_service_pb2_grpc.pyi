@@ -127,8 +127,8 @@ class ExportServiceStub:
     again. What is waiting to be tried again is tried now.
 
     Errors: INVALID_ARGUMENT; NOT_FOUND `JOB_NOT_FOUND`, `DELIVERY_NOT_FOUND`,
-    `OUTPUT_EXPIRED`; FAILED_PRECONDITION `JOB_FAILED`, `JOB_CANCELLED`,
-    `ENDPOINT_DISABLED`.
+    `SINK_QUEUE_NOT_FOUND`, `OUTPUT_EXPIRED`, `OUTPUT_DROPPED`; FAILED_PRECONDITION
+    `JOB_FAILED`, `JOB_CANCELLED`, `ENDPOINT_DISABLED`.
     """
     ListSinkQueues: _grpc.UnaryUnaryMultiCallable[_export_service_pb2.ListSinkQueuesRequest, _export_service_pb2.ListSinkQueuesResponse]
     """Lists the queues that the caller's deliveries stand in, or stood in, by name.
@@ -246,8 +246,8 @@ class ExportServiceAsyncStub(ExportServiceStub):
     again. What is waiting to be tried again is tried now.
 
     Errors: INVALID_ARGUMENT; NOT_FOUND `JOB_NOT_FOUND`, `DELIVERY_NOT_FOUND`,
-    `OUTPUT_EXPIRED`; FAILED_PRECONDITION `JOB_FAILED`, `JOB_CANCELLED`,
-    `ENDPOINT_DISABLED`.
+    `SINK_QUEUE_NOT_FOUND`, `OUTPUT_EXPIRED`, `OUTPUT_DROPPED`; FAILED_PRECONDITION
+    `JOB_FAILED`, `JOB_CANCELLED`, `ENDPOINT_DISABLED`.
     """
     ListSinkQueues: _aio.UnaryUnaryMultiCallable[_export_service_pb2.ListSinkQueuesRequest, _export_service_pb2.ListSinkQueuesResponse]  # type: ignore[assignment]
     """Lists the queues that the caller's deliveries stand in, or stood in, by name.
@@ -434,8 +434,8 @@ class ExportServiceServicer(metaclass=_abc_1.ABCMeta):
         again. What is waiting to be tried again is tried now.
 
         Errors: INVALID_ARGUMENT; NOT_FOUND `JOB_NOT_FOUND`, `DELIVERY_NOT_FOUND`,
-        `OUTPUT_EXPIRED`; FAILED_PRECONDITION `JOB_FAILED`, `JOB_CANCELLED`,
-        `ENDPOINT_DISABLED`.
+        `SINK_QUEUE_NOT_FOUND`, `OUTPUT_EXPIRED`, `OUTPUT_DROPPED`; FAILED_PRECONDITION
+        `JOB_FAILED`, `JOB_CANCELLED`, `ENDPOINT_DISABLED`.
         """
 
     @_abc_1.abstractmethod

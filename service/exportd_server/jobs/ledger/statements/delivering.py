@@ -308,8 +308,9 @@ def delivery_work(tx: Transaction, lease: Lease) -> DeliveryWork:
     queue = find_queue(tx, sink.queue)
     dropped: set[tuple[int, int]] = set()
     if found.shard is not None:
-        parts = reading.parts_of_shard(tx, row.job_id, found.generation, found.shard)
-        wanted = [part for part in parts if part.sequence == found.sequence]
+        wanted = reading.parts_of_place(
+            tx, row.job_id, found.generation, found.shard, found.sequence
+        )
     else:
         wanted = reading.parts_of(tx, row.job_id, found.generation)
         if sink.takes is Takes.PARTS:
@@ -418,10 +419,16 @@ def _endpoint_failed(
     tx: Transaction, name: str, told: str, disable_after: int | None, *, gone: bool
 ) -> tuple[bool, bool]:
     """Note a failure; returns whether the endpoint is disabled, and whether by it."""
-    queue = find_queue(tx, name)
+    # Locked: what is scheduled here must not be missed by who disables it.
+    queue = tx.connection.execute(
+        sa.select(queues).where(queues.c.queue == name).with_for_update()
+    ).first()
     if queue is None or queue.disabled_time is not None:
         return queue is not None, False
     since = tx.now if queue.failing_since is None else queue.failing_since
+    if not queue.tenant:
+        # Shared: one tenant's failures must not shut out the others.
+        disable_after, gone = None, False
     tired = disable_after is not None and tx.now - since >= disable_after
     if queue.failing_since is None or gone or tired:
         end = {"disabled_time": tx.now, "disabled_reason": told} if gone or tired else {}

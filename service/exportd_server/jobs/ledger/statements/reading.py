@@ -397,6 +397,19 @@ def parts_of_shard(
     )
 
 
+def parts_of_place(
+    tx: Transaction, job_id: str, generation: int, shard: int, sequence: int
+) -> list[PartRecord]:
+    """The part at a place, and its error part if it has one."""
+    return _parts(
+        tx,
+        parts.c.job_id == job_id,
+        parts.c.generation == generation,
+        parts.c.shard == shard,
+        parts.c.sequence == sequence,
+    )
+
+
 def _parts(tx: Transaction, *conditions: sa.ColumnElement[bool]) -> list[PartRecord]:
     rows = tx.connection.execute(
         sa.select(*_PART_COLUMNS)

@@ -22,6 +22,7 @@ from exportd_server.jobs.model import (
     SinkQueue,
     SinkSpec,
 )
+from exportd_server.jobs.output import delivered_name
 
 _DELIVERABLE = (JobState.PENDING.value, JobState.RUNNING.value, JobState.SUCCEEDED.value)
 _AGAIN = (DeliveryState.DEAD_LETTERED.value, DeliveryState.DROPPED.value)
@@ -86,20 +87,23 @@ def list_deliveries(
     for row in tx.connection.execute(statement):
         if row.job_id not in specs:
             specs[row.job_id] = codec.load_spec(row.spec)
-        found.append(_to_record(row, specs[row.job_id].sinks[row.sink].name))
+        found.append(_to_record(row, specs[row.job_id]))
     return found
 
 
-def _to_record(row: Row[Any], sink: str) -> DeliveryRecord:
+def _to_record(row: Row[Any], spec: ExportSpec) -> DeliveryRecord:
     later = row.task_state == TaskState.SCHEDULED
     return DeliveryRecord(
         delivery_id=row.delivery_id,
         tenant=row.tenant,
         job_id=row.job_id,
-        sink=sink,
+        sink=spec.sinks[row.sink].name,
         queue=row.queue,
         generation=row.generation,
         part=None if row.shard is None else (row.shard, row.sequence),
+        file_name=""
+        if row.shard is None
+        else delivered_name(spec, row.job_id, row.generation, row.shard, row.sequence),
         state=DeliveryState(row.state),
         attempts=row.attempts + (row.task_attempts or 0),
         create_time=codec.to_moment(row.create_time),
@@ -209,7 +213,8 @@ def _reopen(tx: Transaction, job: Row[Any], part: Row[Any]) -> None:
     completion = delivering.find_completion(tx, job.job_id, part.sink)
     if completion is None:
         return
-    told = completion.state == DeliveryState.DELIVERED
+    # One that was tried may have arrived, although nobody heard of it.
+    told = completion.state == DeliveryState.DELIVERED or bool(completion.attempts)
     if completion.task_id is not None:
         # Its turn comes again after the part. Whoever is at it just now is fenced, but
         # may have told all the same.
@@ -258,12 +263,21 @@ def list_queues(
     names: list[str] = []
     while len(names) < limit:
         last = names[-1] if names else after
-        wanted = deliveries.c.queue == queue if queue else deliveries.c.queue > last
-        name = tx.connection.execute(
-            sa.select(sa.func.min(deliveries.c.queue)).where(
-                deliveries.c.tenant == tenant, wanted
+        found = [
+            tx.connection.execute(
+                sa.select(sa.func.min(table.c.queue)).where(
+                    table.c.tenant == tenant,
+                    table.c.queue == queue if queue else table.c.queue > last,
+                    *conditions,
+                )
+            ).scalar_one()
+            # One of the tenant's own may be disabled when its deliveries are forgotten.
+            for table, conditions in (
+                (deliveries, ()),
+                (queues, (queues.c.disabled_time.is_not(None),)),
             )
-        ).scalar_one()
+        ]
+        name = min((each for each in found if each is not None), default=None)
         if name is None:
             break
         names.append(name)
@@ -303,7 +317,12 @@ def queue_depths(tx: Transaction) -> dict[str, tuple[int, int]]:
     later = sa.case((tasks.c.state == TaskState.SCHEDULED.sql, 1), else_=0)
     found = tx.connection.execute(
         sa.select(tasks.c.queue, sa.func.count(), sa.func.sum(later))
-        .where(tasks.c.queue.is_not(None))
+        .where(
+            tasks.c.queue.is_not(None),
+            tasks.c.state.in_(
+                (TaskState.READY.sql, TaskState.LEASED.sql, TaskState.SCHEDULED.sql)
+            ),
+        )
         .group_by(tasks.c.queue)
     )
     return {queue: (total - int(late), int(late)) for queue, total, late in found}
@@ -311,10 +330,7 @@ def queue_depths(tx: Transaction) -> dict[str, tuple[int, int]]:
 
 def enable_queue(tx: Transaction, tenant: str, name: str) -> bool:
     """Let it be tried again."""
-    mine = sa.select(deliveries.c.delivery_id).where(
-        deliveries.c.tenant == tenant, deliveries.c.queue == name
-    )
-    if tx.connection.execute(mine.limit(1)).first() is None:
+    if not list_queues(tx, tenant, limit=1, after="", queue=name):
         return False
     tx.connection.execute(
         sa.update(queues)
