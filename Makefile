@@ -49,7 +49,7 @@ torture: $(VENV)/.dev ## Hurt a fleet for minutes, prove that it loses nothing
 fuzz: $(VENV)/.dev ## Send a server what nobody would, and judge its answers
 	$(BIN)/python -m tests.security.fuzz $(ARGS)
 
-check: $(VENV)/.dev ## Format, lint, types, imports, contract, stubs, audit
+check: $(VENV)/.dev ## Format, lint, types, imports, contract, stubs, audit, licences
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -59,6 +59,7 @@ check: $(VENV)/.dev ## Format, lint, types, imports, contract, stubs, audit
 	$(BIN)/python tools/generate.py --check
 	$(BIN)/python tools/configuration.py --check
 	$(BIN)/python tools/audit.py
+	$(BIN)/python tools/licences.py --check
 
 format: $(VENV)/.dev ## Format the code and mend what the linter can
 	$(BIN)/ruff check --fix .

@@ -40,6 +40,7 @@ def test_one_command_makes_every_check() -> None:
         "tools/generate.py --check",
         "tools/configuration.py --check",
         "tools/audit.py",
+        "tools/licences.py --check",
     ):
         assert tool in plan, tool
     ci = (ROOT / ".ci/run").read_text(encoding="utf-8")
