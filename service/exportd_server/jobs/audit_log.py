@@ -175,5 +175,6 @@ class AuditLog:
 
     def _complain(self, cause: str) -> None:
         if not self._failing:
-            log.error("audit records cannot be kept now", cause=cause)
+            # They wait; what is lost in the end is counted, and an error then.
+            log.warning("audit records cannot be kept now", cause=cause)
         self._failing = True
