@@ -11,6 +11,7 @@ from typing import Any
 
 import structlog
 from pydantic import BaseModel, SecretStr, ValidationError
+from pydantic_core import to_jsonable_python
 
 from exportd_server.errors import (
     ConfigurationError,
@@ -98,11 +99,7 @@ class Sinks:
     def known(self) -> list[tuple[str, str]]:
         """Pairs of type and connection that deliveries may go by."""
         pairs = [(each.type, each.name) for each in self._connections.all()]
-        for name in self._types.names():
-            type_ = self._types.get(name)
-            if type_ is not None and not type_.needs_connection:
-                pairs.append((name, ""))
-        return pairs
+        return pairs + [(name, "") for name in self._types.without_connection()]
 
     # --- when a job is made
 
@@ -164,13 +161,10 @@ class Sinks:
                 "this server keeps no secrets of callers; use a connection that has them, "
                 "or have the operator set delivery.secret_keys",
             )
-        revealed = request.model_validate(_mapped(values, reveal=True))
-        plain = _mapped(revealed.model_dump(), reveal=True)
+        plain = to_jsonable_python(_mapped(values, reveal=True))
+        public = to_jsonable_python(_mapped(values, reveal=False))
         return KeptSink(
-            asked.type,
-            asked.connection,
-            _mapped(values, reveal=False),
-            self._sealer.seal(json.dumps(plain, default=str)),
+            asked.type, asked.connection, public, self._sealer.seal(json.dumps(plain))
         )
 
     # --- when it is delivered
@@ -183,21 +177,13 @@ class Sinks:
             return _UNKNOWN
         return _limits(type_, self._connections.get(connection_name))
 
-    async def deliver(self, kept: KeptSink, delivery: Delivery) -> str:
-        """Deliver within the sink's time limit; returns its receipt. Raises
-        `DeliveryFailed`, another `ExportdError` for what the service itself fails at, and
-        leaves through `KeyError` of the content."""
-        (outcome,) = await self.deliver_batch(kept, [delivery])
-        if isinstance(outcome, DeliveryFailed):
-            raise outcome
-        return outcome
-
     async def deliver_batch(
         self, kept: KeptSink, deliveries: Sequence[Delivery]
     ) -> Sequence[str | DeliveryFailed]:
         """Deliver what one sink of one job takes together, which is one thing alone unless
-        it has `batching`; for each its receipt or why it did not arrive. Raises as
-        `deliver` what holds for all."""
+        it has `batching`, within the sink's time limit; for each its receipt or why it did
+        not arrive. What holds for all is raised: `DeliveryFailed`, another `ExportdError`
+        for what the service itself fails at, and `KeyError` of the content."""
         type_ = self._types.get(kept.type)
         connection = self._connections.get(kept.connection)
         tenant = deliveries[0].export.tenant

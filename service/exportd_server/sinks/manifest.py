@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 
-from exportd_server.sinks.base import Delivery
+from exportd_server.sinks.base import Delivery, Part
 
 CONTENT_TYPE = "application/json"
 _VERSION = 1
@@ -21,9 +21,18 @@ def manifest_name(delivery: Delivery) -> str:
 
 def manifest_json(delivery: Delivery) -> bytes:
     """The manifest's text, which ends with a newline; the same at each attempt."""
-    export, parts = delivery.export, delivery.parts
     told = {
         "manifest_version": _VERSION,
+        **export_facts(delivery),
+        "parts": [part_facts(part) for part in delivery.parts],
+    }
+    return json.dumps(told, ensure_ascii=False, indent=1).encode() + b"\n"
+
+
+def export_facts(delivery: Delivery) -> dict[str, object]:
+    """What receivers are told of an export as a whole, as JSON has it."""
+    export, parts = delivery.export, delivery.parts
+    return {
         "job_id": export.job_id,
         "dataset": export.dataset,
         "generation": export.generation,
@@ -43,17 +52,17 @@ def manifest_json(delivery: Delivery) -> bytes:
             }
             for column in export.columns
         ],
-        "parts": [
-            {
-                "file_name": part.file_name,
-                "rows": part.rows,
-                "bytes": part.bytes,
-                "prefix_bytes": part.prefix_bytes,
-                "suffix_bytes": part.suffix_bytes,
-                "crc32c": f"{part.crc32c:08x}",
-                "sha256": part.sha256.hex(),
-            }
-            for part in parts
-        ],
     }
-    return json.dumps(told, ensure_ascii=False, indent=1).encode() + b"\n"
+
+
+def part_facts(part: Part) -> dict[str, object]:
+    """What receivers are told of one part."""
+    return {
+        "file_name": part.file_name,
+        "rows": part.rows,
+        "bytes": part.bytes,
+        "prefix_bytes": part.prefix_bytes,
+        "suffix_bytes": part.suffix_bytes,
+        "crc32c": f"{part.crc32c:08x}",
+        "sha256": part.sha256.hex(),
+    }

@@ -27,6 +27,9 @@ _BUILT_IN: Mapping[str, str] = {
 }
 """Loaded when they are asked for: their libraries take a while."""
 
+_NEED_CONNECTION = frozenset(_BUILT_IN) - {"webhook"}
+"""Told here, so that nobody loads them to see."""
+
 
 class SinkTypes:
     """The types of sinks, by name."""
@@ -56,6 +59,19 @@ class SinkTypes:
     def names(self) -> list[str]:
         """Names of the types, in order."""
         return sorted(self._sources)
+
+    def without_connection(self) -> list[str]:
+        """Names of those that can be reached without a connection, in order."""
+        found = []
+        for name in self.names():
+            if self._sources[name] == _BUILT_IN.get(name):
+                needs = name in _NEED_CONNECTION
+            else:
+                type_ = self.get(name)
+                needs = type_ is None or type_.needs_connection
+            if not needs:
+                found.append(name)
+        return found
 
     def get(self, name: str) -> AnySinkType | None:
         """A type; None when there is none of that name, or when it cannot be loaded,

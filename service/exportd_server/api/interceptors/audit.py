@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import grpc
 from google.protobuf.message import Message
 
-from exportd_server.api.interceptors.errors import Behaviour
+from exportd_server.api.interceptors.handlers import Behaviour, wrapped
 from exportd_server.api.interceptors.identity import known_caller
 from exportd_server.errors import Code, ErrorReason, ExportdError
 from exportd_server.jobs import audit
@@ -48,19 +48,11 @@ class AuditInterceptor(grpc.aio.ServerInterceptor):
         method = _METHODS.get(name)
         if handler is None or method is None or service not in self._services:
             return handler
-        if handler.unary_unary is not None:
-            return grpc.unary_unary_rpc_method_handler(
-                self._audited(handler.unary_unary, method),
-                handler.request_deserializer,
-                handler.response_serializer,
-            )
-        if handler.unary_stream is not None:
-            return grpc.unary_stream_rpc_method_handler(
-                self._audited(handler.unary_stream, method),
-                handler.request_deserializer,
-                handler.response_serializer,
-            )
-        raise RuntimeError(f"{name} streams requests, which nothing here wraps")
+        return wrapped(
+            handler,
+            unary=lambda own: self._audited(own, method),
+            stream=lambda own: self._audited(own, method),
+        )
 
     def _audited(self, behaviour: Behaviour, method: AuditMethod) -> Behaviour:
         async def call(request: Any, context: Any) -> Any:

@@ -14,12 +14,11 @@ import structlog
 from google.protobuf.message import DecodeError
 from grpc_status import rpc_status
 
+from exportd_server.api.interceptors.handlers import Behaviour, wrapped
 from exportd_server.api.status import error_status
 from exportd_server.errors import Code, ErrorReason, ExportdError
 
 log = structlog.get_logger(__name__)
-
-Behaviour = Callable[[Any, Any], Any]
 
 
 class ActiveCalls:
@@ -65,17 +64,12 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         if handler is None or service not in self._services:
             return handler
         read = handler.request_deserializer
-        if handler.unary_unary is not None:
-            return grpc.unary_unary_rpc_method_handler(
-                _unary(reading(handler.unary_unary, read), method, self.active),
-                response_serializer=handler.response_serializer,
-            )
-        if handler.unary_stream is not None:
-            return grpc.unary_stream_rpc_method_handler(
-                _stream(reading(handler.unary_stream, read), method, self.active),
-                response_serializer=handler.response_serializer,
-            )
-        raise RuntimeError(f"{method} streams requests, which nothing here wraps")
+        return wrapped(
+            handler,
+            unary=lambda own: _unary(reading(own, read), method, self.active),
+            stream=lambda own: _stream(reading(own, read), method, self.active),
+            wire=True,
+        )
 
 
 def reading(behaviour: Behaviour, read: Callable[[bytes], Any] | None) -> Behaviour:

@@ -13,7 +13,8 @@ import structlog
 from grpc_health.v1 import health
 from grpc_reflection.v1alpha import reflection
 
-from exportd_server.api.interceptors.errors import Behaviour, reading
+from exportd_server.api.interceptors.errors import reading
+from exportd_server.api.interceptors.handlers import Behaviour, wrapped
 from exportd_server.api.reflection import V1_SERVICE
 from exportd_server.errors import PermissionDenied, Unauthenticated
 from exportd_server.identity.authenticator import Authenticator
@@ -93,17 +94,12 @@ class IdentityInterceptor(grpc.aio.ServerInterceptor):
         if service not in self._services:
             return None
         read = handler.request_deserializer
-        if handler.unary_unary is not None:
-            return grpc.unary_unary_rpc_method_handler(
-                self._unary(reading(handler.unary_unary, read), method),
-                response_serializer=handler.response_serializer,
-            )
-        if handler.unary_stream is not None:
-            return grpc.unary_stream_rpc_method_handler(
-                self._stream(reading(handler.unary_stream, read), method),
-                response_serializer=handler.response_serializer,
-            )
-        raise RuntimeError(f"{method} streams requests, which nothing here wraps")
+        return wrapped(
+            handler,
+            unary=lambda own: self._unary(reading(own, read), method),
+            stream=lambda own: self._stream(reading(own, read), method),
+            wire=True,
+        )
 
     def _unary(self, behaviour: Behaviour, method: str) -> Behaviour:
         async def call(wire: bytes, context: Any) -> Any:

@@ -13,7 +13,7 @@ import grpc
 from grpc_health.v1 import health
 from grpc_status import rpc_status
 
-from exportd_server.api.interceptors.errors import Behaviour
+from exportd_server.api.interceptors.handlers import Behaviour, wrapped
 from exportd_server.api.interceptors.identity import caller
 from exportd_server.api.limits import CallerLimits
 from exportd_server.api.status import error_status
@@ -132,19 +132,9 @@ class TenantLimitsInterceptor(grpc.aio.ServerInterceptor):
         service, _, method = handler_call_details.method[1:].partition("/")
         if handler is None or service not in self._services:
             return handler
-        if handler.unary_unary is not None:
-            return grpc.unary_unary_rpc_method_handler(
-                self._unary(handler.unary_unary),
-                handler.request_deserializer,
-                handler.response_serializer,
-            )
-        if handler.unary_stream is not None:
-            return grpc.unary_stream_rpc_method_handler(
-                self._stream(handler.unary_stream, method),
-                handler.request_deserializer,
-                handler.response_serializer,
-            )
-        raise RuntimeError(f"{method} streams requests, which nothing here wraps")
+        return wrapped(
+            handler, unary=self._unary, stream=lambda own: self._stream(own, method)
+        )
 
     def _unary(self, behaviour: Behaviour) -> Behaviour:
         async def call(request: Any, context: Any) -> Any:

@@ -13,6 +13,7 @@ from typing import Protocol
 from exportd_server.encoders.base import Buffer
 from exportd_server.errors import DeliveryFailed
 from exportd_server.sinks.base import Delivery, Export, Link, Part
+from exportd_server.sinks.manifest import export_facts, part_facts
 
 EVENT = "export.completed"
 MOST_PARTS = 256
@@ -51,27 +52,9 @@ def completion_json(delivery: Delivery, links: Sequence[Link], now: datetime) ->
         "type": EVENT,
         "timestamp": _rfc3339(now),
         "data": {
-            "job_id": export.job_id,
+            **export_facts(delivery),
             "tenant": export.tenant,
-            "dataset": export.dataset,
-            "generation": export.generation,
             "labels": dict(export.labels),
-            "format": export.output.format.value,
-            "content_type": export.output.content_type,
-            "content_encoding": export.output.content_encoding,
-            "joinable": export.output.joinable,
-            "rows": sum(part.rows for part in parts),
-            "bytes": sum(part.bytes for part in parts),
-            "dropped": delivery.dropped,
-            "columns": [
-                {
-                    "name": column.name,
-                    "kind": column.kind,
-                    "type": column.type,
-                    "nullable": column.nullable,
-                }
-                for column in export.columns
-            ],
             "parts_total": len(parts),
             "parts_omitted": len(parts) - len(told),
             "parts": [_part(part, by_name.get(part.file_name)) for part in told],
@@ -81,15 +64,7 @@ def completion_json(delivery: Delivery, links: Sequence[Link], now: datetime) ->
 
 
 def _part(part: Part, link: Link | None) -> dict[str, object]:
-    told: dict[str, object] = {
-        "file_name": part.file_name,
-        "rows": part.rows,
-        "bytes": part.bytes,
-        "prefix_bytes": part.prefix_bytes,
-        "suffix_bytes": part.suffix_bytes,
-        "crc32c": f"{part.crc32c:08x}",
-        "sha256": part.sha256.hex(),
-    }
+    told = part_facts(part)
     if link is not None:
         told |= {"url": link.url, "url_expire_time": _rfc3339(link.expire_time)}
     return told
