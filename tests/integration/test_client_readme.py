@@ -63,8 +63,8 @@ def assert_delivered(tmp_path: Path) -> None:
 def test_the_python_examples_export_and_deliver_rows_of_the_sample_data(
     server: Process, tmp_path: Path
 ) -> None:
-    downloading, delivering = examples("In Python", server)
-    for code in (downloading, delivering):
+    downloading, delivering, stubs = examples("In Python", server)
+    for code in (downloading, delivering, stubs):
         subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=60)
     assert pq.read_table(tmp_path / "transfers.parquet").num_rows > 0
     assert_delivered(tmp_path)

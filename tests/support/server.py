@@ -84,6 +84,11 @@ class Process:
     def address(self) -> str:
         return f"127.0.0.1:{self.port}"
 
+    @property
+    def running(self) -> bool:
+        """Whether it has not ended."""
+        return self.process.poll() is None
+
     def kill(self) -> None:
         """End it as a crash would."""
         self.process.kill()

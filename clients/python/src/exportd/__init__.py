@@ -16,7 +16,7 @@ from __future__ import annotations
 from exportd._aio import AsyncClient, AsyncJob
 from exportd._audit import AuditOutcome, AuditRecord
 from exportd._client import Client, Job
-from exportd._connection import Retry
+from exportd._connection import SERVICE_CONFIG, Retry, tls_from_files
 from exportd._deliveries import (
     Delivery,
     DeliveryState,
@@ -51,6 +51,7 @@ from exportd._sinks import (
 from exportd.errors import ExportdError
 
 __all__ = [
+    "SERVICE_CONFIG",
     "AsyncClient",
     "AsyncJob",
     "AuditOutcome",
@@ -82,6 +83,7 @@ __all__ = [
     "SinkDelivery",
     "SinkLike",
     "SinkQueue",
+    "tls_from_files",
     "to_database",
     "to_file",
     "to_plugin",

@@ -199,6 +199,7 @@ class AsyncClient:
         stream_retry: Retry | None = None,
         stall_timeout: float = 60.0,
         options: Sequence[tuple[str, OptionValue]] = (),
+        allow_plaintext_token: bool = False,
     ) -> None:
         self._connection = Connection(
             address,
@@ -209,6 +210,7 @@ class AsyncClient:
             stream_retry or Retry(attempts=10),
             stall_timeout,
             options,
+            allow_plaintext_token,
         )
         self._channel = self._connection.aio_channel()
         self._stub = export_service_pb2_grpc.ExportServiceStub(self._channel)

@@ -226,14 +226,21 @@ class Client:
         address: `host:port`, or any gRPC target.
         tls: True for TLS with the system's roots, or credentials of
             `grpc.ssl_channel_credentials`.
-        token: Sent as `authorization: Bearer <token>`. Use TLS with it.
+        token: Sent as `authorization: Bearer <token>`. Wants TLS, unless the server is on
+            this machine.
         timeout: Seconds that one call may take, its retries included. Downloads and
             waits have no limit of their own.
-        retry: How single calls are tried again while the server is unavailable.
+        retry: How single calls are tried again while the server is unavailable. The
+            default rides out a restart of 5 seconds.
         stream_retry: The same for watching and downloading: attempts in a row that bring
             nothing new. The default rides out a restart of some 20 seconds.
         stall_timeout: Seconds without data after which a download takes a new stream.
         options: gRPC channel options, added to the client's own.
+        allow_plaintext_token: Send the token without TLS to other machines, too, where
+            everybody on the way can read it.
+
+    Raises:
+        InvalidRequest: The address is empty, or the token would travel in plain text.
     """
 
     def __init__(
@@ -247,6 +254,7 @@ class Client:
         stream_retry: Retry | None = None,
         stall_timeout: float = 60.0,
         options: Sequence[tuple[str, OptionValue]] = (),
+        allow_plaintext_token: bool = False,
     ) -> None:
         self._connection = Connection(
             address,
@@ -257,6 +265,7 @@ class Client:
             stream_retry or Retry(attempts=10),
             stall_timeout,
             options,
+            allow_plaintext_token,
         )
         self._channel = self._connection.channel()
         self._stub = export_service_pb2_grpc.ExportServiceStub(self._channel)

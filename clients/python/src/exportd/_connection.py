@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from importlib import resources
 from pathlib import Path
 
 import grpc
@@ -15,6 +17,11 @@ import grpc.aio
 from exportd.errors import ExportdError, InvalidRequest, Unavailable
 
 DEFAULT_ADDRESS = "localhost:50051"
+
+SERVICE_CONFIG = resources.files("exportd").joinpath("service_config.json").read_text()
+"""Retries of the methods that are safe to repeat, for those who use the stubs alone: give
+it as the channel option `grpc.service_config`. `Client` has retries of its own, which
+know of `CreateExport`'s `request_id` and of what the server asks for."""
 
 OptionValue = int | str | bool
 
@@ -35,7 +42,9 @@ _OPTIONS: Mapping[str, OptionValue] = {
     "grpc.max_reconnect_backoff_ms": 5_000,
 }
 
-_LOOPBACK = ("localhost", "127.", "[::1]", "unix:", "dns:///localhost", "ipv4:127.")
+_LOOPBACK = re.compile(
+    r"(dns:///|ipv4:|ipv6:)?(localhost|127\.\d+\.\d+\.\d+|\[::1\])(:\d+)?|unix:.*"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +56,7 @@ class Retry:
     `maximum`, of which up to half is left to chance so that clients do not march in step.
     """
 
-    attempts: int = 4
+    attempts: int = 8
     initial: float = 0.1
     maximum: float = 5.0
 
@@ -71,13 +80,16 @@ class Connection:
         tls: False for plain text, True for TLS with the system's roots, or credentials.
         token: Sent as `authorization: Bearer <token>` with every call.
         timeout: Seconds that a call may take, its retries included.
-        retry: For single calls.
+        retry: For single calls. The default rides out a restart of 5 seconds, and tells
+            of a server that is down after 6 to 11.
         stream_retry: For watching and downloading: attempts in a row that bring nothing
             new. The default rides out a restart of some 20 seconds.
         stall_timeout: Seconds without a message after which a download is resumed on a
             new stream.
         options: gRPC channel options that are added to the client's own, or replace
             them.
+        allow_plaintext_token: Send the token without TLS to other machines, too, where
+            everybody on the way can read it.
     """
 
     address: str = DEFAULT_ADDRESS
@@ -88,11 +100,19 @@ class Connection:
     stream_retry: Retry = field(default_factory=lambda: Retry(attempts=10))
     stall_timeout: float = 60.0
     options: Sequence[tuple[str, OptionValue]] = ()
+    allow_plaintext_token: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what would only fail later, and less clearly."""
         if not self.address.strip():
             raise InvalidRequest.of("address", "is empty; give the server's host:port")
+        exposed = self.token and self.tls is False and not self._is_loopback
+        if exposed and not self.allow_plaintext_token:
+            raise InvalidRequest.of(
+                "tls",
+                f"is off, so everybody on the way to {self.address} could read the token; "
+                "turn TLS on, or say allow_plaintext_token if the way is safe",
+            )
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
@@ -117,6 +137,10 @@ class Connection:
             self.address, credentials, options=self._channel_options()
         )
 
+    @property
+    def _is_loopback(self) -> bool:
+        return _LOOPBACK.fullmatch(self.address) is not None
+
     def _credentials(self) -> grpc.ChannelCredentials | None:
         if self.tls is False:
             return None
@@ -124,7 +148,7 @@ class Connection:
 
     def _channel_options(self) -> list[tuple[str, OptionValue]]:
         merged = dict(_OPTIONS)
-        if self.address.startswith(_LOOPBACK):
+        if self._is_loopback:
             # A proxy from the environment cannot know this machine's own ports.
             merged["grpc.enable_http_proxy"] = 0
         merged.update(self.options)

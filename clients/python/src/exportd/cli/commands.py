@@ -84,6 +84,11 @@ Environment:
     help="The private key of --client-cert, a PEM file.",
 )
 @click.option(
+    "--allow-plaintext-token",
+    is_flag=True,
+    help="Send EXPORTD_TOKEN without TLS to other machines, too.",
+)
+@click.option(
     "--timeout",
     type=click.FloatRange(min=0, min_open=True),
     default=30.0,

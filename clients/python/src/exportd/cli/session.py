@@ -15,7 +15,7 @@ import grpc
 
 from exportd import errors
 from exportd._client import Client
-from exportd._connection import tls_from_files
+from exportd._connection import Retry, tls_from_files
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -31,6 +31,7 @@ class Settings:
     client_key: Path | None
     timeout: float
     quiet: bool
+    allow_plaintext_token: bool
 
     @contextlib.contextmanager
     def client(self) -> Iterator[Client]:
@@ -39,7 +40,16 @@ class Settings:
         if self.ca_cert or self.client_cert or self.client_key:
             tls = tls_from_files(self.ca_cert, self.client_cert, self.client_key)
         token = os.environ.get("EXPORTD_TOKEN")
-        with Client(self.server, tls=tls, token=token, timeout=self.timeout) as client:
+        with Client(
+            self.server,
+            tls=tls,
+            token=token,
+            timeout=self.timeout,
+            # Who mistypes an address wants to know at once. Waiting and downloading, which
+            # scripts do, have the patience of their own.
+            retry=Retry(attempts=4),
+            allow_plaintext_token=self.allow_plaintext_token,
+        ) as client:
             yield client
 
 
