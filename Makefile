@@ -41,7 +41,11 @@ run: $(VENV)/.runtime ## Run a server on the sample data, in the foreground
 JOBS ?= 3
 
 test: $(VENV)/.dev ## Run the tests
-	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --ignore tests/clients \
+		$(ARGS)
+
+clients: $(VENV)/.dev ## Build the clients of all languages, test them against a server
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/clients $(ARGS)
 
 torture: $(VENV)/.dev ## Hurt a fleet for minutes, prove that it loses nothing
 	$(BIN)/python -m tests.torture $(ARGS)
@@ -56,8 +60,10 @@ check: $(VENV)/.dev ## Format, lint, types, imports, contract, stubs, audit, lic
 	$(BIN)/basedpyright --pythonpath $(BIN)/python tests/typing
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/buf lint proto
-	$(BIN)/python tools/generate.py --check
+	$(BIN)/python -m tools.generate --check
+	$(BIN)/python -m tools.release --check
 	$(BIN)/python tools/configuration.py --check
+	$(BIN)/python tools/api_reference.py --check
 	$(BIN)/python tools/audit.py
 	$(BIN)/python tools/licences.py --check
 
@@ -65,9 +71,10 @@ format: $(VENV)/.dev ## Format the code and mend what the linter can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-gen: $(VENV)/.dev ## Generate the stubs and the configuration page
-	$(BIN)/python tools/generate.py
+gen: $(VENV)/.dev ## Generate the stubs, the API and the configuration page
+	$(BIN)/python -m tools.generate
 	$(BIN)/python tools/configuration.py
+	$(BIN)/python tools/api_reference.py
 
 bench: $(VENV)/.dev ## Measure memory, latency and throughput (minutes)
 	$(BIN)/python -m bench all
@@ -84,4 +91,4 @@ LOCK := --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
 clean: ## Remove what the targets made, the virtual environment included
 	rm -rf $(VENV) $(DATA) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-.PHONY: help demo run test torture fuzz check format gen bench lock clean
+.PHONY: help demo run test torture fuzz check format gen bench lock clean clients

@@ -2,7 +2,8 @@
 
     python -m tools.generate [--check] [NAME...]
 
-Names are python, go, typescript, java and service-config; without one it is all of them.
+Names are python, descriptors, service-config, go, typescript and java; without one it
+is all of them.
 The generators are pinned by version and hash. One whose language is not installed is
 told of and left out.
 """
@@ -16,11 +17,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tools.stubs import go, java, python, service_config, typescript
+from tools.stubs import descriptors, go, java, python, service_config, typescript
 from tools.stubs.base import ROOT, Generator
 
 GENERATORS: list[Generator] = [
     python.GENERATOR,
+    descriptors.GENERATOR,
     *service_config.places(),
     go.GENERATOR,
     typescript.GENERATOR,

@@ -1,11 +1,12 @@
 """Keeps what was released of the contract, and holds today's against it.
 
-    python -m tools.release --check     is today's contract one that released clients can use?
+    python -m tools.release --check     can released clients use today's contract?
     python -m tools.release             keep this version's contract and client
 
 Each released version has a directory in `tests/compatibility`: the compiled contract,
-which `buf breaking` compares with, and the wheel of the Python client, which the tests run
-against today's server. They lie in the tree, so that a checkout without tags has them.
+which `buf breaking` compares with, and the wheel of the Python client, which the tests
+run against today's server. They lie in the tree, so that a checkout without tags has
+them.
 """
 
 from __future__ import annotations

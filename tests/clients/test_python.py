@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+import grpc
+import pytest
+
+import exportd
+from exportd.v1 import export_service_pb2, export_service_pb2_grpc
 from tests.clients.languages import CLIENTS
 from tests.clients.suite import ClientSuite
+from tests.support.server import server_process
+from tests.support.tcp_proxy import TcpProxy
 
 
 class PythonClient:
@@ -37,3 +45,34 @@ class PythonClient:
 
 class TestPython(ClientSuite):
     language = PythonClient()
+
+
+def test_the_stubs_with_the_service_config_do_not_notice_that_a_server_was_gone(
+    samples: Path, tmp_path: Path
+) -> None:
+    with server_process(tmp_path, "--catalogue", str(samples)) as server:
+        proxy = TcpProxy(server.port)
+        with proxy.running():
+            proxy.down()
+            back = threading.Timer(5, proxy.up)
+            back.start()
+            options = [("grpc.service_config", exportd.SERVICE_CONFIG)]
+            target = f"127.0.0.1:{proxy.port}"
+            with grpc.insecure_channel(target, options=options) as channel:
+                stub = export_service_pb2_grpc.ExportServiceStub(channel)
+                request = export_service_pb2.GetDatasetRequest(name="positions")
+                assert stub.GetDataset(request, timeout=60).dataset.name == "positions"
+            back.join()
+
+
+def test_without_it_they_do() -> None:
+    with (
+        TcpProxy(1).running() as proxy,
+        grpc.insecure_channel(f"127.0.0.1:{proxy.port}") as channel,
+    ):
+        proxy.down()
+        stub = export_service_pb2_grpc.ExportServiceStub(channel)
+        request = export_service_pb2.GetDatasetRequest(name="positions")
+        with pytest.raises(grpc.RpcError) as error:
+            stub.GetDataset(request, timeout=60)
+        assert error.value.code() == grpc.StatusCode.UNAVAILABLE  # type: ignore[attr-defined]  # it is a call, too

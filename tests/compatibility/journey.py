@@ -11,13 +11,14 @@ import csv
 import gzip
 import json
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 from decimal import Decimal
 from pathlib import Path
 
 import exportd
 from exportd import errors
-from exportd.v1 import export_service_pb2, export_service_pb2_grpc, job_pb2
+from exportd.v1 import dataset_pb2, export_service_pb2, export_service_pb2_grpc, job_pb2
 
 
 def main() -> None:
@@ -83,14 +84,19 @@ def refuse(client: exportd.Client) -> None:
         "JOB_NOT_FOUND": lambda: client.job("01900000-0000-7000-8000-000000000001"),
         "INVALID_REQUEST": lambda: client.export("positions", format="csv", columns=["no"]),
     }.items():
-        try:
-            call()
-        except exportd.ExportdError as error:
-            assert error.reason == reason, error
-            if isinstance(error, errors.InvalidRequest):
-                assert error.violations[0].subject.startswith("columns"), error.violations
-        else:
-            raise AssertionError(f"no {reason}")
+        error = refusal(call)
+        assert error.reason == reason, error
+        if isinstance(error, errors.InvalidRequest):
+            assert error.violations[0].subject.startswith("columns"), error.violations
+
+
+def refusal(call: Callable[[], object]) -> exportd.ExportdError:
+    """The error that a call ends in."""
+    try:
+        call()
+    except exportd.ExportdError as error:
+        return error
+    raise AssertionError("it was not refused")
 
 
 def end(client: exportd.Client) -> None:
@@ -108,7 +114,7 @@ def by_stubs(address: str) -> None:
     with insecure_channel(address) as channel:
         stub = export_service_pb2_grpc.ExportServiceStub(channel)
         made = stub.CreateExport(
-            job_pb2.CreateExportRequest(dataset="positions", format="FORMAT_JSONL")
+            job_pb2.CreateExportRequest(dataset="positions", format=dataset_pb2.FORMAT_JSONL)
         )
         watched = stub.WatchJob(
             export_service_pb2.WatchJobRequest(job_id=made.job.job_id), timeout=60

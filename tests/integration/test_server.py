@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -73,36 +72,6 @@ async def test_health_is_serving_until_the_server_drains(
             server.process.terminate()
             second = await asyncio.wait_for(anext(watched), 10)
             assert second.status == health_pb2.HealthCheckResponse.NOT_SERVING
-
-
-@pytest.mark.skipif(shutil.which("grpcurl") is None, reason="grpcurl is not installed")
-async def test_grpcurl_lists_describes_and_calls(
-    tmp_path: Path, sample_catalogue: Path
-) -> None:
-    with server_process(tmp_path, "--catalogue", str(sample_catalogue)) as server:
-
-        def grpcurl(*arguments: str) -> str:
-            return subprocess.run(
-                ["grpcurl", "-plaintext", *arguments],
-                check=True,
-                capture_output=True,
-                text=True,
-                timeout=30,
-            ).stdout
-
-        assert SERVICE in grpcurl(server.address, "list").split()
-        assert "rpc CreateExport" in grpcurl(server.address, "describe", SERVICE)
-        answer = grpcurl(
-            "-d",
-            '{"dataset": "positions", "format": "FORMAT_CSV"}',
-            server.address,
-            f"{SERVICE}/CreateExport",
-        )
-        job_id = json.loads(answer)["job"]["job_id"]
-        watched = grpcurl(
-            "-d", json.dumps({"job_id": job_id}), server.address, f"{SERVICE}/WatchJob"
-        )
-        assert "JOB_STATE_SUCCEEDED" in watched
 
 
 async def test_sigterm_ends_the_server_cleanly(

@@ -37,7 +37,9 @@ def test_one_command_makes_every_check() -> None:
         "basedpyright",
         "lint-imports",
         "buf lint",
-        "tools/generate.py --check",
+        "tools.generate --check",
+        "tools.release --check",
+        "tools/api_reference.py --check",
         "tools/configuration.py --check",
         "tools/audit.py",
         "tools/licences.py --check",
@@ -46,6 +48,7 @@ def test_one_command_makes_every_check() -> None:
     ci = (ROOT / ".ci/run").read_text(encoding="utf-8")
     assert "make check" in ci
     assert "make test" in ci
+    assert "make clients" in ci
 
 
 def test_the_configuration_page_is_current() -> None:

@@ -4,14 +4,12 @@ again (https://github.com/grpc/proposal/blob/master/A6-client-retries.md)."""
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 
 from google.protobuf import descriptor_pb2
 
-from tools.stubs.base import PROTO, ROOT, Generator, contract
+from tools.stubs.base import ROOT, Generator
+from tools.stubs.descriptors import descriptors
 
 RETRY_POLICY = {
     # gRPC's own bound is 5. Waits of 1, 2, 4 and 5 s, each a fifth longer or shorter by
@@ -56,24 +54,6 @@ def repeatable_methods() -> list[dict[str, str]]:
         for method in service.method
         if method.options.idempotency_level != unknown
     ]
-
-
-def descriptors() -> descriptor_pb2.FileDescriptorSet:
-    """The contract, compiled."""
-    with tempfile.TemporaryDirectory() as temporary:
-        written = Path(temporary) / "contract.binpb"
-        subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "grpc_tools.protoc",
-                f"-I{PROTO}",
-                f"--descriptor_set_out={written}",
-                *map(str, contract()),
-            ],
-            check=True,
-        )
-        return descriptor_pb2.FileDescriptorSet.FromString(written.read_bytes())
 
 
 def places() -> list[Generator]:

@@ -12,6 +12,8 @@ import grpc
 from google.protobuf import descriptor_pb2, descriptor_pool
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
+from exportd_server.api.descriptions import contract
+
 V1_SERVICE = "grpc.reflection.v1.ServerReflection"
 V1ALPHA_SERVICE = reflection.SERVICE_NAME
 
@@ -45,8 +47,8 @@ def add_reflection(server: grpc.aio.Server, services: Iterable[str]) -> None:
     """Serve both versions, describing `services` and reflection itself."""
     _register_v1_descriptor()
     names = (*services, V1ALPHA_SERVICE, V1_SERVICE)
-    servicer = reflection.aio.ReflectionServicer(service_names=names)
-    reflection.enable_server_reflection(names, server)
+    servicer = reflection.aio.ReflectionServicer(names, pool=contract())
+    reflection.enable_server_reflection(names, server, pool=contract())
     handler = grpc.stream_stream_rpc_method_handler(
         servicer.ServerReflectionInfo,
         request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,

@@ -38,8 +38,9 @@ class ExportServiceStub:
     jobs the caller sees and what it may do: scope `exports.read` for the methods that
     only read, `exports.write` for CreateExport, CancelJob, DeleteJob, RedriveDeliveries
     and EnableSinkQueue; `admin` is both, and ListAuditRecords, which tells of all tenants.
-    Any method may answer UNAUTHENTICATED, and PERMISSION_DENIED with the scope that is
-    missing.
+    Any method may answer UNAUTHENTICATED, PERMISSION_DENIED with the scope that is
+    missing, and RESOURCE_EXHAUSTED `QUOTA_EXCEEDED` when the caller's tenant asks too often
+    or has too many calls open.
     """
 
     def __init__(self, channel):
@@ -137,8 +138,9 @@ class ExportServiceServicer:
     jobs the caller sees and what it may do: scope `exports.read` for the methods that
     only read, `exports.write` for CreateExport, CancelJob, DeleteJob, RedriveDeliveries
     and EnableSinkQueue; `admin` is both, and ListAuditRecords, which tells of all tenants.
-    Any method may answer UNAUTHENTICATED, and PERMISSION_DENIED with the scope that is
-    missing.
+    Any method may answer UNAUTHENTICATED, PERMISSION_DENIED with the scope that is
+    missing, and RESOURCE_EXHAUSTED `QUOTA_EXCEEDED` when the caller's tenant asks too often
+    or has too many calls open.
     """
 
     def ListDatasets(self, request, context):
@@ -153,7 +155,7 @@ class ExportServiceServicer:
     def GetDataset(self, request, context):
         """Describes one dataset.
 
-        Errors: NOT_FOUND `DATASET_NOT_FOUND`.
+        Errors: INVALID_ARGUMENT for an empty name; NOT_FOUND `DATASET_NOT_FOUND`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -166,8 +168,8 @@ class ExportServiceServicer:
         With a `request_id` a repeated call is safe: the same payload answers with the job
         that the first call made. Errors: INVALID_ARGUMENT with one violation for each bad
         field; NOT_FOUND `DATASET_NOT_FOUND`; FAILED_PRECONDITION
-        `DATASET_NOT_EXPORTABLE`; ALREADY_EXISTS `REQUEST_ID_CONFLICT`;
-        RESOURCE_EXHAUSTED `QUOTA_EXCEEDED`.
+        `DATASET_NOT_EXPORTABLE`, `ENDPOINT_DISABLED` for a sink's; ALREADY_EXISTS
+        `REQUEST_ID_CONFLICT`; RESOURCE_EXHAUSTED `QUOTA_EXCEEDED`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -227,9 +229,9 @@ class ExportServiceServicer:
 
         Offsets count stored bytes, compression included. Reading from exactly the end
         gives no data and no error. Errors: INVALID_ARGUMENT; NOT_FOUND `JOB_NOT_FOUND`,
-        `PART_NOT_FOUND`, `OUTPUT_EXPIRED`; FAILED_PRECONDITION `JOB_NOT_FINISHED`,
-        `JOB_FAILED`, `JOB_CANCELLED`, `GENERATION_MISMATCH`, `PARTS_NOT_JOINABLE`;
-        OUT_OF_RANGE `OFFSET_OUT_OF_RANGE`; RESOURCE_EXHAUSTED `READER_STALLED`; DATA_LOSS
+        `PART_NOT_FOUND`, `OUTPUT_EXPIRED`, `OUTPUT_DROPPED`; FAILED_PRECONDITION
+        `JOB_NOT_FINISHED`, `JOB_FAILED`, `JOB_CANCELLED`, `GENERATION_MISMATCH`,
+        `PARTS_NOT_JOINABLE`; OUT_OF_RANGE `OFFSET_OUT_OF_RANGE`; RESOURCE_EXHAUSTED `READER_STALLED`; DATA_LOSS
         `CHECKSUM_MISMATCH`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -242,9 +244,9 @@ class ExportServiceServicer:
 
         Who has such a URL has the data until it expires, so pass it on with care. It dies
         with the output: at `expire_time` of the job, or when the job is deleted. Errors:
-        INVALID_ARGUMENT; NOT_FOUND `JOB_NOT_FOUND`, `PART_NOT_FOUND`, `OUTPUT_EXPIRED`;
-        FAILED_PRECONDITION `JOB_NOT_FINISHED`, `JOB_FAILED`, `JOB_CANCELLED`,
-        `DOWNLOAD_URLS_UNAVAILABLE`; UNAVAILABLE `STORE_FAILED`.
+        INVALID_ARGUMENT; NOT_FOUND `JOB_NOT_FOUND`, `PART_NOT_FOUND`, `OUTPUT_EXPIRED`,
+        `OUTPUT_DROPPED`; FAILED_PRECONDITION `JOB_NOT_FINISHED`, `JOB_FAILED`,
+        `JOB_CANCELLED`, `DOWNLOAD_URLS_UNAVAILABLE`; UNAVAILABLE `STORE_FAILED`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -285,7 +287,7 @@ class ExportServiceServicer:
         """Lets deliveries to a disabled endpoint go on. Those that were dead-lettered stay so
         until they are redriven. An enabled one stays as it is.
 
-        Errors: NOT_FOUND `SINK_QUEUE_NOT_FOUND`.
+        Errors: INVALID_ARGUMENT for an empty name; NOT_FOUND `SINK_QUEUE_NOT_FOUND`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -399,8 +401,9 @@ class ExportService:
     jobs the caller sees and what it may do: scope `exports.read` for the methods that
     only read, `exports.write` for CreateExport, CancelJob, DeleteJob, RedriveDeliveries
     and EnableSinkQueue; `admin` is both, and ListAuditRecords, which tells of all tenants.
-    Any method may answer UNAUTHENTICATED, and PERMISSION_DENIED with the scope that is
-    missing.
+    Any method may answer UNAUTHENTICATED, PERMISSION_DENIED with the scope that is
+    missing, and RESOURCE_EXHAUSTED `QUOTA_EXCEEDED` when the caller's tenant asks too often
+    or has too many calls open.
     """
 
     @staticmethod

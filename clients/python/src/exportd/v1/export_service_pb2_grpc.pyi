@@ -39,8 +39,9 @@ class ExportServiceStub:
     jobs the caller sees and what it may do: scope `exports.read` for the methods that
     only read, `exports.write` for CreateExport, CancelJob, DeleteJob, RedriveDeliveries
     and EnableSinkQueue; `admin` is both, and ListAuditRecords, which tells of all tenants.
-    Any method may answer UNAUTHENTICATED, and PERMISSION_DENIED with the scope that is
-    missing.
+    Any method may answer UNAUTHENTICATED, PERMISSION_DENIED with the scope that is
+    missing, and RESOURCE_EXHAUSTED `QUOTA_EXCEEDED` when the caller's tenant asks too often
+    or has too many calls open.
     """
 
     @_typing.overload
@@ -55,7 +56,7 @@ class ExportServiceStub:
     GetDataset: _grpc.UnaryUnaryMultiCallable[_export_service_pb2.GetDatasetRequest, _export_service_pb2.GetDatasetResponse]
     """Describes one dataset.
 
-    Errors: NOT_FOUND `DATASET_NOT_FOUND`.
+    Errors: INVALID_ARGUMENT for an empty name; NOT_FOUND `DATASET_NOT_FOUND`.
     """
     CreateExport: _grpc.UnaryUnaryMultiCallable[_job_pb2.CreateExportRequest, _export_service_pb2.CreateExportResponse]
     """Checks a request, records it and answers with the job, which then runs in the
@@ -64,8 +65,8 @@ class ExportServiceStub:
     With a `request_id` a repeated call is safe: the same payload answers with the job
     that the first call made. Errors: INVALID_ARGUMENT with one violation for each bad
     field; NOT_FOUND `DATASET_NOT_FOUND`; FAILED_PRECONDITION
-    `DATASET_NOT_EXPORTABLE`; ALREADY_EXISTS `REQUEST_ID_CONFLICT`;
-    RESOURCE_EXHAUSTED `QUOTA_EXCEEDED`.
+    `DATASET_NOT_EXPORTABLE`, `ENDPOINT_DISABLED` for a sink's; ALREADY_EXISTS
+    `REQUEST_ID_CONFLICT`; RESOURCE_EXHAUSTED `QUOTA_EXCEEDED`.
     """
     GetJob: _grpc.UnaryUnaryMultiCallable[_export_service_pb2.GetJobRequest, _export_service_pb2.GetJobResponse]
     """Tells where a job stands.
@@ -101,9 +102,9 @@ class ExportServiceStub:
 
     Offsets count stored bytes, compression included. Reading from exactly the end
     gives no data and no error. Errors: INVALID_ARGUMENT; NOT_FOUND `JOB_NOT_FOUND`,
-    `PART_NOT_FOUND`, `OUTPUT_EXPIRED`; FAILED_PRECONDITION `JOB_NOT_FINISHED`,
-    `JOB_FAILED`, `JOB_CANCELLED`, `GENERATION_MISMATCH`, `PARTS_NOT_JOINABLE`;
-    OUT_OF_RANGE `OFFSET_OUT_OF_RANGE`; RESOURCE_EXHAUSTED `READER_STALLED`; DATA_LOSS
+    `PART_NOT_FOUND`, `OUTPUT_EXPIRED`, `OUTPUT_DROPPED`; FAILED_PRECONDITION
+    `JOB_NOT_FINISHED`, `JOB_FAILED`, `JOB_CANCELLED`, `GENERATION_MISMATCH`,
+    `PARTS_NOT_JOINABLE`; OUT_OF_RANGE `OFFSET_OUT_OF_RANGE`; RESOURCE_EXHAUSTED `READER_STALLED`; DATA_LOSS
     `CHECKSUM_MISMATCH`.
     """
     GetDownloadUrls: _grpc.UnaryUnaryMultiCallable[_export_service_pb2.GetDownloadUrlsRequest, _export_service_pb2.GetDownloadUrlsResponse]
@@ -112,9 +113,9 @@ class ExportServiceStub:
 
     Who has such a URL has the data until it expires, so pass it on with care. It dies
     with the output: at `expire_time` of the job, or when the job is deleted. Errors:
-    INVALID_ARGUMENT; NOT_FOUND `JOB_NOT_FOUND`, `PART_NOT_FOUND`, `OUTPUT_EXPIRED`;
-    FAILED_PRECONDITION `JOB_NOT_FINISHED`, `JOB_FAILED`, `JOB_CANCELLED`,
-    `DOWNLOAD_URLS_UNAVAILABLE`; UNAVAILABLE `STORE_FAILED`.
+    INVALID_ARGUMENT; NOT_FOUND `JOB_NOT_FOUND`, `PART_NOT_FOUND`, `OUTPUT_EXPIRED`,
+    `OUTPUT_DROPPED`; FAILED_PRECONDITION `JOB_NOT_FINISHED`, `JOB_FAILED`,
+    `JOB_CANCELLED`, `DOWNLOAD_URLS_UNAVAILABLE`; UNAVAILABLE `STORE_FAILED`.
     """
     ListDeliveries: _grpc.UnaryUnaryMultiCallable[_export_service_pb2.ListDeliveriesRequest, _export_service_pb2.ListDeliveriesResponse]
     """Lists deliveries to sinks, newest first.
@@ -139,7 +140,7 @@ class ExportServiceStub:
     """Lets deliveries to a disabled endpoint go on. Those that were dead-lettered stay so
     until they are redriven. An enabled one stays as it is.
 
-    Errors: NOT_FOUND `SINK_QUEUE_NOT_FOUND`.
+    Errors: INVALID_ARGUMENT for an empty name; NOT_FOUND `SINK_QUEUE_NOT_FOUND`.
     """
     ListAuditRecords: _grpc.UnaryUnaryMultiCallable[_export_service_pb2.ListAuditRecordsRequest, _export_service_pb2.ListAuditRecordsResponse]
     """Lists who did what, newest first: of every tenant, for those who run the service.
@@ -161,8 +162,9 @@ class ExportServiceAsyncStub(ExportServiceStub):
     jobs the caller sees and what it may do: scope `exports.read` for the methods that
     only read, `exports.write` for CreateExport, CancelJob, DeleteJob, RedriveDeliveries
     and EnableSinkQueue; `admin` is both, and ListAuditRecords, which tells of all tenants.
-    Any method may answer UNAUTHENTICATED, and PERMISSION_DENIED with the scope that is
-    missing.
+    Any method may answer UNAUTHENTICATED, PERMISSION_DENIED with the scope that is
+    missing, and RESOURCE_EXHAUSTED `QUOTA_EXCEEDED` when the caller's tenant asks too often
+    or has too many calls open.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -174,7 +176,7 @@ class ExportServiceAsyncStub(ExportServiceStub):
     GetDataset: _aio.UnaryUnaryMultiCallable[_export_service_pb2.GetDatasetRequest, _export_service_pb2.GetDatasetResponse]  # type: ignore[assignment]
     """Describes one dataset.
 
-    Errors: NOT_FOUND `DATASET_NOT_FOUND`.
+    Errors: INVALID_ARGUMENT for an empty name; NOT_FOUND `DATASET_NOT_FOUND`.
     """
     CreateExport: _aio.UnaryUnaryMultiCallable[_job_pb2.CreateExportRequest, _export_service_pb2.CreateExportResponse]  # type: ignore[assignment]
     """Checks a request, records it and answers with the job, which then runs in the
@@ -183,8 +185,8 @@ class ExportServiceAsyncStub(ExportServiceStub):
     With a `request_id` a repeated call is safe: the same payload answers with the job
     that the first call made. Errors: INVALID_ARGUMENT with one violation for each bad
     field; NOT_FOUND `DATASET_NOT_FOUND`; FAILED_PRECONDITION
-    `DATASET_NOT_EXPORTABLE`; ALREADY_EXISTS `REQUEST_ID_CONFLICT`;
-    RESOURCE_EXHAUSTED `QUOTA_EXCEEDED`.
+    `DATASET_NOT_EXPORTABLE`, `ENDPOINT_DISABLED` for a sink's; ALREADY_EXISTS
+    `REQUEST_ID_CONFLICT`; RESOURCE_EXHAUSTED `QUOTA_EXCEEDED`.
     """
     GetJob: _aio.UnaryUnaryMultiCallable[_export_service_pb2.GetJobRequest, _export_service_pb2.GetJobResponse]  # type: ignore[assignment]
     """Tells where a job stands.
@@ -220,9 +222,9 @@ class ExportServiceAsyncStub(ExportServiceStub):
 
     Offsets count stored bytes, compression included. Reading from exactly the end
     gives no data and no error. Errors: INVALID_ARGUMENT; NOT_FOUND `JOB_NOT_FOUND`,
-    `PART_NOT_FOUND`, `OUTPUT_EXPIRED`; FAILED_PRECONDITION `JOB_NOT_FINISHED`,
-    `JOB_FAILED`, `JOB_CANCELLED`, `GENERATION_MISMATCH`, `PARTS_NOT_JOINABLE`;
-    OUT_OF_RANGE `OFFSET_OUT_OF_RANGE`; RESOURCE_EXHAUSTED `READER_STALLED`; DATA_LOSS
+    `PART_NOT_FOUND`, `OUTPUT_EXPIRED`, `OUTPUT_DROPPED`; FAILED_PRECONDITION
+    `JOB_NOT_FINISHED`, `JOB_FAILED`, `JOB_CANCELLED`, `GENERATION_MISMATCH`,
+    `PARTS_NOT_JOINABLE`; OUT_OF_RANGE `OFFSET_OUT_OF_RANGE`; RESOURCE_EXHAUSTED `READER_STALLED`; DATA_LOSS
     `CHECKSUM_MISMATCH`.
     """
     GetDownloadUrls: _aio.UnaryUnaryMultiCallable[_export_service_pb2.GetDownloadUrlsRequest, _export_service_pb2.GetDownloadUrlsResponse]  # type: ignore[assignment]
@@ -231,9 +233,9 @@ class ExportServiceAsyncStub(ExportServiceStub):
 
     Who has such a URL has the data until it expires, so pass it on with care. It dies
     with the output: at `expire_time` of the job, or when the job is deleted. Errors:
-    INVALID_ARGUMENT; NOT_FOUND `JOB_NOT_FOUND`, `PART_NOT_FOUND`, `OUTPUT_EXPIRED`;
-    FAILED_PRECONDITION `JOB_NOT_FINISHED`, `JOB_FAILED`, `JOB_CANCELLED`,
-    `DOWNLOAD_URLS_UNAVAILABLE`; UNAVAILABLE `STORE_FAILED`.
+    INVALID_ARGUMENT; NOT_FOUND `JOB_NOT_FOUND`, `PART_NOT_FOUND`, `OUTPUT_EXPIRED`,
+    `OUTPUT_DROPPED`; FAILED_PRECONDITION `JOB_NOT_FINISHED`, `JOB_FAILED`,
+    `JOB_CANCELLED`, `DOWNLOAD_URLS_UNAVAILABLE`; UNAVAILABLE `STORE_FAILED`.
     """
     ListDeliveries: _aio.UnaryUnaryMultiCallable[_export_service_pb2.ListDeliveriesRequest, _export_service_pb2.ListDeliveriesResponse]  # type: ignore[assignment]
     """Lists deliveries to sinks, newest first.
@@ -258,7 +260,7 @@ class ExportServiceAsyncStub(ExportServiceStub):
     """Lets deliveries to a disabled endpoint go on. Those that were dead-lettered stay so
     until they are redriven. An enabled one stays as it is.
 
-    Errors: NOT_FOUND `SINK_QUEUE_NOT_FOUND`.
+    Errors: INVALID_ARGUMENT for an empty name; NOT_FOUND `SINK_QUEUE_NOT_FOUND`.
     """
     ListAuditRecords: _aio.UnaryUnaryMultiCallable[_export_service_pb2.ListAuditRecordsRequest, _export_service_pb2.ListAuditRecordsResponse]  # type: ignore[assignment]
     """Lists who did what, newest first: of every tenant, for those who run the service.
@@ -279,8 +281,9 @@ class ExportServiceServicer(metaclass=_abc_1.ABCMeta):
     jobs the caller sees and what it may do: scope `exports.read` for the methods that
     only read, `exports.write` for CreateExport, CancelJob, DeleteJob, RedriveDeliveries
     and EnableSinkQueue; `admin` is both, and ListAuditRecords, which tells of all tenants.
-    Any method may answer UNAUTHENTICATED, and PERMISSION_DENIED with the scope that is
-    missing.
+    Any method may answer UNAUTHENTICATED, PERMISSION_DENIED with the scope that is
+    missing, and RESOURCE_EXHAUSTED `QUOTA_EXCEEDED` when the caller's tenant asks too often
+    or has too many calls open.
     """
 
     @_abc_1.abstractmethod
@@ -302,7 +305,7 @@ class ExportServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_export_service_pb2.GetDatasetResponse, _abc.Awaitable[_export_service_pb2.GetDatasetResponse]]:
         """Describes one dataset.
 
-        Errors: NOT_FOUND `DATASET_NOT_FOUND`.
+        Errors: INVALID_ARGUMENT for an empty name; NOT_FOUND `DATASET_NOT_FOUND`.
         """
 
     @_abc_1.abstractmethod
@@ -317,8 +320,8 @@ class ExportServiceServicer(metaclass=_abc_1.ABCMeta):
         With a `request_id` a repeated call is safe: the same payload answers with the job
         that the first call made. Errors: INVALID_ARGUMENT with one violation for each bad
         field; NOT_FOUND `DATASET_NOT_FOUND`; FAILED_PRECONDITION
-        `DATASET_NOT_EXPORTABLE`; ALREADY_EXISTS `REQUEST_ID_CONFLICT`;
-        RESOURCE_EXHAUSTED `QUOTA_EXCEEDED`.
+        `DATASET_NOT_EXPORTABLE`, `ENDPOINT_DISABLED` for a sink's; ALREADY_EXISTS
+        `REQUEST_ID_CONFLICT`; RESOURCE_EXHAUSTED `QUOTA_EXCEEDED`.
         """
 
     @_abc_1.abstractmethod
@@ -390,9 +393,9 @@ class ExportServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Offsets count stored bytes, compression included. Reading from exactly the end
         gives no data and no error. Errors: INVALID_ARGUMENT; NOT_FOUND `JOB_NOT_FOUND`,
-        `PART_NOT_FOUND`, `OUTPUT_EXPIRED`; FAILED_PRECONDITION `JOB_NOT_FINISHED`,
-        `JOB_FAILED`, `JOB_CANCELLED`, `GENERATION_MISMATCH`, `PARTS_NOT_JOINABLE`;
-        OUT_OF_RANGE `OFFSET_OUT_OF_RANGE`; RESOURCE_EXHAUSTED `READER_STALLED`; DATA_LOSS
+        `PART_NOT_FOUND`, `OUTPUT_EXPIRED`, `OUTPUT_DROPPED`; FAILED_PRECONDITION
+        `JOB_NOT_FINISHED`, `JOB_FAILED`, `JOB_CANCELLED`, `GENERATION_MISMATCH`,
+        `PARTS_NOT_JOINABLE`; OUT_OF_RANGE `OFFSET_OUT_OF_RANGE`; RESOURCE_EXHAUSTED `READER_STALLED`; DATA_LOSS
         `CHECKSUM_MISMATCH`.
         """
 
@@ -407,9 +410,9 @@ class ExportServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Who has such a URL has the data until it expires, so pass it on with care. It dies
         with the output: at `expire_time` of the job, or when the job is deleted. Errors:
-        INVALID_ARGUMENT; NOT_FOUND `JOB_NOT_FOUND`, `PART_NOT_FOUND`, `OUTPUT_EXPIRED`;
-        FAILED_PRECONDITION `JOB_NOT_FINISHED`, `JOB_FAILED`, `JOB_CANCELLED`,
-        `DOWNLOAD_URLS_UNAVAILABLE`; UNAVAILABLE `STORE_FAILED`.
+        INVALID_ARGUMENT; NOT_FOUND `JOB_NOT_FOUND`, `PART_NOT_FOUND`, `OUTPUT_EXPIRED`,
+        `OUTPUT_DROPPED`; FAILED_PRECONDITION `JOB_NOT_FINISHED`, `JOB_FAILED`,
+        `JOB_CANCELLED`, `DOWNLOAD_URLS_UNAVAILABLE`; UNAVAILABLE `STORE_FAILED`.
         """
 
     @_abc_1.abstractmethod
@@ -458,7 +461,7 @@ class ExportServiceServicer(metaclass=_abc_1.ABCMeta):
         """Lets deliveries to a disabled endpoint go on. Those that were dead-lettered stay so
         until they are redriven. An enabled one stays as it is.
 
-        Errors: NOT_FOUND `SINK_QUEUE_NOT_FOUND`.
+        Errors: INVALID_ARGUMENT for an empty name; NOT_FOUND `SINK_QUEUE_NOT_FOUND`.
         """
 
     @_abc_1.abstractmethod

@@ -665,9 +665,7 @@ class Job(_message.Message):
 
     @_builtins.property
     def deliveries(self) -> _containers.RepeatedCompositeFieldContainer[_sink_pb2.SinkDelivery]:
-        """How its delivery to each sink stands, in the order of the request. Left out by
-        ListJobs.
-        """
+        """How its delivery to each sink stands, in the order of the request."""
 
     @_builtins.property
     def drop_time(self) -> _timestamp_pb2.Timestamp:
