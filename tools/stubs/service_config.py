@@ -61,4 +61,8 @@ def places() -> list[Generator]:
     return [ServiceConfig(ROOT / "clients" / place) for place in PLACES]
 
 
-PLACES = ("service_config.json", "python/src/exportd/service_config.json")
+PLACES = (
+    "service_config.json",
+    "python/src/exportd/service_config.json",
+    "typescript/service_config.json",
+)
