@@ -64,5 +64,6 @@ def places() -> list[Generator]:
 PLACES = (
     "service_config.json",
     "python/src/exportd/service_config.json",
+    "go/exportd/service_config.json",
     "typescript/service_config.json",
 )
