@@ -65,5 +65,6 @@ PLACES = (
     "service_config.json",
     "python/src/exportd/service_config.json",
     "go/exportd/service_config.json",
+    "java/src/main/resources/exportd/client/service_config.json",
     "typescript/service_config.json",
 )

@@ -83,7 +83,7 @@ func NewClient(address string, opts ...Option) (*Client, error) {
 	plaintext := o.transport.Info().SecurityProtocol == insecure.NewCredentials().Info().SecurityProtocol
 	loopback := isLoopback(address)
 	if o.token != "" && plaintext && !loopback && !o.tokenInTheOpen {
-		return nil, fmt.Errorf("token: would go to %s unencrypted; use TLS, or allow it with WithTokenOverPlaintext", address)
+		return nil, fmt.Errorf("token: would go to %s unencrypted; use TLS, or allow it with WithPlaintextToken", address)
 	}
 	dial := []grpc.DialOption{
 		grpc.WithTransportCredentials(o.transport),
@@ -170,9 +170,9 @@ func WithToken(token string) Option {
 	}
 }
 
-// WithTokenOverPlaintext lets the token go over an unencrypted connection that leaves this
+// WithPlaintextToken lets the token go over an unencrypted connection that leaves this
 // machine. Only for networks that something else encrypts.
-func WithTokenOverPlaintext() Option {
+func WithPlaintextToken() Option {
 	return func(o *options) error {
 		o.tokenInTheOpen = true
 		return nil

@@ -25,7 +25,7 @@ func TestATokenGoesUnencryptedOnlyToLoopbackOrWhenAllowed(t *testing.T) {
 	}{
 		{"exports.example.com:443", nil, false},
 		{"exports.example.com:443", []Option{WithPlaintext()}, true},
-		{"exports.example.com:443", []Option{WithPlaintext(), WithTokenOverPlaintext()}, false},
+		{"exports.example.com:443", []Option{WithPlaintext(), WithPlaintextToken()}, false},
 		{"localhost.example.com:443", []Option{WithPlaintext()}, true},
 		{"127.0.0.1.example.com:443", []Option{WithPlaintext()}, true},
 		{"10.0.0.1:443", []Option{WithPlaintext()}, true},
