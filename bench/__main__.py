@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 
-from bench import beside, fleet, memory, reap, s3, sinks, small
+from bench import beside, clients, fleet, memory, reap, s3, sinks, small
 from bench.machine import CACHE
 from bench.report import Result
 
@@ -17,6 +17,7 @@ BENCHES: dict[str, Callable[[], Iterator[Result]]] = {
     "s3": s3.results,
     "reap": reap.results,
     "sinks": sinks.results,
+    "clients": clients.results,
 }
 
 

@@ -38,6 +38,8 @@ def server(
 ) -> Iterator[Measured]:
     """Run a server on a catalogue with the default settings, but for those that are
     given as environment variables."""
+    data_dir.mkdir(parents=True, exist_ok=True)
+    log = (data_dir / "server.log").open("w", encoding="utf-8")
     process = subprocess.Popen(
         [
             *(sys.executable, "-m", "exportd_server.cli", "serve"),
@@ -45,13 +47,15 @@ def server(
             *("--catalogue", str(catalogue), "--log-level", "warning"),
         ],
         stdout=subprocess.PIPE,
+        stderr=log,
         text=True,
         env={**os.environ, **(variables or {})},
     )
+    log.close()
     try:
         assert process.stdout is not None
         address = process.stdout.readline().strip()
-        assert address, "the server did not start"
+        assert address, f"it did not start: {(data_dir / 'server.log').read_text()}"
         yield Measured(address, process.pid)
         process.terminate()
         process.wait(60)

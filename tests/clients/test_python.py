@@ -75,4 +75,4 @@ def test_without_it_they_do() -> None:
         request = export_service_pb2.GetDatasetRequest(name="positions")
         with pytest.raises(grpc.RpcError) as error:
             stub.GetDataset(request, timeout=60)
-        assert error.value.code() == grpc.StatusCode.UNAVAILABLE  # type: ignore[attr-defined]  # it is a call, too
+        assert error.value.code() == grpc.StatusCode.UNAVAILABLE

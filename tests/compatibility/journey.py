@@ -114,7 +114,9 @@ def by_stubs(address: str) -> None:
     with insecure_channel(address) as channel:
         stub = export_service_pb2_grpc.ExportServiceStub(channel)
         made = stub.CreateExport(
-            job_pb2.CreateExportRequest(dataset="positions", format=dataset_pb2.FORMAT_JSONL)
+            job_pb2.CreateExportRequest(
+                dataset="positions", format=dataset_pb2.FORMAT_JSONL
+            )
         )
         watched = stub.WatchJob(
             export_service_pb2.WatchJobRequest(job_id=made.job.job_id), timeout=60
