@@ -50,8 +50,27 @@ clients: $(VENV)/.dev ## Build the clients of all languages, test them against a
 torture: $(VENV)/.dev ## Hurt a fleet for minutes, prove that it loses nothing
 	$(BIN)/python -m tests.torture $(ARGS)
 
-fuzz: $(VENV)/.dev ## Send a server what nobody would, and judge its answers
-	$(BIN)/python -m tests.security.fuzz $(ARGS)
+# How much of it: requests to a server, and inputs to each parser.
+REQUESTS ?= 100000
+RUNS ?= 100000
+
+fuzz: $(VENV)/.fuzz ## Send a server and its parsers what nobody would, judge them
+	$(BIN)/python -m tests.security.fuzz --requests $(REQUESTS) $(ARGS)
+	$(BIN)/python -m tests.security.parsers --runs $(RUNS)
+
+stalled: $(VENV)/.dev ## Measure what readers cost that take nothing, and judge it
+	$(BIN)/python -m tests.security.stalled $(ARGS)
+
+# Where it cannot be installed, Hypothesis makes the parsers' inputs.
+$(VENV)/.fuzz: requirements/fuzz.txt $(VENV)/.dev
+	$(PIP) install --quiet --require-hashes --requirement requirements/fuzz.txt \
+		|| echo "atheris could not be installed; parsers are tried without it"
+	@touch $@
+
+# What is said of known weaknesses to the audit. Weaknesses that are found fail in any case.
+# An index that answers no question about them, as a mirror may not, is known here by that
+# name; with `make check ADVISORIES=` it has to answer.
+ADVISORIES ?= --unanswered-ok
 
 check: $(VENV)/.dev ## Format, lint, types, imports, contract, stubs, audit, licences
 	$(BIN)/ruff format --check .
@@ -64,8 +83,14 @@ check: $(VENV)/.dev ## Format, lint, types, imports, contract, stubs, audit, lic
 	$(BIN)/python -m tools.release --check
 	$(BIN)/python tools/configuration.py --check
 	$(BIN)/python tools/api_reference.py --check
-	$(BIN)/python tools/audit.py
+	$(BIN)/python tools/audit.py $(ADVISORIES)
 	$(BIN)/python tools/licences.py --check
+
+wheels: $(VENV)/.dev ## Install the wheels on the locked requirements alone, run the demo
+	$(BIN)/python -m pytest -m minutes tests/integration/test_release.py $(ARGS)
+
+release: $(VENV)/.dev ## Make release VERSION=x.y.z: versions, changelog, wheels in dist/
+	$(BIN)/python -m tools.release "$(VERSION)"
 
 format: $(VENV)/.dev ## Format the code and mend what the linter can
 	$(BIN)/ruff check --fix .
@@ -84,6 +109,8 @@ lock: $(VENV)/.dev ## Resolve the requirements anew
 		--output-file requirements/runtime.txt
 	$(BIN)/uv pip compile pyproject.toml --group build --group dev $(LOCK) \
 		--constraint requirements/runtime.txt --output-file requirements/dev.txt
+	$(BIN)/uv pip compile --group fuzz $(LOCK) \
+		--constraint requirements/dev.txt --output-file requirements/fuzz.txt
 
 LOCK := --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --no-emit-package exportd --no-header
@@ -91,4 +118,4 @@ LOCK := --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
 clean: ## Remove what the targets made, the virtual environment included
 	rm -rf $(VENV) $(DATA) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-.PHONY: help demo run test torture fuzz check format gen bench lock clean clients
+.PHONY: help demo run test torture fuzz stalled check format gen wheels release bench lock clean clients

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from pydantic import BaseModel
+from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 
 from exportd_server.settings import Section, Settings, variable
@@ -56,6 +56,8 @@ def rows(model: type[BaseModel] = Settings, prefix: str = "") -> Iterator[str]:
 
 def _default(field: FieldInfo) -> str:
     value = field.default
+    if isinstance(value, SecretStr):
+        value = value.get_secret_value()
     if value is None or value in {"", ()}:
         return "none"
     if isinstance(value, bool):

@@ -5,21 +5,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import unquote, urlsplit
 
 import structlog
 from prometheus_client import start_http_server
-from pydantic import SecretStr
 
 from exportd_server import samples
 from exportd_server.api.chunks import ChunkMemory
+from exportd_server.api.console.reading import MOST_FORM
 from exportd_server.api.download import DownloadOptions, Downloads
-from exportd_server.api.http import HttpServer
+from exportd_server.api.http import AddRoutes, HttpServer
 from exportd_server.api.http_audit import HttpAudit
 from exportd_server.api.http_download import HttpDownloads
 from exportd_server.api.interceptors.identity import caller
@@ -51,10 +50,19 @@ from exportd_server.jobs.ledger.sqlite import open_sqlite_ledger
 from exportd_server.jobs.manager import JobManager, Policy
 from exportd_server.jobs.readers import Readers
 from exportd_server.jobs.worker import Worker, WorkerOptions
+from exportd_server.places import (
+    KEPT_LINK_KEY,
+    KEPT_SECRETS,
+    is_embedded,
+    ledger_file,
+    ledger_url,
+    outputs,
+    refuse_embedded,
+)
 from exportd_server.platform import metrics
 from exportd_server.platform.clock import Clock, SystemClock
 from exportd_server.platform.malloc import release_free_memory
-from exportd_server.platform.sealing import Sealer
+from exportd_server.platform.sealing import Fingerprints, Sealer
 from exportd_server.platform.secrets import kept_key
 from exportd_server.settings import (
     IdentitySettings,
@@ -112,7 +120,7 @@ async def serving(
     Raises `ConfigurationError` in one line for whatever the operator must mend.
     """
     if not settings.worker.enabled:
-        _refuse_embedded(settings, "an API without workers")
+        refuse_embedded(settings, "an API without workers")
     stop = asyncio.Event()
     tls = await asyncio.to_thread(_open_tls, settings)
     async with (
@@ -124,13 +132,14 @@ async def serving(
         options = _download_options(settings)
         downloads = Downloads(manager, parts.store, parts.readers, options)
         limits = _caller_limits(settings)
-        http = await _open_http(parts, manager, limits, audit, options)
+        http = await _open_http(parts, manager, limits, audit, options, authenticator)
         urls = _download_urls(parts, manager, http)
         service = ExportService(
             manager,
             downloads,
             urls,
             tenant=lambda _context: caller().tenant,
+            fingerprints=parts.fingerprints,
         )
         server = GrpcServer(service, authenticator, _server_limits(settings), limits, audit)
         try:
@@ -178,7 +187,7 @@ async def working(
 ) -> AsyncIterator[asyncio.Event]:
     """Run workers alone, for as long as the context is open; then drain. Gives the event
     that has it end. See `serving`."""
-    _refuse_embedded(settings, "workers alone")
+    refuse_embedded(settings, "workers alone")
     stop = asyncio.Event()
     async with _wired(settings, catalogue, sink_types) as parts:
         manager = _manager(parts)
@@ -239,6 +248,7 @@ class _Parts:
     readers: Readers
     sinks: Sinks
     keys: KeyStore
+    fingerprints: Fingerprints
 
 
 @contextlib.asynccontextmanager
@@ -263,15 +273,24 @@ async def _wired(
         await _claim(ledger, store)
         readers = Readers(ledger)
         stack.push_async_callback(readers.close)
-        sinks = await asyncio.to_thread(_open_sinks, settings, sink_types)
+        secret_keys = await asyncio.to_thread(_secret_keys, settings)
+        sinks = await asyncio.to_thread(_open_sinks, settings, sink_types, secret_keys)
         stack.push_async_callback(sinks.close)
         metrics.register_sinks(sinks.known())
         await stack.enter_async_context(_measured(settings, ledger, sinks))
         # Reading the catalogue took far more memory than it keeps.
         await asyncio.to_thread(release_free_memory)
-        keys = FileKeyStore(settings.data_dir) if _is_embedded(settings) else ledger.keys
+        keys = FileKeyStore(settings.data_dir) if is_embedded(settings) else ledger.keys
         yield _Parts(
-            settings, catalogue, ledger, store, _policy(settings), readers, sinks, keys
+            settings,
+            catalogue,
+            ledger,
+            store,
+            _policy(settings),
+            readers,
+            sinks,
+            keys,
+            Fingerprints(secret_keys),
         )
 
 
@@ -280,11 +299,11 @@ async def key_store(settings: Settings) -> AsyncIterator[KeyStore]:
     """The API keys that servers with these settings accept, whose changes are audited.
     Raises `ConfigurationError`."""
     clock = SystemClock()
-    if _is_embedded(settings):
+    if is_embedded(settings):
         spool = AuditSpool(settings.data_dir)
         yield AuditedKeyStore(FileKeyStore(settings.data_dir), spool.append, clock)
         return
-    ledger = await open_postgres_ledger(settings.ledger.url, connections=1)
+    ledger = await open_postgres_ledger(ledger_url(settings), connections=1)
     try:
         yield AuditedKeyStore(
             ledger.keys, lambda record: ledger.append_audit([record]), clock
@@ -299,7 +318,7 @@ async def _auditing(parts: _Parts) -> AsyncIterator[AuditLog]:
     waits is kept, or counted as lost."""
     audit = AuditLog(parts.ledger, SystemClock())
     moving: asyncio.Task[None] | None = None
-    if _is_embedded(parts.settings):
+    if is_embedded(parts.settings):
         spool = AuditSpool(parts.settings.data_dir)
         moving = asyncio.create_task(spool.run(parts.ledger))
     try:
@@ -324,7 +343,7 @@ async def _identifying(settings: Settings, keys: KeyStore) -> AsyncIterator[Auth
         if identity.jwt.issuer:
             tokens = await _open_tokens(identity.jwt, stack)
         if identity.mtls:
-            callers = CertificateCallers(_certificate_callers(identity), SystemClock())
+            callers = CertificateCallers(certificate_callers(identity), SystemClock())
         yield Authenticator(ring, tokens, callers)
 
 
@@ -341,7 +360,8 @@ async def _open_tokens(jwt: JwtSettings, stack: contextlib.AsyncExitStack) -> To
         TokenVerifier,
     )
 
-    source = FileSource(jwt.jwks_file) if jwt.jwks_file else UrlSource(jwt.jwks_url)
+    url = jwt.jwks_url.get_secret_value()
+    source = FileSource(jwt.jwks_file) if jwt.jwks_file else UrlSource(url)
     keys = KeySet(source, jwt.algorithms, refresh=jwt.refresh_seconds)
     stack.push_async_callback(keys.close)
     try:
@@ -365,9 +385,10 @@ async def _open_tokens(jwt: JwtSettings, stack: contextlib.AsyncExitStack) -> To
     return TokenVerifier(options, keys)
 
 
-def _certificate_callers(
+def certificate_callers(
     identity: IdentitySettings,
 ) -> dict[CertificateName, tuple[str, list[Scope]]]:
+    """Whom names in certificates stand for. Raises `ConfigurationError`."""
     callers: dict[CertificateName, tuple[str, list[Scope]]] = {}
     for each in identity.mtls:
         ((kind, text),) = (
@@ -430,23 +451,32 @@ def _manager(parts: _Parts) -> JobManager:
     )
 
 
-def _open_sinks(settings: Settings, types: SinkTypes | None) -> Sinks:
+def _open_sinks(
+    settings: Settings, types: SinkTypes | None, secret_keys: Sequence[bytes]
+) -> Sinks:
     types = types or SinkTypes.installed()
     connections = (
-        Connections() if settings.sinks is None else load_connections(settings.sinks, types)
+        Connections()
+        if settings.sinks is None
+        else load_connections(settings.sinks, types, identified=settings.identity.required)
     )
-    return Sinks(types, connections, _sealer(settings))
+    return Sinks(types, connections, Sealer(secret_keys) if secret_keys else None)
 
 
-def _sealer(settings: Settings) -> Sealer | None:
+def _secret_keys(settings: Settings) -> list[bytes]:
+    """What secrets of callers are kept under, the first of them from now on. None at all
+    for a fleet without a setting: its processes could not read each other's."""
     keys = [key.get_secret_value().encode() for key in settings.delivery.secret_keys]
-    if not keys and not _is_embedded(settings):
-        # Processes of a fleet could not read each other's.
-        return None
-    try:
-        return Sealer(keys or [kept_key(settings.data_dir, "secrets.key")])
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(f"data_dir: {error}") from None
+    if not is_embedded(settings):
+        return keys
+    # What was kept before the setting was made stays readable for as long as the file
+    # is there.
+    if not keys or (settings.data_dir / KEPT_SECRETS).exists():
+        try:
+            keys.append(kept_key(settings.data_dir, KEPT_SECRETS))
+        except (OSError, ValueError) as error:
+            raise ConfigurationError(f"data_dir: {error}") from None
+    return keys
 
 
 @contextlib.asynccontextmanager
@@ -531,12 +561,14 @@ async def _open_http(
     limits: CallerLimits,
     audit: AuditLog,
     options: DownloadOptions,
+    authenticator: Authenticator,
 ) -> _Http | None:
     settings = parts.settings
     if not settings.http.listen:
         return None
     host, port = host_and_port("http.listen", settings.http.listen)
-    keys = await asyncio.to_thread(_link_keys, settings)
+    secrets = await asyncio.to_thread(_http_keys, settings)
+    keys = LinkKeys(secrets)
     downloads = HttpDownloads(
         manager,
         parts.store,
@@ -544,12 +576,15 @@ async def _open_http(
         keys,
         options,
         SystemClock(),
-        limits.downloads,
+        limits,
     )
+    routes: list[AddRoutes] = [HttpAudit(audit).add_to, downloads.add_routes]
+    if settings.http.console:
+        routes.append(_console(settings, manager, limits, audit, authenticator, secrets))
     server = HttpServer(
-        HttpAudit(audit).add_to,
-        downloads.add_routes,
+        *routes,
         max_connections=settings.limits.max_http_connections,
+        max_form=MOST_FORM if settings.http.console else 0,
     )
     try:
         port = await server.start(host, port)
@@ -561,17 +596,40 @@ async def _open_http(
     return _Http(server, port, f"{host_text}:{port}", keys)
 
 
-def _link_keys(settings: Settings) -> LinkKeys:
+def _console(
+    settings: Settings,
+    manager: JobManager,
+    limits: CallerLimits,
+    audit: AuditLog,
+    authenticator: Authenticator,
+    keys: Sequence[bytes],
+) -> AddRoutes:
+    # Its library takes a while to load, and most do without.
+    from exportd_server.api.console.routes import (  # noqa: PLC0415 - see above
+        Console,
+        ConsoleOptions,
+    )
+
+    options = ConsoleOptions(
+        settings.http.public_url or f"http://{settings.http.listen}",
+        keys,
+        timedelta(seconds=settings.http.console_session),
+    )
+    return Console(manager, authenticator, limits, audit, options, SystemClock()).add_routes
+
+
+def _http_keys(settings: Settings) -> list[bytes]:
+    """What signs download URLs, and seals what the console gives to browsers."""
     given = settings.http.signing_keys
     if given:
-        return LinkKeys([key.get_secret_value().encode() for key in given])
-    if not _is_embedded(settings):
+        return [key.get_secret_value().encode() for key in given]
+    if not is_embedded(settings):
         raise ConfigurationError(
             "http.signing_keys: the processes of a fleet must accept each other's URLs; "
             "give all of them the same key, such as `openssl rand -base64 32` makes"
         )
     try:
-        return LinkKeys([kept_key(settings.data_dir, "download-url.key")])
+        return [kept_key(settings.data_dir, KEPT_LINK_KEY)]
     except (OSError, ValueError) as error:
         raise ConfigurationError(f"data_dir: {error}") from None
 
@@ -583,7 +641,7 @@ def _download_urls(parts: _Parts, manager: JobManager, http: _Http | None) -> Do
         links = HttpLinks(base, http.keys)
     elif base and settings.http.signing_keys:
         # Another process has the port, and accepts what the same keys have signed.
-        links = HttpLinks(base, _link_keys(settings))
+        links = HttpLinks(base, LinkKeys(_http_keys(settings)))
     return DownloadUrls(
         manager,
         SystemClock(),
@@ -606,94 +664,34 @@ def _download_options(settings: Settings) -> DownloadOptions:
 def migrate(settings: Settings) -> tuple[str | None, str]:
     """Bring the ledger's tables up to date; blocks. Returns their version before, None
     when there were none, and now. Raises `ConfigurationError`."""
-    if _is_embedded(settings):
+    if is_embedded(settings):
         raise ConfigurationError(
             "ledger.url: the embedded ledger is brought up to date when it is opened; "
             "migrate is for EXPORTD_LEDGER__URL=postgresql://..."
         )
-    return migrate_postgres_ledger(settings.ledger.url)
-
-
-def _is_embedded(settings: Settings) -> bool:
-    """Whether the ledger is a file of this one process, and no server for a fleet."""
-    scheme = settings.ledger.url.partition(":")[0]
-    if scheme not in ("", "sqlite", "postgresql", "postgres"):
-        raise ConfigurationError(
-            f"ledger.url: {scheme}: is not supported; use sqlite:///PATH or postgresql://..."
-        )
-    return scheme in ("", "sqlite")
-
-
-def _refuse_embedded(settings: Settings, what: str) -> None:
-    if _is_embedded(settings):
-        raise ConfigurationError(
-            f"ledger.url: {what} cannot share the embedded ledger, whose file belongs to "
-            "one process; use a server: EXPORTD_LEDGER__URL=postgresql://..."
-        )
+    return migrate_postgres_ledger(ledger_url(settings))
 
 
 async def _open_ledger(settings: Settings, clock: Clock) -> SqlLedger:
-    if not _is_embedded(settings):
+    if not is_embedded(settings):
         return await open_postgres_ledger(
-            settings.ledger.url,
+            ledger_url(settings),
             max_attempts=settings.worker.max_attempts,
             connections=settings.ledger.connections,
         )
-    path = _path(
-        settings.ledger.url, "sqlite", "ledger.url", settings.data_dir / "ledger.db"
+    return await open_sqlite_ledger(
+        ledger_file(settings), clock, max_attempts=settings.worker.max_attempts
     )
-    return await open_sqlite_ledger(path, clock, max_attempts=settings.worker.max_attempts)
 
 
 async def _open_store(settings: Settings) -> OutputStore:
-    if not settings.store.url and not _is_embedded(settings):
-        raise ConfigurationError(
-            "store.url: the processes of a fleet need one place for their outputs; give "
-            "s3://BUCKET/PREFIX, or file:///PATH of a directory that all of them share"
-        )
-    if urlsplit(settings.store.url).scheme == "s3":
-        return await _open_s3(settings)
-    return LocalStore(
-        _path(settings.store.url, "file", "store.url", settings.data_dir / "outputs")
-    )
-
-
-async def _open_s3(settings: Settings) -> OutputStore:
+    place = outputs(settings)
+    if isinstance(place, Path):
+        return LocalStore(place)
     # Its SDK takes a while to load, and most do without.
     from exportd_server.store.s3 import S3Store  # noqa: PLC0415 - see above
-    from exportd_server.store.s3_client import S3Options  # noqa: PLC0415 - see above
 
-    url = urlsplit(settings.store.url)
-    if url.query or url.fragment or "@" in url.netloc:
-        raise ConfigurationError(
-            "store.url: s3://BUCKET/PREFIX has no more than that; keys, region and "
-            "endpoint are settings of store.s3"
-        )
-    s3 = settings.store.s3
-    return await S3Store.connect(
-        S3Options(
-            bucket=url.netloc,
-            prefix=url.path.strip("/"),
-            endpoint_url=s3.endpoint_url,
-            public_endpoint_url=s3.public_endpoint_url,
-            region=s3.region,
-            path_style=s3.path_style,
-            access_key_id=s3.access_key_id,
-            secret_access_key=_revealed(s3.secret_access_key),
-            session_token=_revealed(s3.session_token),
-            ca_file=s3.ca_file,
-            part_bytes=s3.part_bytes,
-            parts_in_flight=s3.parts_in_flight,
-            attempts=s3.attempts,
-            connect_timeout=s3.connect_timeout,
-            read_timeout=s3.read_timeout,
-            call_timeout=s3.call_timeout,
-        )
-    )
-
-
-def _revealed(secret: SecretStr | None) -> str | None:
-    return None if secret is None else secret.get_secret_value()
+    return await S3Store.connect(place)
 
 
 def _open_catalogue(settings: Settings) -> Catalogue:
@@ -707,6 +705,7 @@ def _server_limits(settings: Settings) -> ServerLimits:
         max_connections=limits.max_connections,
         max_request_bytes=limits.max_request_bytes,
         request_timeout=limits.request_timeout,
+        max_open_seconds=limits.max_open_seconds,
         max_streams_per_connection=limits.max_streams_per_connection,
         ping_interval=limits.ping_seconds,
         ping_timeout=limits.ping_timeout,
@@ -753,17 +752,6 @@ def _worker_options(settings: Settings) -> WorkerOptions:
             shard_rows=settings.worker.shard_rows,
             max_bytes_in_flight=settings.worker.bytes_in_flight,
             source_timeout=settings.worker.source_timeout,
+            block_timeout=settings.delivery.block_timeout,
         ),
     )
-
-
-def _path(url: str, scheme: str, key: str, default: Path) -> Path:
-    """The path in a `scheme:///path` URL."""
-    if not url:
-        return default
-    parts = urlsplit(url)
-    if parts.scheme != scheme or parts.netloc or not parts.path or parts.query:
-        raise ConfigurationError(
-            f"{key}: {parts.scheme or url}: is not supported; use {scheme}:///PATH"
-        )
-    return Path(unquote(parts.path))

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Awaitable, Callable, Coroutine
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import click
 import pyarrow as pa
@@ -19,7 +21,7 @@ import pyarrow as pa
 from exportd_server.errors import ConfigurationError, ExportdError
 from exportd_server.identity.base import KeyStore, KeysUnreadable, Scope
 from exportd_server.identity.keys import new_key
-from exportd_server.platform.logging import configure_logging
+from exportd_server.platform.logging import configure_logging, log_everything
 from exportd_server.platform.malloc import keep_large_buffers
 from exportd_server.platform.threads import left_over
 from exportd_server.settings import LogSettings, Settings, load_settings
@@ -105,6 +107,7 @@ def _run(
     chosen = {**settings.log.model_dump(), **{k: v for k, v in style.items() if v}}
     log = LogSettings(**chosen)
     configure_logging(log.level, log.style)
+    log_everything()
     keep_large_buffers()
     # Arrow's own allocator keeps a share of every peak; the C library's was just told
     # not to.
@@ -164,6 +167,104 @@ def migrate(config: Path | None) -> None:
         click.echo(f"The ledger is at version {after} already.")
     else:
         click.echo(f"The ledger is at version {after} now.")
+
+
+@main.command()
+@click.option("--config", type=click.Path(path_type=Path), help="Settings, as a TOML file.")
+@click.option("--data-dir", type=click.Path(path_type=Path), help="As of `serve`.")
+@click.option("--catalogue", type=click.Path(path_type=Path), help="As of `serve`.")
+@click.option("--listen", metavar="HOST:PORT", help="As of `serve`.")
+@click.option("--worker", is_flag=True, help="Check for a `worker`, which serves nobody.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0.1),
+    default=15.0,
+    show_default=True,
+    help="Seconds that one check may take.",
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
+def check(
+    config: Path | None, *, worker: bool, timeout: float, as_json: bool, **flags: Any
+) -> None:
+    """Try everything that the settings name, and say what is wrong and how to mend it.
+
+    Run it before a deployment, where and as the server will run. Settings come from the
+    file, then EXPORTD_* variables, then flags. It leaves nothing behind. Exit code 1: a
+    check has failed.
+    """
+    from exportd_server.operations.check import check as findings  # noqa: PLC0415 - heavy
+    from exportd_server.operations.checking import Level  # noqa: PLC0415 - as above
+
+    configure_logging("error", "console")
+
+    async def run() -> bool:
+        good = True
+        found = findings(config, flags, serves=not worker, seconds=timeout)
+        async for finding in found:
+            click.echo(json.dumps(finding.as_json()) if as_json else finding.line())
+            good = good and finding.level is not Level.FAILED
+        return good
+
+    _end(0 if asyncio.run(run()) else 1)
+
+
+@main.command()
+@click.option("--config", type=click.Path(path_type=Path), help="Settings, as a TOML file.")
+@click.option("--data-dir", type=click.Path(path_type=Path), help="As of `serve`.")
+@click.option("--watch", is_flag=True, help="Go on until interrupted.")
+@click.option(
+    "--interval",
+    type=click.FloatRange(min=0.5),
+    default=2.0,
+    show_default=True,
+    help="Seconds between two looks, with --watch.",
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object for each look.")
+def status(
+    config: Path | None,
+    data_dir: Path | None,
+    *,
+    watch: bool,
+    interval: float,
+    as_json: bool,
+) -> None:
+    """Show who works, what waits, what is late and how much is stored.
+
+    It reads the ledger, beside servers that run, and disturbs none. Give it the server's
+    settings.
+    """
+    from exportd_server.operations.glance import glance  # noqa: PLC0415 - heavy
+    from exportd_server.operations.standing import read_standing  # noqa: PLC0415 - heavy
+
+    with _configuration_errors():
+        settings = load_settings(config, {"data_dir": data_dir}, serves=False)
+        with contextlib.suppress(KeyboardInterrupt):
+            while True:
+                standing = read_standing(settings)
+                if as_json:
+                    click.echo(json.dumps(standing.as_json(), default=_text))
+                else:
+                    if watch:
+                        # Nothing of the kind where it is no terminal.
+                        click.clear()
+                    click.echo("\n".join(glance(standing)))
+                if not watch:
+                    break
+                time.sleep(interval)
+
+
+def _text(value: object) -> str:
+    return _moment(value) if isinstance(value, datetime) else str(value)
+
+
+def _end(code: int) -> NoReturn:
+    """End the process although a thread may block in a driver's own code: taking the
+    interpreter down beneath it may crash."""
+    if not left_over():
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 @main.command()

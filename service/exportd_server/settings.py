@@ -9,6 +9,7 @@ import json
 import os
 import tomllib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
@@ -25,6 +26,7 @@ from pydantic import (
 )
 from pydantic_settings import (
     BaseSettings,
+    EnvSettingsSource,
     NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
@@ -32,6 +34,7 @@ from pydantic_settings import (
 )
 
 from exportd_server.errors import ConfigurationError
+from exportd_server.platform.urls import BadUrl, parse_url
 from exportd_server.store.key import is_tenant
 
 PREFIX = "EXPORTD_"
@@ -50,8 +53,8 @@ class Section(BaseModel):
 class LedgerSettings(Section):
     """Where jobs are remembered."""
 
-    url: str = Field(
-        "",
+    url: SecretStr = Field(
+        SecretStr(""),
         description="`postgresql://USER:PASSWORD@HOST:PORT/DATABASE` for a fleet, or "
         "`sqlite:///PATH` for one process; empty: a file in data_dir",
     )
@@ -193,6 +196,11 @@ class LimitSettings(Section):
         description="gRPC calls under way at a time, and a tenth of that of health and "
         "reflection, which anybody may call",
     )
+    max_open_seconds: PositiveSeconds = Field(
+        300.0,
+        description="seconds that a call of health or reflection, which anybody may make, "
+        "may last; of its streams one connection has at most a tenth, or 4",
+    )
     max_request_bytes: Annotated[int, Field(ge=4096, le=64 * 2**20)] = Field(
         2**20, description="largest gRPC request"
     )
@@ -294,7 +302,14 @@ class DeliverySettings(Section):
     """How outputs are delivered to sinks."""
 
     concurrency: PositiveInt = Field(
-        64, description="deliveries at a time in this process, of all sinks together"
+        64,
+        description="deliveries at a time in this process, of all sinks together; of one "
+        "tenant at most half of them, and less the more others have",
+    )
+    block_timeout: Annotated[float, Field(ge=0, le=MOST_SECONDS)] = Field(
+        600.0,
+        description="seconds in all that a task of an export waits for room in full queues "
+        "whose `on_full` is `BLOCK`; then the parts that find none are dropped",
     )
     secret_keys: SecretKeys = Field(
         (),
@@ -313,8 +328,9 @@ class JwtSettings(Section):
         "", description="who signs them (`iss`); empty: tokens are not accepted"
     )
     audience: str = Field("", description="whom they are for (`aud`): this service")
-    jwks_url: str = Field(
-        "", description="`https://` URL of the issuer's keys (JWKS); this or `jwks_file`"
+    jwks_url: SecretStr = Field(
+        SecretStr(""),
+        description="`https://` URL of the issuer's keys (JWKS); this or `jwks_file`",
     )
     jwks_file: Path | None = Field(
         None, description="file of the issuer's keys; read anew when they are looked for"
@@ -342,12 +358,17 @@ class JwtSettings(Section):
 
     @field_validator("jwks_url")
     @classmethod
-    def _cannot_be_forged(cls, text: str) -> str:
-        parts = urlsplit(text)
-        local = parts.scheme == "http" and is_loopback(parts.hostname or "")
-        if text and not (parts.hostname and (parts.scheme == "https" or local)):
+    def _cannot_be_forged(cls, given: SecretStr) -> SecretStr:
+        if not given:
+            return given
+        try:
+            url = parse_url(given.get_secret_value(), {"https", "http"})
+        except BadUrl as error:
+            raise ValueError(f"is no URL: it {error}") from None
+        ((host, _),) = url.hosts
+        if url.scheme == "http" and not is_loopback(host.strip("[]")):
             raise ValueError("must be https://..., or http:// on this very machine")
-        return text
+        return given
 
     @model_validator(mode="after")
     def _all_or_nothing(self) -> Self:
@@ -433,8 +454,9 @@ class TlsSettings(Section):
     )
     allow_plaintext: bool = Field(
         default=False,
-        description="listen beyond loopback without TLS although credentials can be read "
-        "on the way, because something in front of the server encrypts",
+        description="listen beyond loopback without TLS, or give download URLs of "
+        "`http://`, although credentials and data can be read on the way, because "
+        "something in front of the server encrypts",
     )
 
     @model_validator(mode="after")
@@ -459,6 +481,10 @@ class MetricsSettings(Section):
 
     listen: str = Field(
         "", description="`host:port` of an HTTP port that serves `/metrics`; empty: none"
+    )
+    allow_remote: bool = Field(
+        default=False,
+        description="listen beyond loopback although anybody may then read the metrics",
     )
 
 
@@ -497,7 +523,8 @@ class DownloadSettings(Section):
 
 
 class HttpSettings(Section):
-    """The HTTP port of `serve`, for download URLs of outputs that are not on S3."""
+    """The HTTP port of `serve`, for download URLs of outputs that are not on S3, and for
+    the console."""
 
     listen: str = Field(
         "", description="`host:port` of the HTTP port; empty: there is none"
@@ -512,6 +539,15 @@ class HttpSettings(Section):
         description="keys of at least 32 characters that sign download URLs, in a list or "
         "one text with spaces between: the first signs, all are accepted; none: one that "
         "is made and kept in data_dir, for the embedded ledger only",
+    )
+
+    console: bool = Field(
+        default=False,
+        description="serve pages at `/console`, to look at jobs and deliveries and to act "
+        "on them",
+    )
+    console_session: Annotated[int, Field(ge=60, le=86_400)] = Field(
+        3600, description="seconds after which the console has one sign in again"
     )
 
     _long_enough = field_validator("signing_keys")(_long_keys)
@@ -626,26 +662,104 @@ def load_settings(
 ) -> Settings:
     """Read the settings; raises `ConfigurationError` naming the key and the mend. One
     that does not serve need not be able to listen."""
-    _refuse_unknown_variables(os.environ if environ is None else environ)
+    for problem in _unknown_variables(os.environ if environ is None else environ):
+        raise ConfigurationError(problem)
     values = _read_file(file) if file is not None else {}
     try:
         settings = Settings(**values)
         given = _Flags(**{k: v for k, v in flags.items() if v is not None})
     except ValidationError as error:
-        raise ConfigurationError(_explain(error, file)) from None
+        raise ConfigurationError(_explained(error, file)[0]) from None
     except SettingsError as error:
         # It names the field, and not the value.
         raise ConfigurationError(
             f"environment: {error}; lists and tables stand there as JSON"
         ) from None
+    settings = _with_flags(settings, given)
+    for problem in _address_problems(settings, serves=serves):
+        raise ConfigurationError(problem)
+    return settings
+
+
+def _with_flags(settings: Settings, given: _Flags) -> Settings:
     update = {name: getattr(given, name) for name in given.model_fields_set}
     if "workers" in update:
         enabled = {"enabled": update.pop("workers")}
         update["worker"] = settings.worker.model_copy(update=enabled)
-    settings = settings.model_copy(update=update)
-    if serves:
-        _check_listen(settings)
-    return settings
+    return settings.model_copy(update=update)
+
+
+@dataclass(frozen=True, slots=True)
+class Inspected:
+    """Settings with everything that is wrong with them, one line each. The tables and keys
+    named in `broken` hold their defaults in `settings`, and not what was meant."""
+
+    settings: Settings
+    wrong: tuple[str, ...]
+    broken: frozenset[str]
+
+
+class _Given(Settings):
+    """Settings from what is passed in alone."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],  # noqa: ARG003 - the base's signature
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - likewise
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - likewise
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - likewise
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """See the base."""
+        return (init_settings,)
+
+
+def inspect_settings(
+    file: Path | None, flags: Mapping[str, Any], *, serves: bool = True
+) -> Inspected:
+    """Read the settings as `load_settings` does, and go on at each mistake. Raises
+    `ConfigurationError` when the file cannot be read at all."""
+    values = _read_file(file) if file is not None else {}
+    wrong, broken = [*_unknown_variables(os.environ)], set[str]()
+    for name, value in sorted(os.environ.items()):
+        try:
+            values = _merged(values, _from_variable(name, value))
+        except SettingsError:
+            key = name.upper().removeprefix(PREFIX).lower().split("__")
+            wrong.append(f"environment: {name}: lists and tables stand there as JSON")
+            broken.add(key[0])
+    given = _Flags()
+    try:
+        given = _Flags(**{k: v for k, v in flags.items() if v is not None})
+    except ValidationError as error:
+        wrong += _explained(error, None)
+    try:
+        settings: Settings = _Given(**values)
+    except ValidationError as error:
+        wrong += _explained(error, file)
+        broken |= {str(step) for each in error.errors() for step in each["loc"][:1]}
+        settings = _Given(**{k: v for k, v in values.items() if k not in broken})
+    settings = _with_flags(settings, given)
+    if not broken & {"listen", "tls", "identity", "http", "metrics"}:
+        wrong += _address_problems(settings, serves=serves)
+    return Inspected(settings, tuple(wrong), frozenset(broken))
+
+
+def _from_variable(name: str, value: str) -> dict[str, Any]:
+    """What one environment variable sets, if it sets anything. Raises `SettingsError`."""
+    source = EnvSettingsSource(Settings)
+    source.env_vars = {name.lower(): value}
+    return source()
+
+
+def _merged(values: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Tables in tables, the second over the first."""
+    both = {**values, **over}
+    for name in values.keys() & over.keys():
+        if isinstance(values[name], dict) and isinstance(over[name], dict):
+            both[name] = _merged(values[name], over[name])
+    return both
 
 
 def _read_file(file: Path) -> dict[str, Any]:
@@ -679,13 +793,11 @@ CLIENT_VARIABLES = frozenset({"EXPORTD_SERVER", "EXPORTD_TOKEN", "EXPORTD_WEBHOO
 """Variables of the client command, which may run in the same environment."""
 
 
-def _refuse_unknown_variables(environ: Mapping[str, str]) -> None:
+def _unknown_variables(environ: Mapping[str, str]) -> Iterator[str]:
     known = {variable(key) for key in keys()} | CLIENT_VARIABLES
     for name in environ:
         if name.upper().startswith(PREFIX) and name.upper() not in known:
-            raise ConfigurationError(
-                f"environment: {name} is no setting{_hint(name.upper(), known)}"
-            )
+            yield f"environment: {name} is no setting{_hint(name.upper(), known)}"
 
 
 def _hint(name: str, known: set[str]) -> str:
@@ -694,12 +806,17 @@ def _hint(name: str, known: set[str]) -> str:
     return f"; did you mean {close[0]}?" if close else "; remove it"
 
 
-def _explain(error: ValidationError, file: Path | None) -> str:
-    first = error.errors(include_url=False)[0]
-    key = ".".join(str(step) for step in first["loc"])
-    if first["type"] == "extra_forbidden":
-        return f"{file or 'settings'}: {key} is no setting{_hint(key, set(keys()))}"
-    return f"{file or 'settings'} (or {variable(key)}): {key}: {first['msg']}"
+def _explained(error: ValidationError, file: Path | None) -> list[str]:
+    """One line for each mistake. None repeats a value, which may be a secret."""
+    lines = []
+    for each in error.errors(include_url=False, include_input=False):
+        key = ".".join(str(step) for step in each["loc"])
+        if each["type"] == "extra_forbidden":
+            hint = _hint(key, set(keys()))
+            lines.append(f"{file or 'settings'}: {key} is no setting{hint}")
+        else:
+            lines.append(f"{file or 'settings'} (or {variable(key)}): {key}: {each['msg']}")
+    return lines
 
 
 def host_and_port(key: str, address: str) -> tuple[str, int]:
@@ -712,47 +829,129 @@ def host_and_port(key: str, address: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def _check_listen(settings: Settings) -> None:
+def _address_problems(settings: Settings, *, serves: bool) -> Iterator[str]:
+    """What is wrong with where it listens, and who is asked what there."""
+    for problems in (
+        _listen_problems(settings) if serves else (),
+        _http_problems(settings, listens=serves),
+        _console_problems(settings) if serves and settings.http.console else (),
+        _metrics_problems(settings),
+    ):
+        try:
+            yield from problems
+        except ConfigurationError as error:
+            # An address that is none.
+            yield str(error)
+
+
+def _listen_problems(settings: Settings) -> Iterator[str]:
     host, _ = host_and_port("listen", settings.listen)
     tls, identity = settings.tls, settings.identity
     if identity.required and settings.allow_unauthenticated:
-        raise ConfigurationError(
+        yield (
             "allow_unauthenticated: contradicts the settings of identity, by which nobody "
             "is let in unauthenticated; remove one of them"
         )
     if not (identity.required or settings.allow_unauthenticated or is_loopback(host)):
-        raise ConfigurationError(
+        yield (
             f"listen: {host} is reachable from elsewhere and nobody has to identify "
             "themselves; listen on 127.0.0.1, set up identity, or set "
             "allow_unauthenticated"
         )
     encrypted = tls.cert_file is not None or tls.allow_plaintext
     if identity.required and not (encrypted or is_loopback(host)):
-        raise ConfigurationError(
+        yield (
             f"listen: {host} is reachable from elsewhere and credentials could be read on "
             "the way; set tls.cert_file and tls.key_file, or, if something in front "
             "encrypts, tls.allow_plaintext"
         )
     if identity.mtls and tls.client_ca_file is None:
-        raise ConfigurationError(
+        yield (
             "identity.mtls: nobody is asked for a certificate; set tls.client_ca_file, "
             "and tls.require_client_cert or tls.client_cert_listen"
         )
     if tls.client_cert_listen:
         host, _ = host_and_port("tls.client_cert_listen", tls.client_cert_listen)
         if not (identity.required or settings.allow_unauthenticated or is_loopback(host)):
-            raise ConfigurationError(
+            yield (
                 f"tls.client_cert_listen: {host} is reachable from elsewhere and nobody "
                 "has to identify themselves; set up identity.mtls"
             )
-    if settings.http.listen:
-        # Whoever may download shows a signed URL, so it may listen anywhere.
-        host, _ = host_and_port("http.listen", settings.http.listen)
-        if host in {"0.0.0.0", "::", "*"} and not settings.http.public_url:  # noqa: S104 - refused
-            raise ConfigurationError(
-                f"http.public_url: is needed with http.listen = {settings.http.listen!r}, "
-                "an address that nobody can be sent to; give https://HOST of this server"
-            )
+
+
+def _http_problems(settings: Settings, *, listens: bool) -> Iterator[str]:
+    """Download URLs are credentials, and what they lead to is as secret as all else: held
+    to the same rules as `listen`."""
+    http, tls = settings.http, settings.tls
+    public = urlsplit(http.public_url)
+    clear = public.scheme == "http" and not is_loopback(public.hostname or "")
+    if clear and not tls.allow_plaintext:
+        yield (
+            "http.public_url: download URLs and data could be read on the way; give "
+            "https://HOST of what encrypts in front of http.listen, or set "
+            "tls.allow_plaintext"
+        )
+    if not (listens and http.listen):
+        return
+    host, _ = host_and_port("http.listen", http.listen)
+    if is_loopback(host):
+        return
+    if not (settings.identity.required or settings.allow_unauthenticated):
+        yield (
+            f"http.listen: {host} is reachable from elsewhere and nobody has to identify "
+            "themselves; listen on 127.0.0.1, set up identity, or set "
+            "allow_unauthenticated"
+        )
+    if host in {"0.0.0.0", "::", "*"} and not http.public_url:  # noqa: S104 - refused
+        yield (
+            f"http.public_url: is needed with http.listen = {http.listen!r}, "
+            "an address that nobody can be sent to; give https://HOST of this server"
+        )
+    if public.scheme != "https" and not tls.allow_plaintext:
+        yield (
+            f"http.listen: {host} is reachable from elsewhere and download URLs and data "
+            "could be read on the way; listen on 127.0.0.1, give https://HOST of what "
+            "encrypts in front of it as http.public_url, or set tls.allow_plaintext"
+        )
+
+
+def _console_problems(settings: Settings) -> Iterator[str]:
+    """Whoever reaches the console must be known as over gRPC, and what they sign in with
+    must not be read on the way."""
+    http, identity = settings.http, settings.identity
+    if not http.listen:
+        yield "http.console: needs a port; set http.listen"
+        return
+    base = urlsplit(http.public_url or f"http://{http.listen}")
+    local = is_loopback(base.hostname or "")
+    if not (identity.required or settings.allow_unauthenticated or local):
+        yield (
+            f"http.console: {base.hostname} is reachable from elsewhere and nobody has to "
+            "identify themselves; set up identity, or set allow_unauthenticated"
+        )
+    if identity.required and not (identity.api_keys or identity.jwt.issuer):
+        yield (
+            "http.console: browsers sign in with an API key or a token; set "
+            "identity.api_keys or identity.jwt"
+        )
+    if identity.required and base.scheme != "https" and not local:
+        yield (
+            "http.console: browsers keep a sign-in only where it cannot be read on the "
+            "way; give https://HOST of what encrypts in front of http.listen as "
+            "http.public_url"
+        )
+
+
+def _metrics_problems(settings: Settings) -> Iterator[str]:
+    metrics = settings.metrics
+    if not metrics.listen:
+        return
+    host, _ = host_and_port("metrics.listen", metrics.listen)
+    if not (is_loopback(host) or metrics.allow_remote):
+        yield (
+            f"metrics.listen: {host} is reachable from elsewhere and the metrics ask "
+            "nobody who they are; listen on 127.0.0.1, or set metrics.allow_remote"
+        )
 
 
 def is_loopback(host: str) -> bool:

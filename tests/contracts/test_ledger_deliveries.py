@@ -17,6 +17,7 @@ from alembic.config import Config
 from exportd_server.errors import ErrorReason, ErrorRecord
 from exportd_server.jobs.ledger import schema
 from exportd_server.jobs.ledger.base import (
+    ClaimLimits,
     DeliveryQuery,
     EndpointDisabled,
     Kept,
@@ -474,11 +475,71 @@ async def test_a_full_queue_that_blocks_has_no_room(on: Deliveries) -> None:
 
 async def test_another_jobs_deliveries_fill_a_queue_too(on: Deliveries) -> None:
     on.allow("q", depth=1)
-    await on.running(sink(), tenant="other", parts=1)
+    await on.running(sink(), parts=1)
     _, lease = await on.running(sink("x", "free"), sink())
     assert not await on.ledger.has_room(lease)
     assert await on.deliver_all() == 1
     assert await on.ledger.has_room(lease)
+
+
+@pytest.mark.parametrize("on_full", list(OnFull))
+async def test_a_queue_that_is_full_of_one_tenants_has_room_for_anothers(
+    on: Deliveries, on_full: OnFull
+) -> None:
+    on.allow("q", depth=2, owner="", on_full=on_full)
+    _, theirs = await on.running(sink(), tenant="other", parts=2)
+    job, lease = await on.running(sink())
+    for sequence in range(2):
+        assert await on.ledger.has_room(lease)
+        assert not await on.ledger.add_part(lease, part(lease, sequence))
+    blocks = on_full is OnFull.BLOCK
+    for one in (theirs, lease):
+        assert await on.ledger.has_room(one) != blocks
+    held = [await on.lease() for _ in range(4)]
+    for one in (theirs, lease):
+        assert await on.ledger.has_room(one) != blocks, "what is under way stands in it"
+    mine = next(each for each in held if each.tenant == job.tenant)
+    await on.ledger.complete_delivery(mine, "ok")
+    assert await on.ledger.has_room(lease)
+    assert await on.ledger.has_room(theirs) != blocks
+
+
+async def test_a_full_queue_that_is_not_waited_for_any_more_drops(on: Deliveries) -> None:
+    on.allow("q", depth=1)
+    sinks = (sink(), sink("x", "free"))
+    job, lease = await on.running(*sinks, parts=1, shards=2)
+    assert not await on.ledger.has_room(lease)
+    assert list(await on.ledger.add_part(lease, part(lease, 1), drop=True)) == [0]
+    assert await on.states(job) == [PENDING, DROPPED]
+    assert await on.states(job, "x") == [PENDING, PENDING], "one with room has room"
+    other = await on.world.lease()
+    assert await on.ledger.has_room(other), "it cannot have all of the job any more"
+    assert list(await on.ledger.add_part(other, part(other, 0))) == [0]
+    await on.deliver_all()
+    assert list(await on.ledger.add_part(other, part(other, 1))) == [], "there is room"
+    assert await on.redrive(job_id=job.job_id) == 2
+    assert not await on.ledger.has_room(other), "it can again"
+
+
+async def test_a_claim_leaves_the_deliveries_of_some_tenants_to_others(
+    on: Deliveries,
+) -> None:
+    for tenant in ("acme", "other", "third"):
+        await on.succeeded(sink(queue=f"q-{tenant}"), tenant=tenant, parts=2)
+
+    async def claimed(*left: str) -> str | None:
+        lease = await on.ledger.claim(
+            "w", DELIVER, lease=LEASE, limits=ClaimLimits(None, frozenset(left))
+        )
+        return None if lease is None else lease.tenant
+
+    assert await claimed("acme", "other") == "third"
+    assert await claimed("acme", "other") == "third"
+    assert await claimed("acme", "other") is None, "those that are due are others'"
+    assert await claimed("acme", "third") == "other"
+    on.clock.advance(2 * LEASE.total_seconds())
+    assert await claimed("third", "other", "acme") is None, "nor what a lost lease left"
+    assert {await claimed() for _ in range(6)} == {"acme", "other", "third"}
 
 
 async def test_who_takes_the_whole_never_holds_up_an_export(on: Deliveries) -> None:

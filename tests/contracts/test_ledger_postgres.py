@@ -917,7 +917,7 @@ async def test_a_connection_that_drops_its_settings_is_refused(
 
     def pooled(address: Address) -> psycopg.Connection[Any]:
         kept = {k: v for k, v in address.parameters.items() if k != "options"}
-        return connect(Address(kept, address.shown))
+        return connect(replace(address, parameters=kept))
 
     monkeypatch.setattr(Address, "connect", pooled)
     for act in (migrate_postgres_ledger, lambda url: Address.parse(url).check()):

@@ -20,7 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from exportd.v1 import export_service_pb2 as pb
 from exportd.v1 import export_service_pb2_grpc, job_pb2
-from exportd_server import app
+from exportd_server import app, places
 from exportd_server.jobs.ledger.base import Ledger
 from exportd_server.jobs.ledger.sqlite import open_sqlite_ledger
 from exportd_server.platform.clock import SystemClock
@@ -54,7 +54,8 @@ async def shared_ledger(
         return shared.ledger
 
     monkeypatch.setattr(app, "_open_ledger", open_shared)
-    monkeypatch.setattr(app, "_is_embedded", lambda _: False)
+    for module in (app, places):
+        monkeypatch.setattr(module, "is_embedded", lambda _: False)
     yield shared.ledger
     await ledger.close()
 
@@ -119,7 +120,7 @@ def test_the_embedded_ledger_is_for_one_process_that_does_both(
     assert "EXPORTD_LEDGER__URL=postgresql://" in line
 
 
-SHARED = "from exportd_server import app; app._refuse_embedded = lambda *_: None; "
+SHARED = "from exportd_server import app; app.refuse_embedded = lambda *_: None; "
 """As if the ledger were a server's."""
 
 MAIN = "from exportd_server.cli import main; main()"

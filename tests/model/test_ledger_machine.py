@@ -332,26 +332,30 @@ class Model:
         else:
             self.make_due(completion)
 
-    def add_part(self, job: ModelJob, shard: int, sequence: int) -> list[int]:
+    def add_part(
+        self, job: ModelJob, shard: int, sequence: int, *, drop: bool = False
+    ) -> list[int]:
         without = []
         for index, name in enumerate(job.sinks):
             if SINKS[name].takes is Takes.WHOLE:
                 continue
             delivery = ModelDelivery(job, name, (shard, sequence))
+            lacking = bool(job.of(name, DROPPED))
             job.deliveries.append(delivery)
             drops = POLICIES[delivery.queue].on_full is OnFull.DROP
-            if drops and self.full(delivery.queue):
+            if (drops or drop or lacking) and self.full(delivery.queue, job.tenant):
                 delivery.state = DROPPED
                 without.append(index)
             else:
                 self.make_due(delivery)
         return without
 
-    def full(self, queue: str) -> bool:
+    def full(self, queue: str, tenant: str) -> bool:
         standing = [
             task
             for task in self.tasks
-            if task.queue == queue and (task.ready or task.state == "leased")
+            if (task.queue, task.tenant) == (queue, tenant)
+            and (task.ready or task.state == "leased")
         ]
         return len(standing) >= POLICIES[queue].depth
 
@@ -360,12 +364,14 @@ class Model:
             if task.state == "waiting" and task.run_at <= self.now:
                 task.ready = True
 
-    def choose_delivery(self) -> ModelTask | None:
+    def choose_delivery(self, left: str) -> ModelTask | None:
         leased = [task for task in self.tasks if task.queue and task.state == "leased"]
         busy = Counter(task.queue for task in leased)
         lanes = Counter((task.queue, task.tenant) for task in leased)
 
         def may(task: ModelTask) -> bool:
+            if task.tenant == left:
+                return False
             if task.state == "leased":
                 return task.expires <= self.now
             room = busy[task.queue] < POLICIES[task.queue].concurrency
@@ -508,11 +514,13 @@ class Model:
                 task.job.state = JobState.PENDING
         self.fail_exhausted(self.exhausted(dead))
 
-    def choose(self, kinds: set[TaskKind], limit: int | None) -> ModelTask | None:
+    def choose(
+        self, kinds: set[TaskKind], limit: int | None, left: str
+    ) -> ModelTask | None:
         self.promote()
         chosen = self.choose_other(kinds - DELIVER, limit)
         if chosen is None and TaskKind.DELIVER in kinds:
-            chosen = self.choose_delivery()
+            chosen = self.choose_delivery(left)
         return chosen
 
     def choose_other(self, kinds: set[TaskKind], limit: int | None) -> ModelTask | None:
@@ -783,9 +791,14 @@ class LedgerMachine(RuleBasedStateMachine):
 
     # --- workers
 
-    @rule(target=leases, kinds=KINDS, limit=st.sampled_from([None, None, 1, 2]))
-    def claim(self, kinds: set[TaskKind], limit: int | None) -> Any:
-        return self.claimed(kinds, limit)
+    @rule(
+        target=leases,
+        kinds=KINDS,
+        limit=st.sampled_from([None, None, 1, 2]),
+        left=st.sampled_from(["", "", "a", "b"]),
+    )
+    def claim(self, kinds: set[TaskKind], limit: int | None, left: str) -> Any:
+        return self.claimed(kinds, limit, left)
 
     @rule(target=leases, number=st.integers(1, 3))
     def claim_and_plan(self, number: int) -> Any:
@@ -809,15 +822,15 @@ class LedgerMachine(RuleBasedStateMachine):
             self.complete(got, manifest=False)
         return got
 
-    def claimed(self, kinds: set[TaskKind], limit: int | None) -> Any:
+    def claimed(self, kinds: set[TaskKind], limit: int | None, left: str = "") -> Any:
         self.model.expire()
-        expected = self.model.choose(kinds, limit)
+        expected = self.model.choose(kinds, limit, left)
         lease = self.run(
             self.ledger.claim(
                 "w",
                 kinds,
                 lease=timedelta(seconds=LEASE),
-                limits=ClaimLimits(limit),
+                limits=ClaimLimits(limit, frozenset({left} - {""})),
             )
         )
         if expected is None:
@@ -897,19 +910,20 @@ class LedgerMachine(RuleBasedStateMachine):
         assert (first.token, first.attempt) == (self.model.token, task.attempts)
         return first
 
-    @rule(lease=leases)
-    def add_part(self, lease: Lease) -> None:
+    @rule(lease=leases, drop=st.sampled_from([False, False, True]))
+    def add_part(self, lease: Lease, *, drop: bool = False) -> None:
         if lease.kind is not TaskKind.SHARD:
             return
         task = self.model.holds(lease)
         sequence = len(task.parts) if task else 0
-        adding = self.ledger.add_part(lease, part(lease, sequence))
+        adding = self.ledger.add_part(lease, part(lease, sequence), drop=drop)
         if done := self.attempt(lease, adding):
             task, without = done
             assert task.job is not None
             assert task.shard is not None
             task.parts.append(lease.token)
-            assert list(without) == self.model.add_part(task.job, task.shard, sequence)
+            expected = self.model.add_part(task.job, task.shard, sequence, drop=drop)
+            assert list(without) == expected
 
     @rule(lease=leases)
     def progress(self, lease: Lease) -> None:
@@ -1080,7 +1094,8 @@ class LedgerMachine(RuleBasedStateMachine):
         ):
             job = done[0].job
             assert job is not None
-            assert done[1] == (not ("parts" in job.sinks and self.model.full("b")))
+            waits = "parts" in job.sinks and not job.of("parts", DROPPED)
+            assert done[1] == (not (waits and self.model.full("b", job.tenant)))
 
     @rule(
         tenant=TENANTS,

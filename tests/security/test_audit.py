@@ -8,7 +8,8 @@ import io
 import json
 import logging
 import socket
-from collections.abc import AsyncIterator, Iterator, Mapping
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -31,7 +32,7 @@ from exportd.v1 import audit_pb2, dataset_pb2, job_pb2, sink_pb2
 from exportd.v1 import export_service_pb2 as pb
 from exportd_server.api.interceptors.audit import peer_address
 from exportd_server.cli import main
-from exportd_server.errors import DeliveryFailed
+from exportd_server.errors import DeliveryFailed, LedgerUnavailable
 from exportd_server.identity.base import Scope
 from exportd_server.jobs.audit import AuditMethod, AuditQuery, AuditRecord, Ending, Entry
 from exportd_server.jobs.audit_spool import NAME, AuditSpool
@@ -40,6 +41,7 @@ from exportd_server.jobs.ledger.postgres import (
     open_postgres_ledger,
 )
 from exportd_server.jobs.ledger.sqlite import open_sqlite_ledger
+from exportd_server.jobs.ledger.statements import redriving, submitting
 from exportd_server.platform.clock import SystemClock
 from exportd_server.platform.logging import configure_logging
 from exportd_server.sinks.registry import SinkTypes
@@ -48,7 +50,7 @@ from tests.support.gate import BATCH_ROWS, GateSource
 from tests.support.identity import api_key, bearer
 from tests.support.samples import catalogue_of
 from tests.support.scripted_sink import ScriptedSink
-from tests.support.server import Server, serve, settings
+from tests.support.server import Server, serve, settings, until
 
 OK = audit_pb2.AUDIT_OUTCOME_SUCCEEDED
 FAILED = audit_pb2.AUDIT_OUTCOME_FAILED
@@ -317,6 +319,212 @@ async def test_refused_calls_are_recorded_with_who_is_known(world: World) -> Non
         ("DeleteJob", "INVALID_ARGUMENT", "acme", one, "api_key", "", "", ""),
     ]
     assert len(audit_lines(world.log.getvalue())) == 7
+
+
+# --- callers that go away
+
+
+class HeldWriter:
+    """The ledger's writer, which stands still in a transaction, before it runs a
+    statement; that ends with `error` if there is one."""
+
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        statement: tuple[Any, str],
+        error: Exception | None = None,
+    ) -> None:
+        self.reached = threading.Event()
+        self.released = threading.Event()
+        module, name = statement
+        run = getattr(module, name)
+
+        def held(*arguments: Any, **named: Any) -> Any:
+            self.reached.set()
+            assert self.released.wait(20)
+            if error is not None:
+                raise error
+            return run(*arguments, **named)
+
+        monkeypatch.setattr(module, name, held)
+
+
+def calls_of(method: str) -> list[asyncio.Task[Any]]:
+    """The server's, of this process, that are under way."""
+    name = f"[/exportd.v1.ExportService/{method}]"
+    return [task for task in asyncio.all_tasks() if name in task.get_name()]
+
+
+async def gone(call: Any, method: str, writer: HeldWriter) -> None:
+    """Have the caller go away while the ledger writes, and the server know of it."""
+    await until(writer.reached.is_set, 20)
+    assert calls_of(method)
+    call.cancel()
+    await until(lambda: all(task.cancelling() for task in calls_of(method)), 20)
+
+
+async def dead_letter(world: World) -> Any:
+    """A delivery that has failed for good."""
+    world.sink.behaviour["dead"] = lambda _: DeliveryFailed("no", retryable=False)
+    job_id = await world.job(sinks=[to("dead")])
+    listing = pb.ListDeliveriesRequest(job_id=job_id)
+    found = await world.server.stub.ListDeliveries(listing, metadata=world.by("acme"))
+    return found.deliveries[0]
+
+
+async def running_job(world: World) -> str:
+    created = await world.server.stub.CreateExport(
+        rpc.request("held"), metadata=world.by("acme")
+    )
+    return str(created.job.job_id)
+
+
+async def creating(_: World) -> Message:
+    return rpc.request("wide")
+
+
+async def cancelling(world: World) -> Message:
+    return pb.CancelJobRequest(job_id=await running_job(world))
+
+
+async def deleting(world: World) -> Message:
+    return pb.DeleteJobRequest(job_id=await world.job())
+
+
+async def deleting_what_runs(world: World) -> Message:
+    return pb.DeleteJobRequest(job_id=await running_job(world))
+
+
+async def redriving_it(world: World) -> Message:
+    return pb.RedriveDeliveriesRequest(delivery_id=(await dead_letter(world)).delivery_id)
+
+
+async def enabling(world: World) -> Message:
+    return pb.EnableSinkQueueRequest(queue=(await dead_letter(world)).queue)
+
+
+UNAVAILABLE = ("UNAVAILABLE", "LEDGER_UNAVAILABLE")
+
+
+@pytest.mark.parametrize(
+    ("method", "statement", "prepare", "error", "ending", "line"),
+    [
+        (
+            *("CreateExport", (submitting, "create_job"), creating, None),
+            *(("OK", ""), "job created"),
+        ),
+        (
+            *("CancelJob", (submitting, "cancel_job"), cancelling, None),
+            *(("OK", ""), "job cancelled"),
+        ),
+        (
+            *("DeleteJob", (submitting, "delete_job"), deleting, None),
+            *(("OK", ""), "job deleted"),
+        ),
+        (
+            *("RedriveDeliveries", (redriving, "redrive"), redriving_it, None),
+            *(("OK", ""), "deliveries redriven"),
+        ),
+        (
+            *("EnableSinkQueue", (redriving, "enable_queue"), enabling, None),
+            *(("OK", ""), ""),
+        ),
+        (
+            *("DeleteJob", (submitting, "delete_job"), deleting_what_runs, None),
+            *(("FAILED_PRECONDITION", "JOB_NOT_FINISHED"), ""),
+        ),
+        (
+            *("CreateExport", (submitting, "create_job"), creating, LedgerUnavailable()),
+            *(UNAVAILABLE, ""),
+        ),
+        (
+            *("DeleteJob", (submitting, "delete_job"), deleting, LedgerUnavailable()),
+            *(UNAVAILABLE, ""),
+        ),
+    ],
+)
+async def test_a_change_whose_caller_went_away_is_recorded_as_what_it_came_to(
+    world: World,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    statement: tuple[Any, str],
+    prepare: Callable[[World], Any],
+    error: Exception | None,
+    ending: tuple[str, str],
+    line: str,
+) -> None:
+    request = await prepare(world)
+    before = len(audit_lines(world.log.getvalue()))
+    writer = HeldWriter(monkeypatch, statement, error)
+    call = getattr(world.server.stub, method)(request, metadata=world.by("acme"))
+    await gone(call, method, writer)
+    assert len(audit_lines(world.log.getvalue())) == before, "nothing has ended yet"
+    writer.released.set()
+    record = (await world.records(before + 1))[-1]
+    assert (record.method, record.code, record.reason) == (method, *ending)
+    assert record.outcome == (OK if ending[0] == "OK" else FAILED)
+    lines = [json.loads(text)["event"] for text in world.log.getvalue().splitlines()]
+    assert (line in lines) == bool(line), "what belongs to the change was done"
+    # The ledger is of the record's opinion.
+    if method in AFTER:
+        done = await state_of(world, record.job_id) == AFTER[method]
+        assert done == (ending[0] == "OK")
+
+
+AFTER = {"CancelJob": "JOB_STATE_CANCELLED", "DeleteJob": "JOB_NOT_FOUND"}
+
+
+async def state_of(world: World, job_id: str) -> str:
+    get = pb.GetJobRequest(job_id=job_id)
+    try:
+        found = await world.server.stub.GetJob(get, metadata=world.by("acme"))
+    except grpc.aio.AioRpcError as error:
+        return rpc.Refusal(error).reason
+    return job_pb2.JobState.Name(found.job.state)
+
+
+async def test_a_change_that_a_quota_refused_is_recorded_so_for_a_caller_that_went_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with audited(tmp_path, limits={"max_active_jobs": 1}) as world:
+        await running_job(world)
+        writer = HeldWriter(monkeypatch, (submitting, "create_job"))
+        create = rpc.request("wide")
+        call = world.server.stub.CreateExport(create, metadata=world.by("acme"))
+        await gone(call, "CreateExport", writer)
+        writer.released.set()
+        [_, record] = await world.records(2)
+        assert (record.outcome, record.reason) == (FAILED, "QUOTA_EXCEEDED")
+        assert record.job_id == ""
+
+
+async def test_a_change_under_way_when_the_server_stops_is_recorded_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with audited(tmp_path) as world:
+        job_id = await world.job()
+        writer = HeldWriter(monkeypatch, (submitting, "delete_job"))
+        call = world.server.stub.DeleteJob(
+            pb.DeleteJobRequest(job_id=job_id), metadata=world.by("acme")
+        )
+        await until(writer.reached.is_set, 20)
+        (task,) = calls_of("DeleteJob")
+
+        async def let_go() -> None:
+            # Once the time that calls have for their end is over.
+            await until(lambda: task.cancelling() or task.done(), 20)
+            writer.released.set()
+
+        letting_go = asyncio.create_task(let_go())
+    await letting_go
+    call.cancel()
+    ledger = await open_sqlite_ledger(tmp_path / "data/ledger.db", SystemClock())
+    try:
+        newest = (await ledger.list_audit(AuditQuery(), limit=10))[0]
+        assert (newest.method, newest.code) == ("DeleteJob", "OK")
+        assert await ledger.get_job("acme", job_id) is None
+    finally:
+        await ledger.close()
 
 
 async def test_a_download_that_is_broken_off_says_how_far_it_came(world: World) -> None:

@@ -23,6 +23,8 @@ from urllib.parse import quote
 import grpc
 import psycopg
 import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from google.protobuf import struct_pb2
 from grpc_status import rpc_status
 
@@ -147,27 +149,31 @@ def _prepare(
     hook = canaries.word("webhook header of the operator")
     sinks = folder / "sinks.toml"
     sinks.write_text(
-        f'[connections.files]\ntype = "local_file"\nroot = "{folder}/delivered"\n'
-        f'[connections.hook]\ntype = "webhook"\nurl = "{receiver.url}"\n'
+        '[connections.files]\ntenants = "*"\nshared = true\ntype = "local_file"\n'
+        f'root = "{folder}/delivered"\n'
+        '[connections.hook]\ntenants = "*"\nshared = true\ntype = "webhook"\n'
+        f'url = "{receiver.url}"\n'
         f'signing_keys = ["{canaries.signing_key("signing key of the operator")}"]\n'
         f'headers = {{x-token = "{hook}"}}\n'
         'allow_http = true\nallow_private = ["127.0.0.0/8"]\nmax_attempts = 2\n'
-        '[connections.open]\ntype = "webhook"\nallow_http = true\n'
+        '[connections.open]\ntenants = "*"\nshared = true\ntype = "webhook"\n'
+        "allow_http = true\n"
         'allow_private = ["127.0.0.0/8"]\nmax_attempts = 2\nretry_base_seconds = 0.1\n'
         # One of the receivers speaks no TLS, and does not say so.
         "connect_timeout = 0.5\n"
-        '[connections.table]\ntype = "database"\n'
+        '[connections.table]\ntenants = "*"\nshared = true\ntype = "database"\n'
         f'url = "{_url(target, f"{at}/{database}")}"\n'
-        '[connections.nowhere]\ntype = "database"\nmax_attempts = 1\n'
+        '[connections.nowhere]\ntenants = "*"\nshared = true\ntype = "database"\n'
+        "max_attempts = 1\n"
         f'url = "{_url(canaries.text("password of one away"), "127.0.0.1:1/x")}"\n'
-        '[connections.odd]\ntype = "database"\nmax_attempts = 1\n'
-        f'url = "{_url(canaries.text("password of an odd one"), "127.0.0.1:port/x")}"\n'
-        '[connections.bucket]\ntype = "object_storage"\nbucket = "lake"\nmax_attempts = 1\n'
+        '[connections.bucket]\ntenants = "*"\nshared = true\ntype = "object_storage"\n'
+        'bucket = "lake"\nmax_attempts = 1\n'
         f'endpoint_url = "http://u:{canaries.word("S3 user of a sink")}@127.0.0.1:1"\n'
         "path_style = true\n"
         'access_key_id = "somebody"\n'
         f"secret_access_key = '{canaries.text('S3 key of a sink')}'\n"
-        '[connections.vault]\ntype = "vault"\nmax_attempts = 1\n'
+        '[connections.vault]\ntenants = "*"\nshared = true\ntype = "vault"\n'
+        "max_attempts = 1\n"
         'password = "${VAULT_PASSWORD}"\n'
     )
     environment = {
@@ -244,7 +250,6 @@ def _requests(scene: Scene) -> Iterator[job_pb2.CreateExportRequest]:
         database=sink_pb2.DatabaseSink(connection="table", table="t", create_table=True)
     )
     yield ask(database=sink_pb2.DatabaseSink(connection="nowhere", table="t"))
-    yield ask(database=sink_pb2.DatabaseSink(connection="odd", table="t"))
     yield ask(object_storage=sink_pb2.ObjectStorageSink(connection="bucket"))
     yield webhook(1, url=f"{hook}/{secret_path}?key={secret_query}")
     yield webhook(2, url=f"http://127.0.0.1:1/{secret_path}")
@@ -406,16 +411,47 @@ async def receiver() -> AsyncIterator[Receiver]:
         yield listening
 
 
+def _private_key(canaries: Canaries, folder: Path) -> tuple[dict[str, str], bytes]:
+    """Settings of a server with TLS, whose key is a secret, and who has signed it."""
+    authority = Authority(folder)
+    pair = authority.pair("localhost", dns=["localhost"])
+    key = serialization.load_pem_private_key(pair.key, None)
+    assert isinstance(key, ec.EllipticCurvePrivateKey)
+    number = key.private_numbers().private_value.to_bytes(32, "big")
+    canaries.secrets["private key (number)"] = number
+    for line in pair.key.decode().splitlines()[1:-1]:
+        canaries.add(f"private key ({line[:4]}...)", line)
+    settings = {
+        "EXPORTD_TLS__CERT_FILE": str(pair.cert_file),
+        "EXPORTD_TLS__KEY_FILE": str(pair.key_file),
+    }
+    return settings, authority.cert
+
+
+@pytest.mark.parametrize("encrypted", [False, True], ids=["plain", "TLS"])
 async def test_an_embedded_server_lets_no_secret_out(
-    tmp_path: Path, postgres: PostgresServer, plugin: Path, receiver: Receiver
+    tmp_path: Path,
+    postgres: PostgresServer,
+    plugin: Path,
+    receiver: Receiver,
+    encrypted: bool,
 ) -> None:
     scene = _prepare(tmp_path / "scene", postgres, plugin, receiver)
     data = tmp_path / "data"
     metrics = f"127.0.0.1:{free_port()}"
     env = {**scene.environment, "EXPORTD_METRICS__LISTEN": metrics}
+    root = b""
+    if encrypted:
+        tls, root = _private_key(scene.canaries, tmp_path / "tls")
+        env |= tls
     scene.keys.append(_make_key(scene, "API key", env, "--data-dir", str(data)))
     with server_process(data, env=env) as server:
-        async with grpc.aio.insecure_channel(server.address) as channel:
+        address = f"localhost:{server.port}"
+        async with (
+            grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(root))
+            if encrypted
+            else grpc.aio.insecure_channel(address)
+        ) as channel:
             stub = export_service_pb2_grpc.ExportServiceStub(channel)
             jobs = await _provoke(scene, stub)
             await _strangers(scene, stub)
@@ -494,7 +530,8 @@ def _end(scene: Scene, members: dict[str, Member]) -> None:
 
 Load = Callable[[Path], object]
 S = "@S@"
-"""Stands for the secret; `@U@` for it, encoded for a URL."""
+"""Stands for the secret; `@U@` for it, encoded for a URL, and `@W@` for one of letters and
+digits alone, which parsers take for a host, a port or a path."""
 
 BAD_CATALOGUES = {
     "refused": "[connections.c]\nurl = 'postgresql://u:@U@@127.0.0.1:1/d'\n",
@@ -504,6 +541,12 @@ BAD_CATALOGUES = {
     "bad scheme": "[connections.c]\nurl = 'mysql://u:@U@@127.0.0.1/d'\n",
     "no scheme": "[connections.c]\nurl = 'u:@S@@127.0.0.1/d'\n",
     "bare password": "[connections.c]\nurl = 'postgresql://u:@S@@127.0.0.1:1/d'\n",
+    "@ in a password": "[connections.c]\nurl = 'postgresql://u:ab@@W@@127.0.0.1/d'\n",
+    "@ and : in a password": "[connections.c]\nurl = 'postgresql://u:ab@cd:@W@@h/d'\n",
+    "/ in a password": "[connections.c]\nurl = 'postgresql://u:12/@W@@127.0.0.1/d'\n",
+    "? in a password": "[connections.c]\nurl = 'postgresql://u:12?@W@@127.0.0.1/d'\n",
+    "# in a password": "[connections.c]\nurl = 'postgresql://u:12#@W@@127.0.0.1/d'\n",
+    "password for a port": "[connections.c]\nurl = 'postgresql://u:@W@/d'\n",
     "bracket": "[connections.c]\nurl = 'postgresql://u:@U@@[::1/d'\n",
     "option": "[connections.c]\nurl = 'postgresql://127.0.0.1:1/d?password=@U@'\n",
     "bad option": "[connections.c]\nurl = 'postgresql://127.0.0.1:1/d?passwort=@U@'\n",
@@ -518,6 +561,10 @@ BAD_SINKS = {
     "bad scheme": "type = 'database'\nurl = 'mysql://u:@U@@h/d'\n",
     "list": "type = 'database'\nurl = ['postgresql://u:@U@@h/d']\n",
     "with more": "type = 'database'\nurl = 'sqlite:///@U@'\nschemas = ['a']\n",
+    "bad port": "type = 'database'\nurl = 'postgresql://u:@U@@127.0.0.1:port/d'\n",
+    "bare password": "type = 'database'\nurl = 'postgresql://u:@S@@127.0.0.1/d'\n",
+    "@ in a password": "type = 'database'\nurl = 'postgresql://u:ab@@W@@h/d'\n",
+    "@ and : in a password": "type = 'database'\nurl = 'postgresql://u:ab@cd:@W@@h/d'\n",
     "unknown key": "type = 'database'\nurl = 'postgresql://u:@U@@h/d'\npasswd = '@S@'\n",
     "half a pair": "type = 'object_storage'\nbucket = 'b'\nsecret_access_key = '@S@'\n",
     "S3 list": "type = 'object_storage'\nbucket = 'b'\nsecret_access_key = ['@S@']\n",
@@ -531,6 +578,7 @@ BAD_SINKS = {
     "URL with user": "type = 'webhook'\nurl = 'https://u:@U@@h/'\n",
     "URL of path": "type = 'webhook'\nurl = 'https://h/@U@/../x'\n",
 }
+JWT = "[identity.jwt]\nissuer = 'i'\naudience = 'a'\n"
 BAD_SETTINGS = {
     "ledger list": "ledger = {url = ['postgresql://u:@U@@h/d']}\n",
     "ledger key": "[ledger]\nurl = 'postgresql://u:@U@@h/d'\npassword = '@S@'\n",
@@ -541,7 +589,10 @@ BAD_SETTINGS = {
     "no JSON": "[http]\nsigning_keys = '[@S@'\n",
     "short secret": "[delivery]\nsecret_keys = '@S@ x'\n",
     "public URL": "[http]\npublic_url = 'https://u:@U@@h/'\n",
-    "key set": "[identity.jwt]\nissuer = 'i'\naudience = 'a'\njwks_url = 'ftp://u:@U@@h/'\n",
+    "key set": f"{JWT}jwks_url = 'ftp://u:@U@@h/'\n",
+    "@ in that of a key set": f"{JWT}jwks_url = 'https://u:ab@cd:@W@@h/'\n",
+    "/ in that of a key set": f"{JWT}jwks_url = 'https://u:12/@W@@h/'\n",
+    "odd letter in it": f"{JWT}jwks_url = 'https://u:℀@W@@h/'\n",
 }
 BAD_VARIABLES = {
     "EXPORTD_LEDGER": '{"url": "@S@"}',
@@ -578,6 +629,7 @@ def test_a_file_that_is_refused_does_not_tell_its_secret(
     if file == "sinks.toml":
         text = "[connections.c]\n" + text
     path = tmp_path / file
+    text = text.replace("@W@", canaries.word("word"))
     path.write_text(text.replace("@U@", quote(secret, safe="")).replace(S, secret))
     with pytest.raises(ConfigurationError) as refused:
         LOADERS[file](path)
@@ -597,6 +649,39 @@ def test_a_variable_that_is_refused_does_not_tell_its_secret(
         load_settings(None, {})
     evidence.add("message", str(refused.value))
     assert not canaries.found_in(evidence)
+
+
+UNENCODED = {"at": "ab@@W@", "at and colon": "ab@cd:@W@", "slash": "12/@W@"}
+"""Passwords that make another URL of the text that they stand in."""
+
+
+def _unencoded(folder: Path, canaries: Canaries) -> Iterator[tuple[str, dict[str, str]]]:
+    """Environments with such passwords in each place that takes one."""
+    for name, password in UNENCODED.items():
+
+        def url(
+            place: str, scheme: str = "postgresql", name: str = name, text: str = password
+        ) -> str:
+            secret = text.replace("@W@", canaries.word(f"{place}, {name}"))
+            return f"{scheme}://u:{secret}@127.0.0.1:1/d"
+
+        catalogue, sinks = folder / f"{name} 1.toml", folder / f"{name} 2.toml"
+        catalogue.write_text(
+            f"[connections.c]\nurl = '{url('catalogue')}'\n"
+            "[datasets.d]\nconnection = 'c'\ntable = 't'\n"
+        )
+        sinks.write_text(f"[connections.c]\ntype = 'database'\nurl = '{url('sink')}'\n")
+        yield f"ledger with {name}", {"EXPORTD_LEDGER__URL": url("ledger")}
+        yield f"catalogue with {name}", {"EXPORTD_CATALOGUE": str(catalogue)}
+        yield f"sinks with {name}", {"EXPORTD_SINKS": str(sinks)}
+        yield (
+            f"key set with {name}",
+            {
+                "EXPORTD_IDENTITY__JWT__ISSUER": "i",
+                "EXPORTD_IDENTITY__JWT__AUDIENCE": "a",
+                "EXPORTD_IDENTITY__JWT__JWKS_URL": url("key set", "https"),
+            },
+        )
 
 
 def _starts(tmp_path: Path, canaries: Canaries) -> dict[str, dict[str, str]]:
@@ -643,7 +728,8 @@ def test_a_server_that_cannot_start_does_not_tell_why_by_its_secrets(
     tmp_path: Path, sample_catalogue: Path
 ) -> None:
     canaries, evidence = Canaries(), Evidence()
-    starts = _starts(tmp_path, canaries)
+    unencoded = dict(_unencoded(tmp_path, canaries))
+    starts = {**_starts(tmp_path, canaries), **unencoded}
 
     def start(name: str) -> subprocess.CompletedProcess[str]:
         folder = tmp_path / name.replace(" ", "-")
@@ -651,13 +737,17 @@ def test_a_server_that_cannot_start_does_not_tell_why_by_its_secrets(
             [
                 *(sys.executable, "-m", "exportd_server.cli", "serve"),
                 *("--listen", "127.0.0.1:0", "--log-level", "debug"),
-                *("--data-dir", str(folder), "--catalogue", str(sample_catalogue)),
+                *("--data-dir", str(folder)),
             ],
             check=False,
             capture_output=True,
             text=True,
             cwd=ROOT,
-            env={**os.environ, **starts[name]},
+            env={
+                **os.environ,
+                "EXPORTD_CATALOGUE": str(sample_catalogue),
+                **starts[name],
+            },
             timeout=60,
         )
 
@@ -666,6 +756,7 @@ def test_a_server_that_cannot_start_does_not_tell_why_by_its_secrets(
     for name, done in ended.items():
         evidence.add(name, done.stdout + done.stderr)
         assert "Traceback" not in done.stderr, name
+        assert name not in unencoded or "percent-encode" in done.stderr, done.stderr
     assert {name: done.returncode for name, done in ended.items()} == dict.fromkeys(
         starts, 2
     )

@@ -4,43 +4,37 @@ a parser is given, it refuses as it declares. `make fuzz` does more of the same.
 from __future__ import annotations
 
 import json
+import random
+from collections.abc import Callable
 from pathlib import Path
 
 import grpc
 import pytest
 from google.rpc import error_details_pb2, status_pb2
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exportd.v1 import export_service_pb2 as pb
 from exportd_server.sinks.base import ExportColumn
 from exportd_server.sinks.manifest import manifest_json
+from tests.security import stalled
 from tests.security.fuzz import (
     METHODS,
+    MOST_SAMPLES,
     Known,
     Maker,
     Outcome,
+    Report,
     fuzz,
     judge,
     judge_http,
     judge_log,
 )
-from tests.security.parsers import PARSERS
+from tests.security.parsers import PARSERS, Parser, try_inputs
+from tests.security.stalled import Figures
 from tests.support.sinks import an_export, deliver_whole
 
 REQUESTS = 2500
-_TAILS = (
-    b"[",
-    b'"',
-    b"9" * 30,
-    b"\0",
-    b"e9",
-    b"-",
-    b".",
-    b"%",
-    b"\xd9\xa1",
-    b"\xed\xa0\x80",
-)
 
 
 async def test_a_server_answers_whatever_it_is_sent(tmp_path: Path) -> None:
@@ -126,6 +120,73 @@ def test_a_request_is_the_same_for_the_same_seed() -> None:
     assert requests(1) == requests(1) != requests(2)
 
 
+def _memory(of: Callable[[int], float], requests: int = 100_000) -> Report:
+    """A run whose server had so many MiB after a number of requests, with noise."""
+    chance = random.Random(1)
+    samples = [requests * n // MOST_SAMPLES for n in range(MOST_SAMPLES + 1)]
+    return Report(memory=[(n, of(n) + chance.uniform(-12, 12)) for n in samples])
+
+
+@pytest.mark.parametrize(
+    "of",
+    [
+        lambda n: 300,
+        # Warming up, with a burst of exports in the end.
+        lambda n: 250 + 120 * min(1, n / 15_000) + (90 if n > 95_000 else 0),
+        lambda n: 300 + n / 10_000,
+    ],
+    ids=["even", "warming up", "a little"],
+)
+def test_memory_that_stays_is_no_leak(of: Callable[[int], float]) -> None:
+    report = _memory(of)
+    assert not report.leaks(), report.growth
+
+
+@pytest.mark.parametrize("kilobytes", [1, 2, 10])
+def test_memory_that_grows_with_the_requests_is_a_leak(kilobytes: int) -> None:
+    report = _memory(lambda n: 300 + kilobytes * n / 1024)
+    (wrong,) = report.leaks()
+    assert "memory grew" in wrong
+    assert abs(report.growth - kilobytes * 10_000 / 1024) < 2
+
+
+def test_memory_that_was_not_seen_to_the_end_is_told() -> None:
+    (wrong,) = Report(memory=[(0, 300.0), (500, 300.0)]).leaks()
+    assert "samples" in wrong
+
+
+def _figures(memory: float = 340, idle: float = 6, meanwhile: float = 6) -> Figures:
+    return Figures(200, 200, 280, memory, 0.3, 1, idle, 1, meanwhile, 20)
+
+
+@pytest.mark.parametrize(
+    ("figures", "problem"),
+    [
+        (_figures(), ""),
+        (_figures(memory=501), "501 MiB"),
+        (_figures(meanwhile=101), "101 ms"),
+        # A machine that is busy with other work.
+        (_figures(idle=40, meanwhile=159), ""),
+        (_figures(idle=40, meanwhile=161), "161 ms"),
+    ],
+)
+def test_stalled_readers_are_judged(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    figures: Figures,
+    problem: str,
+) -> None:
+    async def measured(*asked: object) -> Figures:
+        return figures
+
+    monkeypatch.setattr(stalled, "measure", measured)
+    assert stalled.main([]) == (1 if problem else 0)
+    told = capsys.readouterr().out
+    assert problem in told
+    assert ("WRONG" in told) == bool(problem)
+    assert ("machine is busy" in told) == (figures.idle_p99 > 25)
+
+
 @pytest.mark.parametrize("name", PARSERS)
 def test_a_parser_takes_what_is_right(name: str) -> None:
     assert PARSERS[name](PARSERS[name].seeds[0])
@@ -134,28 +195,17 @@ def test_a_parser_takes_what_is_right(name: str) -> None:
 @pytest.mark.parametrize("name", PARSERS)
 def test_a_parser_refuses_only_as_it_declares(name: str) -> None:
     parser = PARSERS[name]
-    text = st.text(max_size=60).map(lambda drawn: drawn.encode("utf-8", "surrogatepass"))
+    try_inputs(parser, 15 if parser.slow else 60, seed=1)
 
-    @st.composite
-    def spoilt(draw: st.DrawFn) -> bytes:
-        data = bytearray(draw(st.sampled_from(parser.seeds)))
-        for _ in range(draw(st.integers(1, 4))):
-            at = draw(st.integers(0, len(data)))
-            put = draw(st.one_of(st.sampled_from(_TAILS), text, st.binary(max_size=6)))
-            data[at : at + draw(st.integers(0, 5))] = put
-        return bytes(data)
 
-    @settings(
-        max_examples=15 if parser.slow else 60,
-        suppress_health_check=list(HealthCheck),
-        derandomize=True,
-        database=None,
-    )
-    @given(st.one_of(spoilt(), text, st.binary(max_size=60)))
-    def check(data: bytes) -> None:
-        parser(data)
+def test_what_a_parser_does_not_declare_is_found() -> None:
+    def parse(data: bytes) -> None:
+        if b"%" in data:
+            raise KeyError(data)
 
-    check()
+    with pytest.raises(KeyError):
+        try_inputs(Parser(parse, (ValueError,), (b"a",)), 200, seed=1)
+    try_inputs(Parser(parse, (KeyError,), (b"a",)), 200, seed=1)
 
 
 @settings(derandomize=True, database=None)

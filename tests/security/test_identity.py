@@ -50,7 +50,7 @@ from exportd_server.identity.keys import KeyRing, new_key
 from exportd_server.identity.tokens import TokenOptions, TokenVerifier
 from exportd_server.jobs.ledger.postgres import migrate_postgres_ledger
 from exportd_server.platform.clock import SystemClock
-from exportd_server.settings import load_settings
+from exportd_server.settings import JwtSettings, load_settings
 from tests.support import rpc
 from tests.support.gate import GateSource
 from tests.support.identity import AUDIENCE, ISSUER, Issuer, api_key, bearer
@@ -437,20 +437,21 @@ async def test_only_scopes_that_are_known_count(
 
 @pytest.mark.parametrize("claim", ["exp", "nbf", "iss", "aud", "sub", "tenant"])
 async def test_a_token_without_a_claim_that_it_must_have_is_refused(
-    tokens: Tokens, claim: str
+    tmp_path: Path, claim: str
 ) -> None:
-    told = await tokens.refused(tokens.issuer.token("ES256", without=[claim]))
-    assert claim in told or claim == "aud"
+    async with tokens_of(tmp_path, require_nbf=True) as tokens:
+        told = await tokens.refused(tokens.issuer.token("ES256", without=[claim]))
+        assert claim in told or claim == "aud"
 
 
-async def test_nbf_may_be_left_out_where_the_operator_says_so_and_counts_all_the_same(
-    tmp_path: Path,
+async def test_nbf_may_be_left_out_unless_the_operator_says_so_and_counts_all_the_same(
+    tokens: Tokens,
 ) -> None:
-    async with tokens_of(tmp_path, require_nbf=False) as tokens:
-        token = tokens.issuer.token("ES256", without=["nbf"])
-        assert (await tokens.verifier.authenticate(token)).tenant == "acme"
-        early = tokens.issuer.token("ES256", nbf=int(time.time()) + 60)
-        assert "not valid yet" in await tokens.refused(early)
+    assert options().require_nbf is JwtSettings().require_nbf is False
+    token = tokens.issuer.token("ES256", without=["nbf"])
+    assert (await tokens.verifier.authenticate(token)).tenant == "acme"
+    early = tokens.issuer.token("ES256", nbf=int(time.time()) + 60)
+    assert "not valid yet" in await tokens.refused(early)
 
 
 @pytest.mark.parametrize(
@@ -502,6 +503,21 @@ async def test_a_token_that_was_good_ends_at_its_moment_or_with_its_key(
     other = tokens.issuer.token("ES256", headers={"kid": "unknown"})
     assert await tokens.refused(other)
     assert await tokens.refused(token) == "the credentials are not valid"
+
+
+@pytest.mark.parametrize("exp", [10**400, float("inf"), float("nan"), [10**400], 1e400])
+async def test_a_token_that_ends_at_no_moment_there_is_is_refused(
+    tokens: Tokens, exp: object
+) -> None:
+    with pytest.raises(Unauthenticated) as refused:
+        await tokens.verifier.authenticate(tokens.issuer.token(exp=exp))
+    assert refused.value.cause.startswith("bad token: ")
+
+
+async def test_a_token_of_a_far_future_is_good_each_time(tokens: Tokens) -> None:
+    text = tokens.issuer.token(exp=10**300)
+    for _ in range(2):
+        assert (await tokens.verifier.authenticate(text)).tenant == "acme"
 
 
 async def test_only_so_many_good_tokens_are_remembered(
@@ -874,7 +890,7 @@ async def test_a_server_does_not_start_on_a_key_file_that_is_none(tmp_path: Path
 async def test_a_method_without_a_row_is_refused_for_everybody() -> None:
     for authenticator in (Authenticator(), Authenticator(tokens=Everybody())):
         interceptor = IdentityInterceptor(
-            frozenset({"exportd.v1.ExportService"}), authenticator, scopes={}
+            frozenset({"exportd.v1.ExportService"}), authenticator, None, scopes={}
         )
         async with calling(interceptor) as channel:
             for method in ("GetJob", "WatchJob"):
@@ -886,7 +902,7 @@ async def test_a_method_without_a_row_is_refused_for_everybody() -> None:
 
 
 async def test_a_service_that_nobody_guards_does_not_exist_for_callers() -> None:
-    interceptor = IdentityInterceptor(frozenset({"other"}), Authenticator(), SCOPES)
+    interceptor = IdentityInterceptor(frozenset({"other"}), Authenticator(), None, SCOPES)
     async with calling(interceptor) as channel:
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await invoke(channel, "/exportd.v1.ExportService/GetJob")

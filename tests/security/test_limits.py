@@ -19,6 +19,7 @@ from typing import Any
 import aiohttp
 import grpc
 import pytest
+from grpc_health.v1 import health as health_v1
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
@@ -27,6 +28,7 @@ from exportd.v1 import export_service_pb2 as pb
 from exportd_server.api.chunks import ChunkMemory
 from exportd_server.api.limits import RequestRates, Slots
 from exportd_server.errors import ExportTooLarge, QuotaExceeded, SourceFailed
+from exportd_server.identity.base import Scope
 from exportd_server.jobs.caps import TimeCap
 from exportd_server.jobs.strays import Strayable, Strays
 from tests.security.stalled import measure
@@ -190,6 +192,73 @@ async def test_the_rate_of_one_tenant_leaves_another_alone(
         check(await refusal(datasets(server, other)), "tenant:other/requests")
 
 
+async def test_calls_without_the_scope_count_and_leave_no_more_records_than_others(
+    tmp_path: Path, gate: GateSource
+) -> None:
+    reading, _ = await api_key(tmp_path, "acme", [Scope.READ])
+    operator, _ = await api_key(tmp_path, "operations", [Scope.ADMIN])
+    limits = {"requests_per_second": 0.05, "request_burst": 5}
+    async with serving(
+        tmp_path, gate, limits=limits, identity={"api_keys": True}
+    ) as server:
+        delete = pb.DeleteJobRequest(job_id="01890a5d-ac96-774b-bcce-b302099a8057")
+
+        async def refused() -> str:
+            call = server.stub.DeleteJob(delete, metadata=bearer(reading))
+            return (await refusal(call)).reason
+
+        said = [await refused() for _ in range(20)]
+        assert said == ["PERMISSION_DENIED"] * 5 + ["QUOTA_EXCEEDED"] * 15
+        # And what it may do is counted along.
+        check(await refusal(datasets(server, reading)), "tenant:acme/requests")
+        await datasets(server, operator)
+
+
+async def test_downloads_by_url_count_as_requests_of_the_urls_tenant(
+    tmp_path: Path, gate: GateSource
+) -> None:
+    acme, _ = await api_key(tmp_path, "acme")
+    other, _ = await api_key(tmp_path, "other")
+    gate.open_wide()
+    limits = {"requests_per_second": 0.05, "request_burst": 10}
+    async with serving(
+        tmp_path,
+        gate,
+        limits=limits,
+        identity={"api_keys": True},
+        http={"listen": "127.0.0.1:0"},
+    ) as server:
+        mine = await url_of(server, acme)
+        others = await url_of(server, other)
+        one_byte = {"Range": "bytes=0-0"}
+        async with aiohttp.ClientSession() as http:
+
+            async def fetch(url: str) -> aiohttp.ClientResponse:
+                async with http.get(url, headers=one_byte) as answer:
+                    await answer.read()
+                return answer
+
+            # A job, its watch and its URL took three.
+            statuses = [(await fetch(mine)).status for _ in range(20)]
+            assert statuses == [206] * 7 + [429] * 13
+            refused = await fetch(mine)
+            assert 1 <= int(refused.headers["Retry-After"]) <= 20
+            # The same bucket, whichever way; and another one for another tenant.
+            check(await refusal(datasets(server, acme)), "tenant:acme/requests")
+            assert (await fetch(others)).status == 206
+
+
+async def url_of(server: Server, key: str) -> str:
+    """The URL of a finished output of one part."""
+    stub, by = server.stub, bearer(key)
+    created = await stub.CreateExport(rpc.request("gated"), metadata=by)
+    job_id = created.job.job_id
+    async for _ in stub.WatchJob(pb.WatchJobRequest(job_id=job_id), metadata=by):
+        pass
+    urls = await stub.GetDownloadUrls(pb.GetDownloadUrlsRequest(job_id=job_id), metadata=by)
+    return str(urls.urls[0].url)
+
+
 # --- watches and downloads
 
 
@@ -214,6 +283,17 @@ async def begun(call: Any) -> Any:
     async with asyncio.timeout(ENOUGH):
         await anext(aiter(call))
     return call
+
+
+async def broken_off(call: Any) -> grpc.aio.AioRpcError:
+    """How a stream ends that the server ends."""
+    try:
+        async with asyncio.timeout(ENOUGH):
+            async for _ in call:
+                pass
+    except grpc.aio.AioRpcError as error:
+        return error
+    raise AssertionError("the stream ended well")
 
 
 async def gone(server: Server, call: Any) -> None:
@@ -698,6 +778,55 @@ async def test_callers_without_credentials_cannot_take_the_places_of_others(
         refused = await refusal(health.Watch(health_pb2.HealthCheckRequest()))
         check(refused, "server/open_calls")
         await datasets(server)
+
+
+async def test_a_call_that_needs_no_credentials_does_not_last_for_ever(
+    tmp_path: Path, gate: GateSource
+) -> None:
+    limits = {"max_calls": 20, "max_open_seconds": 2}
+    async with serving(tmp_path, gate, limits=limits) as server:
+        health = health_pb2_grpc.HealthStub(server.channel)
+        reflection = reflection_pb2_grpc.ServerReflectionStub(server.channel)
+        silent = asyncio.Event()
+
+        async def nothing() -> AsyncIterator[reflection_pb2.ServerReflectionRequest]:
+            await silent.wait()
+            yield reflection_pb2.ServerReflectionRequest()
+
+        async with connected(server.running.port) as connection:
+            await connection.begin_call(1, f"/{health_v1.SERVICE_NAME}/Watch")
+            await until(lambda: _calls_under_way(f"/{health_v1.SERVICE_NAME}/Watch") == 1)
+            watching = await begun(health.Watch(health_pb2.HealthCheckRequest()))
+            refused = await refusal(health.Watch(health_pb2.HealthCheckRequest()))
+            check(refused, "server/open_calls")
+            ended = await _next(connection, HEADERS)
+            assert b"call again" in ended.body, "without a request, too"
+        for call in (watching, reflection.ServerReflectionInfo(nothing())):
+            error = await broken_off(call)
+            assert error.code() is grpc.StatusCode.UNAVAILABLE
+            assert "call again" in str(error.details())
+        silent.set()
+        # Its places are free again, and the health of the server is told as before.
+        again = await begun(health.Watch(health_pb2.HealthCheckRequest()))
+        again.cancel()
+
+
+async def test_one_connection_does_not_take_all_calls_that_need_no_credentials(
+    tmp_path: Path, gate: GateSource
+) -> None:
+    async with serving(tmp_path, gate, limits={"max_calls": 80}) as server:
+        health = health_pb2_grpc.HealthStub(server.channel)
+        for _ in range(4):
+            await begun(health.Watch(health_pb2.HealthCheckRequest()))
+        refused = await refusal(health.Watch(health_pb2.HealthCheckRequest()))
+        check(refused, "connection/open_calls")
+        await health.Check(health_pb2.HealthCheckRequest())
+        own = (("grpc.use_local_subchannel_pool", 1),)
+        async with grpc.aio.insecure_channel(server.address, options=own) as channel:
+            stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+            asked = reflection_pb2.ServerReflectionRequest(list_services="")
+            answers = [answer async for answer in stub.ServerReflectionInfo(iter([asked]))]
+        assert len(answers) == 1
 
 
 async def test_a_call_whose_request_never_comes_is_ended(

@@ -6,11 +6,12 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
 import ssl
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import pytest
 import structlog
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
+from structlog.testing import capture_logs
 
 import exportd
 from exportd.errors import AccessDenied
@@ -29,6 +31,7 @@ from exportd_server.api.tls import ServerTls, TlsFiles
 from exportd_server.errors import ConfigurationError, Unauthenticated
 from exportd_server.identity.base import Scope
 from exportd_server.identity.certificates import CertificateCallers, CertificateName
+from tests.security.fuzz import free_port, judge_log
 from tests.support import rpc
 from tests.support.gate import GateSource
 from tests.support.identity import Authority, Pair, api_key, bearer
@@ -389,6 +392,44 @@ def test_a_certificate_ends_at_its_moment_though_the_connection_lives(
         callers.authenticate(b"no certificate")
 
 
+_X400 = x509.UnrecognizedExtension(
+    # A name of a kind that the library does not know: [3] of an empty ORAddress.
+    x509.SubjectAlternativeName.oid,
+    bytes.fromhex("3004a3023000"),
+)
+_URI = x509.SubjectAlternativeName([x509.UniformResourceIdentifier("spiffe://example/x")])
+ODD: dict[str, list[x509.ExtensionType]] = {
+    "UnsupportedGeneralNameType": [_X400],
+    "DuplicateExtension": [_URI, _URI],
+    "ValueError": [x509.UnrecognizedExtension(_URI.oid, b"no DER")],
+}
+
+
+@pytest.mark.parametrize("cause", ODD)
+async def test_a_certificate_that_cannot_be_read_is_nobodys_though_it_was_signed(
+    run: Serving, authority: Authority, cause: str
+) -> None:
+    odd = authority.pair("reader", extensions=ODD[cause])
+    with capture_logs() as lines:
+        async with run(
+            CALLERS, client_ca_file=authority.cert_file, require_client_cert=True
+        ) as server:
+            address = f"localhost:{server.running.port}"
+            # One of the kinds does not get through the handshake.
+            told = await ask(address, authority.trusted(odd))
+    callers = CertificateCallers(
+        {CertificateName("cn", "reader"): ("acme", [Scope.READ])}, FakeClock()
+    )
+    with pytest.raises(Unauthenticated) as refused:
+        callers.authenticate(odd.cert)
+    assert refused.value.cause == f"unreadable client certificate: {cause}"
+    causes = [line["cause"] for line in lines if line["event"] == "caller refused"]
+    assert (told, causes) in (
+        ("UNAUTHENTICATED", [refused.value.cause]),
+        ("UNAVAILABLE", []),
+    )
+
+
 # --- files that change
 
 
@@ -498,3 +539,63 @@ def test_a_server_does_not_start_on_files_that_will_not_do(
     with pytest.raises(ConfigurationError, match=told) as refused:
         ServerTls(files)
     assert "\n" not in str(refused.value)
+
+
+# --- the log
+
+
+async def thrown_at(port: int, junk: bytes) -> None:
+    """Send what is no request here, and wait until the server closes."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(junk)
+    async with asyncio.timeout(30):
+        with suppress(ConnectionError):
+            await writer.drain()
+            writer.write_eof()
+            await reader.read()
+    writer.close()
+
+
+@pytest.mark.filterwarnings("ignore:ssl.TLSVersion.TLSv1_1")
+async def test_every_line_of_the_log_is_json_whatever_knocks_on_the_ports(
+    tmp_path: Path, authority: Authority, shown: Pair
+) -> None:
+    http, certificates = free_port(), free_port()
+    config = tmp_path / "server.toml"
+    config.write_text(f"""
+        sample_rows = 1000
+        [http]
+        listen = "127.0.0.1:{http}"
+        [log]
+        level = "debug"
+        [tls]
+        cert_file = "{shown.cert_file}"
+        key_file = "{shown.key_file}"
+        client_ca_file = "{authority.cert_file}"
+        client_cert_listen = "127.0.0.1:{certificates}"
+        [[identity.mtls]]
+        cn = "reader"
+        tenant = "acme"
+        scopes = ["exports.read"]
+    """)
+    noise = random.Random(7)
+
+    with server_process(tmp_path / "data", "--config", str(config)) as server:
+        for port in (server.port, certificates, http):
+            await thrown_at(port, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            await thrown_at(port, b"")
+            # What begins as a record of TLS does, and what does not.
+            await thrown_at(port, b"\x16\x03\x01\x00\xff" + noise.randbytes(300))
+            for _ in range(5):
+                await thrown_at(port, noise.randbytes(300))
+            with pytest.raises((ssl.SSLError, ConnectionResetError)):
+                await handshake(port, ssl.TLSVersion.TLSv1_1)
+        address = f"localhost:{certificates}"
+        assert await ask(address, authority.trusted()) == "UNAVAILABLE"
+        assert await ask(address, authority.trusted(authority.pair("reader"))) == "OK"
+        code = await asyncio.to_thread(server.terminate)
+        text = server.log.read_text()
+    assert code == 0
+    wrong, events = judge_log(text)
+    assert wrong == []
+    assert events["info: stopped"] == 1

@@ -72,8 +72,10 @@ class Authority:
         uris: Sequence[str] = (),
         ips: Sequence[str] = (),
         not_after: datetime | None = None,
+        extensions: Sequence[x509.ExtensionType] = (),
     ) -> Pair:
-        """Sign a certificate for a common name and alternative names."""
+        """Sign a certificate for a common name and alternative names, and with more
+        extensions, which may be odd."""
         key = ec.generate_private_key(ec.SECP256R1())
         now = datetime.now(UTC)
         builder = _builder(self._name, _name(name), key, now - DAY, not_after or now + DAY)
@@ -86,6 +88,10 @@ class Authority:
             builder = builder.add_extension(
                 x509.SubjectAlternativeName(alternative), critical=False
             )
+        for extension in extensions:
+            # One by one the builder would refuse two of a kind.
+            one = x509.CertificateBuilder().add_extension(extension, critical=False)
+            builder._extensions = [*builder._extensions, *one._extensions]
         cert = _pem(builder.sign(self._key, hashes.SHA256()))
         private = key.private_bytes(
             serialization.Encoding.PEM,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from datetime import timedelta
 from typing import Any
 from unittest.mock import AsyncMock
 
@@ -13,21 +14,24 @@ from structlog.testing import capture_logs
 
 from exportd_server.errors import LedgerUnavailable
 from exportd_server.jobs.audit import (
+    ENDED_WELL,
     AuditMethod,
     AuditRecord,
     Ending,
     Entry,
     current,
+    ending_of,
     note_sent,
     printable,
     printable_names,
     uuid_or_nothing,
 )
 from exportd_server.jobs.audit_log import BATCH, AuditLog
+from exportd_server.jobs.audit_queue import FairQueue
 from exportd_server.platform import metrics
 from tests.support.ledger import FakeClock
 
-CAUSES = ("full", "refused", "shutdown", "unidentified")
+CAUSES = ("full", "refused", "refusals", "shutdown", "unidentified")
 
 
 class Shelf:
@@ -75,11 +79,16 @@ def lost() -> Callable[[], dict[str, int]]:
     return since
 
 
-def record(number: int = 0, identity: str = "api_key") -> AuditRecord:
-    entry = Entry(AuditMethod.CANCEL_JOB, "127.0.0.1:1", part=number, identity=identity)
-    return entry.record(
-        Ending("OK"), FakeClock().now(), FakeClock().now() - FakeClock().now()
-    )
+def record(
+    number: int = 0,
+    identity: str = "api_key",
+    tenant: str = "acme",
+    ending: Ending = ENDED_WELL,
+) -> AuditRecord:
+    who = tenant if identity else ""
+    method = AuditMethod.CANCEL_JOB
+    entry = Entry(method, "127.0.0.1:1", who, part=number, identity=identity)
+    return entry.record(ending, FakeClock().now(), timedelta(0))
 
 
 def parts(records: Sequence[AuditRecord]) -> list[int | None]:
@@ -169,15 +178,107 @@ async def test_callers_that_nobody_knows_do_not_fill_the_ledger(
     lost: Callable[[], dict[str, int]],
 ) -> None:
     shelf = Shelf()
-    async with keeping(shelf, strangers=3) as log:
+    async with keeping(shelf, refusals=3) as log:
         with capture_logs() as lines:
             for number in range(5):
                 log.add(record(number, identity=""))
             log.add(record(5))
         await log.flushed()
     assert len(lines) == 6
-    assert parts(shelf.kept) == [0, 1, 2, 5]
+    assert sorted(each.part or 0 for each in shelf.kept) == [0, 1, 2, 5]
     assert lost() == {"unidentified": 2}
+
+
+REFUSED = Ending("PERMISSION_DENIED", "PERMISSION_DENIED")
+
+
+async def test_refusals_of_a_tenant_have_a_share_that_leaves_everything_else_alone(
+    lost: Callable[[], dict[str, int]],
+) -> None:
+    shelf = Shelf()
+    async with keeping(shelf, refusals=3) as log:
+        with capture_logs() as lines:
+            for number in range(5):
+                log.add(record(number, ending=REFUSED))
+            # What was done, or failed by no fault of the caller's, is kept in any case.
+            log.add(record(5))
+            log.add(record(6, ending=Ending("UNAVAILABLE", "LEDGER_UNAVAILABLE")))
+            log.add(record(7, ending=Ending("INTERNAL", "INTERNAL")))
+            # Others have shares of their own.
+            log.add(record(8, tenant="globex", ending=REFUSED))
+            log.add(record(9, identity=""))
+        await log.flushed()
+    assert len(lines) == 10, "each has its line"
+    assert sorted(each.part or 0 for each in shelf.kept) == [0, 1, 2, 5, 6, 7, 8, 9]
+    assert lost() == {"refusals": 2}
+
+
+async def test_a_download_that_was_broken_off_is_no_refusal(
+    lost: Callable[[], dict[str, int]],
+) -> None:
+    shelf = Shelf()
+    async with keeping(shelf, refusals=0) as log:
+        entry = Entry(AuditMethod.STREAM_DOWNLOAD, "p", "acme", identity="api_key")
+        entry.bytes_sent = 0
+        log.add(entry.record(Ending("CANCELLED"), FakeClock().now(), timedelta(0)))
+        await log.flushed()
+    assert [each.outcome for each in shelf.kept] == ["BROKEN_OFF"]
+    assert lost() == {}
+
+
+async def test_one_tenant_does_not_crowd_out_the_records_of_others(
+    lost: Callable[[], dict[str, int]],
+) -> None:
+    shelf = Shelf()
+    shelf.open.clear()
+    async with keeping(shelf, capacity=30) as log:
+        for number in range(1000):
+            log.add(record(number))
+        for number in range(10):
+            log.add(record(number, tenant="globex"))
+        for number in range(10):
+            log.add(record(number, tenant="initech"))
+        assert lost() == {"full": 990}
+        shelf.open.set()
+        await log.flushed()
+    for tenant in ("acme", "globex", "initech"):
+        kept = [each.part for each in shelf.kept if each.tenant == tenant]
+        assert kept == list(range(10)), tenant
+
+
+def test_a_queue_gives_each_of_many_owners_its_share_and_its_turn() -> None:
+    queue = FairQueue(10)
+    for number in range(20):
+        assert queue.add("a", record(number)) is (number < 10)
+    assert not queue.add("b", record(0))
+    assert not queue.add("c", record(0))
+    assert len(queue) == 10
+    assert [each.part for each in queue.take(4)] == [0, 0, 0, 1]
+    assert queue.add("b", record(1))
+    assert [each.part for each in queue.take(100)] == [2, 1, 3, 4, 5, 6, 7]
+    assert len(queue) == 0
+    assert queue.take(1) == []
+    for owner in range(20):
+        queue.add(str(owner), record(owner))
+    assert len(queue.take(100)) == 10
+
+
+async def test_the_record_tells_how_it_ended_and_not_what_its_caller_saw() -> None:
+    shelf = Shelf()
+    async with keeping(shelf) as log:
+        for ending in (ENDED_WELL, Ending("NOT_FOUND", "JOB_NOT_FOUND")):
+            with (
+                suppress(asyncio.CancelledError),
+                log.auditing(AuditMethod.DELETE_JOB, "p", ending_of) as entry,
+            ):
+                entry.identity = "api_key"
+                entry.ending = ending
+                raise asyncio.CancelledError
+        await log.flushed()
+    assert [(each.code, each.reason) for each in shelf.kept] == [
+        ("OK", ""),
+        ("NOT_FOUND", "JOB_NOT_FOUND"),
+    ]
 
 
 async def test_an_operation_leaves_one_record_however_it_ends() -> None:

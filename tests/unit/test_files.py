@@ -360,3 +360,31 @@ def test_a_directory_is_known_again_after_it_was_moved(
     with first, directory.make_child("d") as second, directory.child("moved") as moved:
         assert first.same_as(moved)
         assert not first.same_as(second)
+
+
+def test_a_file_is_replaced_as_a_whole_and_for_its_owner_only(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"before")
+    (tmp_path / "a").chmod(0o644)
+    seen: list[bytes] = []
+
+    def prepare(made: str) -> None:
+        seen.extend(((tmp_path / made).read_bytes(), (tmp_path / "a").read_bytes()))
+
+    with Directory.at(tmp_path) as folder:
+        folder.replace("a", b"after", prepare)
+    assert seen == [b"after", b"before"]
+    (file,) = tmp_path.iterdir()
+    assert file.read_bytes() == b"after"
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_file_that_cannot_be_replaced_stays_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"before")
+
+    def fail(_: str) -> None:
+        raise PermissionError
+
+    with Directory.at(tmp_path) as folder, pytest.raises(PermissionError):
+        folder.replace("a", b"after", fail)
+    (file,) = tmp_path.iterdir()
+    assert file.read_bytes() == b"before"

@@ -44,6 +44,11 @@ _LIMITS: Mapping[str, Any] = {
     "lingering_time": 0.0,
     "read_bufsize": 16 * 1024,
 }
+_WITH_COOKIES: Mapping[str, Any] = {
+    # A browser sends those of every port of a host, such as localhost, in one line.
+    "max_field_size": 16 * 1024
+}
+_MOST_BODY = 1024
 _HEADERS: Mapping[str, str] = {
     "Server": "exportd",
     "X-Content-Type-Options": "nosniff",
@@ -56,6 +61,8 @@ _STATUS = {
     Code.FAILED_PRECONDITION: HTTPStatus.CONFLICT,
     Code.RESOURCE_EXHAUSTED: HTTPStatus.TOO_MANY_REQUESTS,
     Code.UNAVAILABLE: HTTPStatus.SERVICE_UNAVAILABLE,
+    Code.UNAUTHENTICATED: HTTPStatus.UNAUTHORIZED,
+    Code.PERMISSION_DENIED: HTTPStatus.FORBIDDEN,
 }
 """All others: 500."""
 
@@ -103,14 +110,20 @@ class BrokenOff(ConnectionError):
 class HttpServer:
     """A server that can be started and stopped once."""
 
-    def __init__(self, *add_routes: AddRoutes, max_connections: int = 1000) -> None:
+    def __init__(
+        self, *add_routes: AddRoutes, max_connections: int = 1000, max_form: int = 0
+    ) -> None:
+        """`max_form`: bytes of the forms that are taken, and with them cookies."""
         guard = _Guard()
         self._open: set[RequestHandler] = set()
         self._max_connections = max_connections
+        self._limits = {**_LIMITS, **(_WITH_COOKIES if max_form else {})}
         self._active = guard.active
         self._answering = guard.answering
         self._silent = guard.silent
-        app = web.Application(middlewares=[guard.handle], client_max_size=1024)
+        app = web.Application(
+            middlewares=[guard.handle], client_max_size=max(max_form, _MOST_BODY)
+        )
         app.on_response_prepare.append(_add_headers)
         for add in add_routes:
             add(app)
@@ -154,7 +167,7 @@ class HttpServer:
             loop=loop,
             logger=self._logger,
             opened=self._open,
-            **_LIMITS,
+            **self._limits,
         )
         self._silent.add(protocol)
         loop.call_later(_FIRST_REQUEST, self._drop_silent, protocol)
@@ -256,7 +269,7 @@ class _Guard:
             _log(request, started, "cut", getattr(error, "reason", "CLIENT_GONE"))
             raise
         except Exception as error:  # noqa: BLE001 - every error becomes an answer
-            refusal = _public(error, request)
+            refusal = refusal_of(error, request)
             if request.writer.output_size:
                 _cut(request)
                 _log(request, started, "cut", refusal.reason)
@@ -269,7 +282,8 @@ class _Guard:
         return response
 
 
-def _public(error: Exception, request: web.Request) -> Refusal:
+def refusal_of(error: Exception, request: web.Request) -> Refusal:
+    """What a caller may read of an error; one that nobody foresaw goes to the log."""
     if isinstance(error, Refusal):
         return error
     if isinstance(error, ExportdError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from http import HTTPStatus
 from types import MappingProxyType
 
@@ -11,7 +10,8 @@ from aiohttp.typedefs import Handler
 
 from exportd_server.api.http import Refusal
 from exportd_server.api.urls import DOWNLOAD_PATH
-from exportd_server.errors import TABLE, Code, ErrorReason, ExportdError
+from exportd_server.errors import TABLE, Code, ErrorReason
+from exportd_server.jobs import audit
 from exportd_server.jobs.audit import AuditMethod, Ending
 from exportd_server.jobs.audit_log import AuditLog
 
@@ -43,28 +43,24 @@ class HttpAudit:
         resource = request.match_info.route.resource
         if resource is None or not resource.canonical.startswith(f"{DOWNLOAD_PATH}/"):
             return await handler(request)
-        with self._log.auditing(AuditMethod.DOWNLOAD_BY_URL, _peer(request), ending_of):
+        with self._log.auditing(AuditMethod.DOWNLOAD_BY_URL, peer_of(request), ending_of):
             return await handler(request)
 
 
 def ending_of(error: BaseException) -> Ending:
     """How a request ended that ended so."""
-    if isinstance(error, ExportdError):
-        return Ending(error.code.name, error.reason.value)
     if isinstance(error, Refusal):
         if error.reason in ErrorReason.__members__:
             return Ending(TABLE[ErrorReason(error.reason)].code.name, str(error.reason))
         return Ending(_CODES.get(error.status, Code.INTERNAL).name, str(error.reason))
-    if isinstance(error, asyncio.CancelledError):
-        # The server goes.
-        return Ending(Code.CANCELLED.name)
     if isinstance(error, ConnectionError):
         # The client has gone, or its connection had to be cut: it took nothing, say.
         return Ending(Code.CANCELLED.name, str(getattr(error, "reason", "CLIENT_GONE")))
-    return Ending(Code.INTERNAL.name, ErrorReason.INTERNAL.value)
+    return audit.ending_of(error)
 
 
-def _peer(request: web.Request) -> str:
+def peer_of(request: web.Request) -> str:
+    """The address that a request came from; empty when it is not known."""
     peer = request.transport.get_extra_info("peername") if request.transport else None
     if not isinstance(peer, tuple):
         return ""

@@ -19,7 +19,7 @@ from aiohttp import web
 from exportd_server.api.chunks import ChunkBuffer
 from exportd_server.api.download import DownloadOptions
 from exportd_server.api.http import ABOUT, BrokenOff, Refusal
-from exportd_server.api.limits import Slots
+from exportd_server.api.limits import CallerLimits
 from exportd_server.api.link import BadLink, Link, LinkKeys
 from exportd_server.api.reading import (
     OutputReader,
@@ -67,7 +67,7 @@ class HttpDownloads:
         keys: LinkKeys,
         options: DownloadOptions,
         clock: Clock,
-        slots: Slots,
+        limits: CallerLimits,
     ) -> None:
         self._manager = manager
         self._output = OutputReader(manager, store)
@@ -75,7 +75,7 @@ class HttpDownloads:
         self._keys = keys
         self._options = options
         self._clock = clock
-        self._slots = slots
+        self._limits = limits
 
     def add_routes(self, app: web.Application) -> None:
         """Serve below `/v1/download`, GET and HEAD. The file's name at the end is for
@@ -87,9 +87,15 @@ class HttpDownloads:
     async def _serve(self, request: web.Request) -> web.StreamResponse:
         link = self._link(request.match_info["token"])
         request[ABOUT].update(job_id=link.job_id, part=link.part, tenant=link.tenant)
+        if self._limits.rates is not None:
+            self._limits.rates.take(link.tenant)
+        if link.expire_time <= self._clock.now():
+            raise Refusal(
+                HTTPStatus.GONE, "URL_EXPIRED", "the URL has expired; ask for a new one"
+            )
         with self._readers.reading(link.job_id):
             try:
-                with self._slots.hold(link.tenant):
+                with self._limits.downloads.hold(link.tenant):
                     async with self._readers.until_cut(link.job_id):
                         return await self._send(request, link)
             except Cut:
@@ -114,10 +120,6 @@ class HttpDownloads:
         if (entry := audit.current()) is not None:
             entry.tenant, entry.identity = link.tenant, audit.BY_URL
             entry.job_id, entry.part = link.job_id, link.part
-        if link.expire_time <= self._clock.now():
-            raise Refusal(
-                HTTPStatus.GONE, "URL_EXPIRED", "the URL has expired; ask for a new one"
-            )
         return link
 
     async def _job(self, link: Link) -> Job:

@@ -8,13 +8,14 @@ lets a tenant have N times as much.
 from __future__ import annotations
 
 import time
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
 from exportd_server.errors import QuotaExceeded
+from exportd_server.platform.buckets import TokenBuckets
 
 RETRY_AFTER = timedelta(seconds=2)
 """When to ask again for a stream: nobody knows when another one ends."""
@@ -23,48 +24,28 @@ _SHORTEST = 0.001
 
 class RequestRates:
     """A token bucket for each tenant: it holds `burst` requests and is filled with `rate`
-    of them a second.
-
-    What is kept of a bucket is when it will be full; one that is full is forgotten, for
-    it is as good as new. So memory follows the tenants that called within the last
-    `burst / rate` seconds, or twice that at most, and never their number over time.
-    """
+    of them a second."""
 
     def __init__(
         self, rate: float, burst: int, now: Callable[[], float] = time.monotonic
     ) -> None:
-        self._rate = rate
-        self._burst = burst
-        self._now = now
-        self._full_at: OrderedDict[str, float] = OrderedDict()
+        self._buckets = TokenBuckets(rate, burst, now)
 
     def __len__(self) -> int:
-        return len(self._full_at)
+        return len(self._buckets)
 
     def take(self, tenant: str) -> None:
         """Count a request; raises `QuotaExceeded`, and counts nothing, when the tenant has
         none left."""
-        now = self._now()
-        self._forget(now)
-        full_at = max(now, self._full_at.get(tenant, now)) + 1 / self._rate
-        wait = full_at - now - self._burst / self._rate
-        # Sums of fractions: what is due within a microsecond is due.
-        if wait > 1e-6:
+        buckets = self._buckets
+        if wait := buckets.take(tenant):
             raise QuotaExceeded(
                 f"tenant:{tenant}/requests",
-                f"more than {self._rate:g} requests a second, after {self._burst} at once; "
-                f"try again in {wait:.3f} s, and watch a job instead of asking for it",
+                f"more than {buckets.rate:g} requests a second, after {buckets.burst} at "
+                f"once; try again in {wait:.3f} s, and watch a job instead of asking for "
+                "it",
                 timedelta(seconds=max(_SHORTEST, wait)),
             )
-        self._full_at[tenant] = full_at
-        self._full_at.move_to_end(tenant)
-
-    def _forget(self, now: float) -> None:
-        while self._full_at:
-            tenant, full_at = next(iter(self._full_at.items()))
-            if full_at > now:
-                return
-            del self._full_at[tenant]
 
 
 class Slots:
@@ -117,6 +98,7 @@ class CallerLimits:
     """What the API holds its callers to."""
 
     rates: RequestRates | None
+    """Of requests over gRPC and HTTP together."""
     watches: Slots
     downloads: Slots
     """Over gRPC and HTTP together."""

@@ -373,13 +373,14 @@ def _read_literal(
             return None
 
 
-def fingerprint(request: job_pb2.CreateExportRequest) -> str:
-    """Equal for equal payloads, whatever their request_id."""
-    payload = job_pb2.CreateExportRequest()
-    payload.CopyFrom(request)
-    payload.ClearField("request_id")
-    payload.ClearField("validate_only")
-    return hashlib.sha256(payload.SerializeToString(deterministic=True)).hexdigest()
+def payload(request: job_pb2.CreateExportRequest) -> bytes:
+    """Equal for requests that ask for the same, whatever their request_id. It has the
+    secrets of sinks in it."""
+    bare = job_pb2.CreateExportRequest()
+    bare.CopyFrom(request)
+    bare.ClearField("request_id")
+    bare.ClearField("validate_only")
+    return bare.SerializeToString(deterministic=True)
 
 
 def read_job_query(reader: Reader, request: export_service_pb2.ListJobsRequest) -> JobQuery:

@@ -17,8 +17,9 @@ from exportd_server.api.interceptors.errors import ErrorInterceptor
 from exportd_server.api.interceptors.identity import IdentityInterceptor
 from exportd_server.api.interceptors.limits import (
     CapacityInterceptor,
-    TenantLimitsInterceptor,
+    StreamsInterceptor,
 )
+from exportd_server.api.interceptors.open_streams import OpenStreamsInterceptor
 from exportd_server.api.limits import CallerLimits
 from exportd_server.api.reflection import add_reflection
 from exportd_server.api.servicer import ExportService
@@ -30,6 +31,8 @@ _HANDSHAKE_MS = 10_000
 """In which a new connection must have made TLS and HTTP/2 ready."""
 _LAST_WORDS = 0.5
 """Seconds in which answers that were given are sent, when nothing else is left."""
+_LAST_CHANGES = 5.0
+"""Seconds in which changes end whose callers were cut off, and which go on all the same."""
 
 _RAW_RESPONSES = frozenset({"StreamDownload"})
 """Methods that send finished wire bytes."""
@@ -44,6 +47,7 @@ class ServerLimits:
     max_connections: int = 1000
     max_request_bytes: int = 2**20
     request_timeout: float = 10.0
+    max_open_seconds: float = 300.0
     max_streams_per_connection: int = 250
     ping_interval: float = 60.0
     ping_timeout: float = 20.0
@@ -102,10 +106,13 @@ class GrpcServer:
         self._server = grpc.aio.server(
             interceptors=(
                 CapacityInterceptor(services, limits.max_calls, limits.request_timeout),
+                OpenStreamsInterceptor(
+                    services, limits.max_calls // 10, limits.max_open_seconds
+                ),
                 errors,
                 AuditInterceptor(services, audit),
-                IdentityInterceptor(services, authenticator),
-                TenantLimitsInterceptor(services, caller_limits),
+                IdentityInterceptor(services, authenticator, caller_limits.rates),
+                StreamsInterceptor(services, caller_limits),
             ),
             options=limits.options(),
         )
@@ -135,7 +142,8 @@ class GrpcServer:
         await self._health.enter_graceful_shutdown()
 
     async def stop(self, grace: float) -> None:
-        """Refuse new calls; those under way have `grace` seconds to end."""
+        """Refuse new calls; those under way have `grace` seconds to end. Of those that are
+        cut then, changes that have begun are waited for."""
         stopping = asyncio.create_task(self._server.stop(grace))
         with suppress(TimeoutError):
             async with asyncio.timeout(grace):
@@ -143,6 +151,9 @@ class GrpcServer:
                 # Those who watch health would stay until the end of the grace.
                 await self._server.stop(_LAST_WORDS)
         await stopping
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_LAST_CHANGES):
+                await self._active.none()
 
 
 def _handlers(service: ExportService) -> grpc.GenericRpcHandler:

@@ -21,7 +21,9 @@ from exportd_server.api.download import Context, Downloads
 from exportd_server.api.requests import Reader
 from exportd_server.api.urls import DownloadUrls, UrlQuery
 from exportd_server.errors import ErrorReason, ExportdError
+from exportd_server.jobs.changes import to_its_end
 from exportd_server.jobs.manager import JobManager
+from exportd_server.platform.sealing import Fingerprints
 from exportd_server.sources.catalogue import Dataset
 
 DATASET_PAGE = 100
@@ -41,11 +43,13 @@ class ExportService:
         downloads: Downloads,
         urls: DownloadUrls,
         tenant: Callable[[Any], str],
+        fingerprints: Fingerprints,
     ) -> None:
         self._manager = manager
         self._downloads = downloads
         self._urls = urls
         self._tenant = tenant
+        self._fingerprints = fingerprints
 
     async def ListDatasets(  # noqa: N802 - the contract's name
         self, request: pb.ListDatasetsRequest, context: object
@@ -77,8 +81,9 @@ class ExportService:
             reader = Reader()
             reader.complain("name", "is required; ListDatasets names the datasets")
             reader.check()
-        dataset = self._manager.dataset(self._tenant(context), request.name)
-        count = await self._manager.count(dataset)
+        tenant = self._tenant(context)
+        dataset = self._manager.dataset(tenant, request.name)
+        count = await self._manager.count(tenant, dataset)
         return pb.GetDatasetResponse(dataset=self._dataset(dataset, count))
 
     def _dataset(self, dataset: Dataset, count: int | None = None) -> Any:
@@ -104,11 +109,13 @@ class ExportService:
         if request.validate_only:
             job = await self._manager.preview(tenant, accepted)
         else:
-            job = await self._manager.create(
-                tenant,
-                accepted,
-                request_id=request_id,
-                fingerprint=requests.fingerprint(request),
+            job = await to_its_end(
+                self._manager.create(
+                    tenant,
+                    accepted,
+                    request_id=request_id,
+                    fingerprints=self._fingerprints.of(requests.payload(request)),
+                )
             )
         return pb.CreateExportResponse(job=answers.job_message(job))
 
@@ -168,7 +175,8 @@ class ExportService:
     ) -> pb.CancelJobResponse:
         """See the contract."""
         job_id = _job_id(request)
-        job, outcome = await self._manager.cancel(self._tenant(context), job_id)
+        tenant = self._tenant(context)
+        job, outcome = await to_its_end(self._manager.cancel(tenant, job_id))
         return pb.CancelJobResponse(
             job=answers.job_message(job), outcome=answers.CANCEL_OUTCOMES[outcome]
         )
@@ -178,7 +186,7 @@ class ExportService:
     ) -> pb.DeleteJobResponse:
         """See the contract."""
         job_id = _job_id(request)
-        await self._manager.delete(self._tenant(context), job_id)
+        await to_its_end(self._manager.delete(self._tenant(context), job_id))
         return pb.DeleteJobResponse()
 
     async def StreamDownload(  # noqa: N802 - the contract's name
@@ -247,7 +255,8 @@ class ExportService:
         reader = Reader()
         query = sinks.read_redrive(reader, request)
         reader.check()
-        redriven = await self._manager.redrive(self._tenant(context), query)
+        tenant = self._tenant(context)
+        redriven = await to_its_end(self._manager.redrive(tenant, query))
         return pb.RedriveDeliveriesResponse(redriven=redriven)
 
     async def ListSinkQueues(  # noqa: N802 - the contract's name
@@ -278,7 +287,8 @@ class ExportService:
         if not name:
             reader.complain("queue", "is required; ListSinkQueues names the queues")
         reader.check()
-        queue = await self._manager.enable_queue(self._tenant(context), name)
+        tenant = self._tenant(context)
+        queue = await to_its_end(self._manager.enable_queue(tenant, name))
         return pb.EnableSinkQueueResponse(queue=sinks.queue_message(queue))
 
     async def ListAuditRecords(  # noqa: N802 - the contract's name

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +28,7 @@ from exportd_server.sinks.base import (
     Export,
     RetryPolicy,
     Sink,
+    SinkPlan,
     Takes,
 )
 from exportd_server.sinks.connections import (
@@ -39,6 +42,8 @@ from exportd_server.sinks.registry import AnySinkType, SinkTypes
 log = structlog.get_logger(__name__)
 
 _CLOSING_SECONDS = 5.0
+_MOST_IDLE = 16
+"""How many sinks of single tenants stay open that nothing is delivered to."""
 
 _UNKNOWN = SinkLimits(
     concurrency=4,
@@ -84,9 +89,18 @@ class CheckedSink:
     limits: SinkLimits
 
 
+@dataclass(slots=True, eq=False)
+class _Opened:
+    """A sink that is open, or is being opened, and how many are at it."""
+
+    sink: asyncio.Future[Sink[Any]]
+    users: int = 0
+
+
 class Sinks:
     """Checks and reaches sinks. Open ones are kept, one for each connection, and shared
-    by all deliveries."""
+    by all deliveries; where each tenant has a place of its own, one for each of them that
+    were used lately."""
 
     def __init__(
         self, types: SinkTypes, connections: Connections, sealer: Sealer | None = None
@@ -94,7 +108,9 @@ class Sinks:
         self._types = types
         self._connections = connections
         self._sealer = sealer
-        self._open: dict[tuple[str, str], asyncio.Future[Sink[Any]]] = {}
+        # By type, connection and, where it matters, tenant; the one used last at the end.
+        self._open: OrderedDict[tuple[str, str, str], _Opened] = OrderedDict()
+        self._closing: set[asyncio.Task[None]] = set()
 
     def known(self) -> list[tuple[str, str]]:
         """Pairs of type and connection that deliveries may go by."""
@@ -108,8 +124,7 @@ class Sinks:
         `BadSinkRequest`."""
         type_, connection = self._find(tenant, asked.type, asked.connection)
         request = _parsed(type_, asked.config)
-        settings = None if connection is None else connection.settings
-        plan = type_.check(request, settings, export)
+        plan = _planned(type_, connection, request, tenant, export)
         endpoint = (tenant, plan.endpoint) if plan.endpoint else ()
         return CheckedSink(
             kept=self._kept(asked, request),
@@ -125,8 +140,8 @@ class Sinks:
         type_, connection = self._find(tenant, asked.type, asked.connection)
         request = _parsed(type_, asked.config)
         async with asyncio.timeout(min(_limits(type_, connection).timeout, 30.0)):
-            sink = await self._sink(type_, asked.connection, connection)
-            await sink.probe(request, export)
+            async with self._sink(type_, connection, tenant) as sink:
+                await sink.probe(request, export)
 
     def _find(
         self, tenant: str, type_name: str, connection_name: str
@@ -197,8 +212,13 @@ class Sinks:
         request = self._opened(type_, kept)
         limit = _limits(type_, connection).timeout
         try:
-            async with asyncio.timeout(limit) as deadline:
-                sink = await self._sink(type_, kept.connection, connection)
+            if connection is not None and connection.shared:
+                # It may not have been when the job was made.
+                _planned(type_, connection, request, tenant, deliveries[0].export)
+            async with (
+                asyncio.timeout(limit) as deadline,
+                self._sink(type_, connection, tenant) as sink,
+            ):
                 if len(deliveries) == 1:
                     return [await sink.deliver(request, deliveries[0])]
                 return await _together(sink, request, deliveries)
@@ -247,29 +267,45 @@ class Sinks:
         config: Mapping[str, Any] = json.loads(self._sealer.open(kept.sealed))
         return config
 
+    @asynccontextmanager
     async def _sink(
-        self, type_: AnySinkType, name: str, connection: Connection | None
-    ) -> Sink[Any]:
+        self, type_: AnySinkType, connection: Connection | None, tenant: str
+    ) -> AsyncIterator[Sink[Any]]:
         """The open sink of a connection; who comes while it is being opened waits."""
-        key = (type_.name, name)
-        opening = self._open.get(key)
-        if opening is None or (opening.done() and _failed(opening)):
-            settings = None if connection is None else connection.settings
-            opening = asyncio.ensure_future(type_.open(settings))
-            self._open[key] = opening
-        # One who gives up does not take it from the others.
-        return await asyncio.shield(opening)
+        apart = connection is not None and connection.of_tenant is not None
+        name = "" if connection is None else connection.name
+        key = (type_.name, name, tenant if apart else "")
+        opened = self._open.get(key)
+        if opened is None or (opened.sink.done() and _failed(opened.sink)):
+            settings = _settings(connection, tenant)
+            opened = _Opened(asyncio.ensure_future(type_.open(settings)))
+            self._open[key] = opened
+        self._open.move_to_end(key)
+        opened.users += 1
+        try:
+            # One who gives up does not take it from the others.
+            yield await asyncio.shield(opened.sink)
+        finally:
+            opened.users -= 1
+            self._close_idle()
+
+    def _close_idle(self) -> None:
+        idle = [key for key, one in self._open.items() if key[2] and not one.users]
+        for key in idle[: max(0, len(idle) - _MOST_IDLE)]:
+            self._close(key)
+
+    def _close(self, key: tuple[str, str, str]) -> None:
+        task = asyncio.create_task(_close(key[0], self._open.pop(key).sink))
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
 
     async def close(self) -> None:
         """Close what is open."""
-        closing = {
-            asyncio.create_task(_close(key[0], opening))
-            for key, opening in self._open.items()
-        }
-        self._open.clear()
-        if closing:
+        for key in list(self._open):
+            self._close(key)
+        if self._closing:
             # One that hangs does not keep the process.
-            await asyncio.wait(closing, timeout=_CLOSING_SECONDS)
+            await asyncio.wait(self._closing, timeout=_CLOSING_SECONDS)
 
 
 async def _close(name: str, opening: asyncio.Future[Sink[Any]]) -> None:
@@ -285,6 +321,42 @@ async def _close(name: str, opening: asyncio.Future[Sink[Any]]) -> None:
 
 def _failed(opening: asyncio.Future[Any]) -> bool:
     return opening.cancelled() or opening.exception() is not None
+
+
+def _settings(connection: Connection | None, tenant: str) -> BaseModel | None:
+    """What a sink of the connection is opened with for a tenant. Raises
+    `BadSinkRequest`."""
+    try:
+        return None if connection is None else connection.settings_for(tenant)
+    except ValidationError as error:
+        log.error(  # noqa: TRY400 - what it was given may be a secret
+            "a connection takes no such tenant",
+            connection="" if connection is None else connection.name,
+            tenant=tenant,
+            wrong=[one["loc"] for one in error.errors(include_input=False)],
+        )
+        raise BadSinkRequest(
+            "connection", "has no place for this tenant; ask the operator to mend it"
+        ) from None
+
+
+def _planned(
+    type_: AnySinkType,
+    connection: Connection | None,
+    request: BaseModel,
+    tenant: str,
+    export: Export,
+) -> SinkPlan:
+    """What a request comes to. Raises `BadSinkRequest`, also where it would change what
+    other tenants have put there."""
+    plan = type_.check(request, _settings(connection, tenant), export)
+    if plan.overwrites and connection is not None and connection.shared:
+        raise BadSinkRequest(
+            plan.overwrites,
+            "would change what is there, and several tenants share this connection; only "
+            "add to it, or have the operator give each tenant a place by {tenant}",
+        )
+    return plan
 
 
 def _limits(type_: AnySinkType, connection: Connection | None) -> SinkLimits:

@@ -53,8 +53,10 @@ class CertificateCallers:
         since the connection was made."""
         try:
             certificate = _read(pem)
-        except ValueError:
-            raise Unauthenticated(cause="unreadable client certificate") from None
+        except _UNREADABLE as error:
+            raise Unauthenticated(
+                cause=f"unreadable client certificate: {type(error).__name__}"
+            ) from None
         if certificate.not_after <= self._clock.now():
             raise Unauthenticated("the client certificate has expired")
         found = [self._callers[name] for name in certificate.names if name in self._callers]
@@ -67,6 +69,15 @@ class CertificateCallers:
                 cause=f"client certificate of {len(found)} callers: {shown}",
             )
         return found[0]
+
+
+_UNREADABLE = (
+    ValueError,
+    x509.DuplicateExtension,
+    x509.InvalidVersion,
+    x509.UnsupportedGeneralNameType,
+)
+"""What the library makes of certificates that an authority may have signed all the same."""
 
 
 @lru_cache(maxsize=1024)

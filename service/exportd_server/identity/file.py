@@ -6,9 +6,8 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
-import secrets
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -122,19 +121,9 @@ class FileKeyStore:
 
     def _write(self, keys: dict[str, ApiKey]) -> None:
         content = _Content(keys=tuple(_entry(key) for key in keys.values()))
-        made = f"{NAME}.{secrets.token_hex(8)}"
+        text = content.model_dump_json(indent=1).encode() + b"\n"
         with Directory.at(self._directory) as folder:
-            try:
-                with folder.create(made) as file:
-                    file.write(content.model_dump_json(indent=1).encode() + b"\n")
-                    file.sync()
-                self._hand_over(made)
-                folder.rename(made, NAME)
-            except BaseException:
-                with suppress(OSError):
-                    folder.unlink(made)
-                raise
-            folder.sync()
+            folder.replace(NAME, text, prepare=self._hand_over)
 
     def _hand_over(self, name: str) -> None:
         """Give a file that the superuser made to the directory's owner: the server, which

@@ -29,7 +29,7 @@ class TokenOptions:
     tenant_claim: str
     scopes_claim: str
     leeway: float
-    require_nbf: bool = True
+    require_nbf: bool = False
 
 
 class TokenVerifier:
@@ -74,9 +74,9 @@ class TokenVerifier:
             raise Unauthenticated(cause="token signed with an unknown key")
         # Here and not after: what was verified by these keys is good for these.
         generation = self._keys.generation
-        claims = self._verified(token, key)
+        claims, expires = self._verified(token, key)
         principal = self._principal(claims)
-        self._remember(digest, principal, float(claims["exp"]), generation)
+        self._remember(digest, principal, expires, generation)
         return principal
 
     def _known(self, digest: bytes) -> Principal | None:
@@ -94,9 +94,10 @@ class TokenVerifier:
             self._good, self._good_for = {}, generation
         self._good[digest] = principal, expires
 
-    def _verified(self, token: str, key: jwt.PyJWK) -> Mapping[str, Any]:
+    def _verified(self, token: str, key: jwt.PyJWK) -> tuple[Mapping[str, Any], float]:
+        """The claims of a token that is good, and when it expires."""
         try:
-            return self._decoder.decode(
+            claims = self._decoder.decode(
                 token,
                 key,
                 algorithms=self._options.algorithms,
@@ -104,6 +105,7 @@ class TokenVerifier:
                 issuer=self._options.issuer,
                 leeway=self._options.leeway,
             )
+            return claims, float(claims["exp"])
         # These come after the signature was found to be good: the caller may know.
         except jwt.ExpiredSignatureError:
             raise Unauthenticated("the token has expired") from None

@@ -6,8 +6,10 @@ wherever it is; without an entry, noting does nothing.
 
 from __future__ import annotations
 
+import asyncio
 import enum
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -17,8 +19,10 @@ from uuid import UUID
 
 import uuid_utils
 
+from exportd_server.errors import Code, ErrorReason, ExportdError
 from exportd_server.identity.base import Principal
 from exportd_server.jobs.model import Job
+from exportd_server.platform.clock import Clock
 
 OK = "OK"
 
@@ -29,6 +33,9 @@ OPERATOR = "operator"
 
 _MOST_TEXT = 200
 MOST_NAMES = 20
+
+_OURS = frozenset({Code.INTERNAL.name, Code.UNAVAILABLE.name})
+"""Failures that are not the caller's doing."""
 
 
 class AuditMethod(enum.StrEnum):
@@ -92,6 +99,12 @@ class AuditRecord:
     validate_only: bool = False
     bytes_sent: int | None = None
 
+    @property
+    def refused(self) -> bool:
+        """Whether it came to nothing because of the caller, who may have any number of
+        such."""
+        return self.outcome is AuditOutcome.FAILED and self.code not in _OURS
+
 
 @dataclass(frozen=True, slots=True)
 class AuditQuery:
@@ -111,6 +124,19 @@ class Ending(NamedTuple):
 
     code: str
     reason: str = ""
+
+
+ENDED_WELL = Ending(OK)
+
+
+def ending_of(error: BaseException) -> Ending:
+    """How an operation ended that raised this."""
+    if isinstance(error, ExportdError):
+        return Ending(error.code.name, error.reason.value)
+    if isinstance(error, asyncio.CancelledError):
+        # The caller has gone, or the server goes.
+        return Ending(Code.CANCELLED.name)
+    return Ending(Code.INTERNAL.name, ErrorReason.INTERNAL.value)
 
 
 def new_record_id() -> str:
@@ -163,6 +189,8 @@ class Entry:
     key_id: str = ""
     validate_only: bool = False
     bytes_sent: int | None = None
+    ending: Ending | None = None
+    """How it ended, where that is not what its caller got to see."""
 
     def by(self, principal: Principal) -> None:
         """Note who does it."""
@@ -171,7 +199,9 @@ class Entry:
         self.identity = principal.method.value
 
     def record(self, ending: Ending, now: datetime, duration: timedelta) -> AuditRecord:
-        """The record of the operation, which has ended so."""
+        """The record of the operation, which has ended so, unless `ending` of the entry
+        knows better."""
+        ending = self.ending or ending
         if ending.code == OK:
             outcome = AuditOutcome.SUCCEEDED
         elif self.bytes_sent is None:
@@ -219,6 +249,28 @@ def under(entry: Entry) -> Iterator[None]:
         yield
     finally:
         _entry.reset(token)
+
+
+@contextmanager
+def auditing(
+    entry: Entry,
+    clock: Clock,
+    keep: Callable[[AuditRecord], None],
+    classify: Callable[[BaseException], Ending] = ending_of,
+) -> Iterator[None]:
+    """Leave one record of what is done in this context, however it ends. `classify` says
+    how by the exception that ends it."""
+    started = time.monotonic()
+    ending = ENDED_WELL
+    try:
+        with under(entry):
+            yield
+    except BaseException as error:
+        ending = classify(error)
+        raise
+    finally:
+        duration = timedelta(seconds=time.monotonic() - started)
+        keep(entry.record(ending, clock.now(), duration))
 
 
 def note_job(job: Job) -> None:

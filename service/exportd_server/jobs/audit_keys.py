@@ -7,16 +7,23 @@ import getpass
 import os
 import re
 import socket
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
-from datetime import datetime, timedelta
+from datetime import datetime
 
 import structlog
 
-from exportd_server.errors import Code, ErrorReason, ExportdError, LedgerUnavailable
+from exportd_server.errors import Code, LedgerUnavailable
 from exportd_server.identity.base import ApiKey, KeyStore
-from exportd_server.jobs.audit import OK, OPERATOR, AuditMethod, AuditRecord, Ending, Entry
+from exportd_server.jobs.audit import (
+    OPERATOR,
+    AuditMethod,
+    AuditRecord,
+    Ending,
+    Entry,
+    auditing,
+)
 from exportd_server.jobs.audit_log import write_line
+from exportd_server.jobs.changes import to_its_end
 from exportd_server.platform.clock import Clock
 
 log = structlog.get_logger(__name__)
@@ -41,17 +48,17 @@ class AuditedKeyStore:
         entry = _entry(AuditMethod.CREATE_API_KEY, key.key_id)
         entry.tenant = key.tenant
         async with self._audited(entry):
-            await self._store.add(key)
+            await to_its_end(self._store.add(key))
 
     async def revoke(self, key_id: str, moment: datetime) -> ApiKey | None:
         """See `KeyStore`."""
         # What is no id may be a whole key.
         known = key_id if _KEY_ID.fullmatch(key_id) else ""
         entry = _entry(AuditMethod.REVOKE_API_KEY, known)
-        async with self._audited(entry) as ended:
-            before = await self._store.revoke(key_id, moment)
+        async with self._audited(entry):
+            before = await to_its_end(self._store.revoke(key_id, moment))
             if before is None:
-                ended(Ending(Code.NOT_FOUND.name, "API_KEY_NOT_FOUND"))
+                entry.ending = Ending(Code.NOT_FOUND.name, "API_KEY_NOT_FOUND")
             else:
                 entry.tenant = before.tenant
         return before
@@ -65,25 +72,13 @@ class AuditedKeyStore:
         return await self._store.version()
 
     @contextlib.asynccontextmanager
-    async def _audited(self, entry: Entry) -> AsyncIterator[Callable[[Ending], None]]:
-        ending = Ending(OK)
-        started = time.monotonic()
-
-        def ended(otherwise: Ending) -> None:
-            nonlocal ending
-            ending = otherwise
-
+    async def _audited(self, entry: Entry) -> AsyncIterator[None]:
+        records: list[AuditRecord] = []
         try:
-            yield ended
-        except ExportdError as error:
-            ending = Ending(error.code.name, error.reason.value)
-            raise
-        except BaseException:
-            ending = Ending(Code.INTERNAL.name, ErrorReason.INTERNAL.value)
-            raise
+            with auditing(entry, self._clock, records.append):
+                yield
         finally:
-            duration = timedelta(seconds=time.monotonic() - started)
-            record = entry.record(ending, self._clock.now(), duration)
+            (record,) = records
             write_line(record)
             try:
                 await self._keep(record)

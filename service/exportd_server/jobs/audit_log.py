@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from datetime import timedelta
 
 import structlog
 
 from exportd_server.errors import LedgerUnavailable
-from exportd_server.jobs.audit import OK, AuditMethod, AuditRecord, Ending, Entry, under
+from exportd_server.jobs.audit import AuditMethod, AuditRecord, Ending, Entry, auditing
+from exportd_server.jobs.audit_queue import FairQueue
 from exportd_server.jobs.ledger.base import Ledger
 from exportd_server.platform import metrics
+from exportd_server.platform.buckets import TokenBuckets
 from exportd_server.platform.clock import Clock
 from exportd_server.platform.logging import AUDIT
 
@@ -32,10 +31,13 @@ Classify = Callable[[BaseException], Ending]
 BATCH = 100
 CAPACITY = 20_000
 """Records that wait in memory while the ledger is away: some 20 MiB at the most."""
-_STRANGERS = 1000
-_STRANGERS_PER_SECOND = 10.0
-"""Rows for callers that nobody knows: so many at once, and so many a second. Whoever has
-no credentials shall neither fill the ledger nor crowd out the records of others."""
+REFUSALS = 1000
+_REFUSALS_PER_SECOND = 10.0
+"""Rows of a tenant's refused operations, and of all callers that nobody knows: so many at
+once, and so many a second. What is refused costs a caller nothing: it shall not fill the
+ledger."""
+_STRANGERS = ""
+"""Stands for the tenant of callers that nobody knows."""
 _FIRST_PAUSE = 0.1
 _LONGEST_PAUSE = 5.0
 
@@ -67,55 +69,46 @@ class AuditLog:
         clock: Clock,
         *,
         capacity: int = CAPACITY,
-        strangers: int = _STRANGERS,
+        refusals: int = REFUSALS,
     ) -> None:
         self._ledger = ledger
         self._clock = clock
-        self._capacity = capacity
-        self._waiting: deque[AuditRecord] = deque()
+        self._waiting = FairQueue(capacity)
+        self._batch: list[AuditRecord] = []
+        """On its way to the ledger."""
+        self._refusals = TokenBuckets(_REFUSALS_PER_SECOND, refusals)
         self._told = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
         self._closing = False
         self._failing = False
-        self._most_strangers = float(strangers)
-        self._strangers = float(strangers)
-        self._looked = time.monotonic()
         self._task = asyncio.create_task(self._run())
 
     @contextmanager
     def auditing(
         self, method: AuditMethod, peer: str, classify: Classify
     ) -> Iterator[Entry]:
-        """Leave one record of what is done in this context, however it ends. `classify`
-        says how by the exception that ends it."""
+        """See `audit.auditing`."""
         entry = Entry(method, peer)
-        started = time.monotonic()
-        ending = Ending(OK)
-        try:
-            with under(entry):
-                yield entry
-        except BaseException as error:
-            ending = classify(error)
-            raise
-        finally:
-            duration = timedelta(seconds=time.monotonic() - started)
-            self.add(entry.record(ending, self._clock.now(), duration))
+        with auditing(entry, self._clock, self.add, classify):
+            yield entry
 
     def add(self, record: AuditRecord) -> None:
         """Log a record now, and have it kept."""
         write_line(record)
         if self._closing:
             metrics.audit_dropped.labels("shutdown").inc()
-        elif not record.identity and not self._admit_stranger():
-            metrics.audit_dropped.labels("unidentified").inc()
-        elif len(self._waiting) >= self._capacity:
+            return
+        owner = record.tenant if record.identity else _STRANGERS
+        if (record.refused or owner == _STRANGERS) and self._refusals.take(owner):
+            cause = "unidentified" if owner == _STRANGERS else "refusals"
+            metrics.audit_dropped.labels(cause).inc()
+            return
+        if not self._waiting.add(owner, record):
             metrics.audit_dropped.labels("full").inc()
             self._complain("the queue is full")
-        else:
-            self._waiting.append(record)
-            self._idle.clear()
-            self._told.set()
+        self._idle.clear()
+        self._told.set()
 
     async def flushed(self) -> None:
         """Wait until everything that was added is in the ledger, or counted as lost."""
@@ -130,31 +123,21 @@ class AuditLog:
                 await self.flushed()
         self._task.cancel()
         await asyncio.wait({self._task})
-        if self._waiting:
-            lost = len(self._waiting)
-            self._waiting.clear()
+        lost = len(self._batch) + len(self._waiting)
+        if lost:
+            self._batch, self._waiting = [], FairQueue(0)
             metrics.audit_dropped.labels("shutdown").inc(lost)
             log.error("audit records are in this log only", records=lost)
-
-    def _admit_stranger(self) -> bool:
-        now = time.monotonic()
-        more = (now - self._looked) * _STRANGERS_PER_SECOND
-        self._looked = now
-        self._strangers = min(self._most_strangers, self._strangers + more)
-        if self._strangers < 1:
-            return False
-        self._strangers -= 1
-        return True
 
     async def _run(self) -> None:
         pause = _FIRST_PAUSE
         while True:
             await self._told.wait()
             self._told.clear()
-            while self._waiting:
-                batch = [self._waiting[i] for i in range(min(BATCH, len(self._waiting)))]
+            while self._batch or self._waiting:
+                self._batch = self._batch or self._waiting.take(BATCH)
                 try:
-                    await self._ledger.append_audit(batch)
+                    await self._ledger.append_audit(self._batch)
                 except LedgerUnavailable:
                     # It may be there nevertheless; the same rows again change nothing.
                     self._complain("the ledger is away")
@@ -163,14 +146,14 @@ class AuditLog:
                     continue
                 except Exception:
                     # These records would fail for ever, and hold up those after them.
-                    log.exception("audit records are in this log only", records=len(batch))
-                    metrics.audit_dropped.labels("refused").inc(len(batch))
+                    lost = len(self._batch)
+                    log.exception("audit records are in this log only", records=lost)
+                    metrics.audit_dropped.labels("refused").inc(lost)
                 else:
                     if self._failing:
                         log.info("audit records are kept again")
                     self._failing, pause = False, _FIRST_PAUSE
-                for _ in batch:
-                    self._waiting.popleft()
+                self._batch = []
             self._idle.set()
 
     def _complain(self, cause: str) -> None:

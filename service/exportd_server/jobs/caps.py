@@ -74,10 +74,6 @@ class TimeCap:
             return None
         return max(0.0, self._started + self._max_seconds - time.monotonic())
 
-    def excuse(self, seconds: float) -> None:
-        """Do not count time that the job had to wait for others."""
-        self._started += seconds
-
     def passed(self) -> ExportTooLarge | None:
         """The error for a job that has run too long; None while it has not."""
         if self._max_seconds is None or self.left:

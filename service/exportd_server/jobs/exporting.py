@@ -66,7 +66,15 @@ class ExportOptions:
     max_bytes_in_flight: int = 8 * 2**20
     progress_interval: float = 0.5
     source_timeout: float = 900.0
+    block_timeout: float = 600.0
     retry: Backoff = _RETRY
+
+
+@dataclass(slots=True)
+class _Patience:
+    """Seconds that a task may yet wait for room in queues."""
+
+    left: float
 
 
 class Exporter:
@@ -280,15 +288,24 @@ class Exporter:
         lease: Lease,
         part: PartRecord,
         errors: PartRecord | None,
+        patience: _Patience,
     ) -> None:
-        """Record a part, once each sink that must not miss it has room for it."""
+        """Record a part, once each sink that must not miss it has room for it, or was
+        waited for long enough."""
+        drop = False
         if any(sink.takes is Takes.PARTS for sink in job.spec.sinks):
             while not await held.insist(lambda: self._ledger.has_room(lease)):
                 held.check()
+                if (passed := time_cap.passed()) is not None:
+                    raise passed
+                # A sink that takes nothing is no reason for the job to fail.
+                if drop := patience.left <= 0:
+                    break
                 await asyncio.sleep(_FULL_PAUSE)
-                # A slow sink is no reason for the job to fail.
-                time_cap.excuse(_FULL_PAUSE)
-        dropped = await held.insist(lambda: self._ledger.add_part(lease, part, errors))
+                patience.left -= _FULL_PAUSE
+        dropped = await held.insist(
+            lambda: self._ledger.add_part(lease, part, errors, drop=drop)
+        )
         for index in dropped:
             sink = job.spec.sinks[index]
             metrics.dropped.labels(sink.type, sink.connection).inc()
@@ -298,6 +315,7 @@ class Exporter:
         self, held: Held, job: Job, time_cap: TimeCap, *, parts: int
     ) -> Callable[[FinishedPart], None]:
         lease, loop = held.lease, asyncio.get_running_loop()
+        patience = _Patience(self._options.block_timeout)
 
         def commit(part: FinishedPart) -> None:
             """In the pipeline's thread: record a part before the next one begins."""
@@ -306,7 +324,7 @@ class Exporter:
             check_parts(parts)
             record = _part_record(part)
             errors = None if part.errors is None else _part_record(part.errors)
-            recorded = self._record(held, job, time_cap, lease, record, errors)
+            recorded = self._record(held, job, time_cap, lease, record, errors, patience)
             asyncio.run_coroutine_threadsafe(recorded, loop).result()
 
         return commit

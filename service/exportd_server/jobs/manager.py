@@ -36,6 +36,7 @@ from exportd_server.jobs.audit import AuditQuery, AuditRecord
 from exportd_server.jobs.ledger.base import (
     DeliveryQuery,
     EndpointDisabled,
+    HeldLease,
     JobQuery,
     Ledger,
     NewJob,
@@ -58,6 +59,7 @@ from exportd_server.jobs.model import (
     SinkSpec,
 )
 from exportd_server.jobs.readers import Readers
+from exportd_server.platform.shares import Shares
 from exportd_server.platform.threads import in_daemon_thread
 from exportd_server.platform.waits import first
 from exportd_server.sinks.base import BadSinkRequest, Export, ExportColumn
@@ -74,8 +76,9 @@ MAX_SINKS = 10
 RETRY_AFTER = timedelta(seconds=2)
 """When to ask again for a job that is not finished, or with a quota used up."""
 
-_QUESTIONS = 8
-"""How many sources are asked at a time on behalf of callers."""
+_QUESTIONS = 16
+"""How many sources are asked at a time on behalf of callers; of one tenant at most half,
+and less the more others have asked."""
 _ANSWER_SECONDS = 30.0
 """Within which a source must answer a caller's question, its turn among the others
 included."""
@@ -150,7 +153,7 @@ class JobManager:
         self.policy = policy
         self._readers = readers
         self._draining = asyncio.Event()
-        self._asking = asyncio.Semaphore(_QUESTIONS)
+        self._asking = Shares(_QUESTIONS)
 
     # --- the end
 
@@ -183,30 +186,30 @@ class JobManager:
             )
         return dataset
 
-    async def count(self, dataset: Dataset) -> int | None:
+    async def count(self, tenant: str, dataset: Dataset) -> int | None:
         """About how many rows a dataset has, where that is cheap to tell and may be
         told."""
         if not dataset.exportable or not dataset.counted:
             return None
-        return await self._ask(dataset.source.count)
+        return await self._ask(tenant, dataset.source.count)
 
-    async def _ask(self, question: Callable[[], T]) -> T:
+    async def _ask(self, tenant: str, question: Callable[[], T]) -> T:
         """Ask a source, which may hang: neither the others who use threads nor the end
         of the process wait for it. Raises `SourceFailed` when it takes too long."""
         try:
             async with asyncio.timeout(_ANSWER_SECONDS):
-                return await self._ask_in_turn(question)
+                return await self._ask_in_turn(tenant, question)
         except TimeoutError:
             raise SourceFailed(
                 f"the source did not answer within {_ANSWER_SECONDS:g} s"
             ) from None
 
-    async def _ask_in_turn(self, question: Callable[[], T]) -> T:
-        await self._asking.acquire()
+    async def _ask_in_turn(self, tenant: str, question: Callable[[], T]) -> T:
+        await self._asking.wait(tenant)
         asked = in_daemon_thread(question, "question")
 
         def answered(asked: asyncio.Future[T]) -> None:
-            self._asking.release()
+            self._asking.give(tenant)
             if not asked.cancelled():
                 asked.exception()
 
@@ -222,16 +225,18 @@ class JobManager:
         accepted: Accepted,
         *,
         request_id: str,
-        fingerprint: str,
+        fingerprints: Sequence[str],
     ) -> Job:
-        """Record an export."""
+        """Record an export. The first of the fingerprints is kept, and each of them is one
+        of the same payload."""
         spec = accepted.spec
         new = NewJob(
             job_id=str(uuid_utils.uuid7()),
             tenant=tenant,
             spec=spec,
             request_id=request_id,
-            fingerprint=fingerprint,
+            fingerprint=fingerprints[0],
+            older_fingerprints=frozenset(fingerprints[1:]),
             queues=accepted.queues,
         )
         try:
@@ -411,7 +416,7 @@ class JobManager:
         dataset = self.dataset(tenant, spec.dataset)
         await self._probe(tenant, _export(tenant, dataset, spec), accepted.sinks)
         query = to_query(dataset, spec, tenant)
-        plan = await self._ask(lambda: dataset.source.plan(query))
+        plan = await self._ask(tenant, lambda: dataset.source.plan(query))
         job = Job(
             job_id="",
             tenant=tenant,
@@ -570,6 +575,14 @@ class JobManager:
                 ErrorReason.SINK_QUEUE_NOT_FOUND, metadata={"queue": name[:300]}
             )
         return found[0]
+
+    # --- workers
+
+    async def list_leases(
+        self, *, limit: int, after: tuple[str, int] | None
+    ) -> list[HeldLease]:
+        """A page of the leases on tasks of every tenant, by worker."""
+        return await self._ledger.list_leases(limit=limit, after=after)
 
     # --- audit records
 

@@ -89,7 +89,7 @@ class OnFull(enum.StrEnum):
     """What happens when a delivery becomes due and its queue is full."""
 
     BLOCK = "BLOCK"
-    """The export waits before its next part."""
+    """The export waits before its next part, for a while."""
     DROP = "DROP"
     """The delivery is dropped."""
 
@@ -97,8 +97,9 @@ class OnFull(enum.StrEnum):
 @dataclass(frozen=True, slots=True)
 class QueuePolicy:
     """What the operator allows for a queue: deliveries under way at a time, over all
-    processes, and deliveries that stand in it before it is full. Those that failed and
-    wait to be tried again do not count. `tenant` is empty for a queue that all share."""
+    processes, and deliveries of one tenant that stand in it before it is full for that
+    one. Those that failed and wait to be tried again do not count. `tenant` is empty for
+    a queue that all share."""
 
     queue: str
     tenant: str = ""

@@ -31,6 +31,7 @@ from exportd_server.jobs.ledger.base import (
     TaskKind,
 )
 from exportd_server.jobs.manager import Policy
+from exportd_server.platform.shares import Shares
 from exportd_server.platform.waits import Backoff, first
 from exportd_server.sources.catalogue import Catalogue
 from exportd_server.store.base import OutputStore
@@ -49,7 +50,8 @@ _OUTAGE = Backoff(0.1, 5.0)
 
 @dataclass(frozen=True, slots=True)
 class WorkerOptions:
-    """How a worker works; times in seconds."""
+    """How a worker works; times in seconds. Of its `deliveries` at a time one tenant has
+    at most half, and less the more others have."""
 
     concurrency: int = 2
     deliveries: int = 64
@@ -99,6 +101,7 @@ class Worker:
             # They mostly wait, and must not keep exports from running, nor these them.
             _Slots(_DELIVERY_KINDS, options.deliveries),
         )
+        self._delivering = Shares(options.deliveries)
         self._leases = Leases(ledger, options.lease)
         self._anchors = Anchors(ledger, self._draining, poll=options.poll)
         self._deliverer = Deliverer(ledger, store, sinks, self._leases, links)
@@ -193,7 +196,9 @@ class Worker:
                 self._owner,
                 kinds,
                 lease=timedelta(seconds=self._options.lease),
-                limits=ClaimLimits(self._options.running_per_tenant),
+                limits=ClaimLimits(
+                    self._options.running_per_tenant, self._delivering.full()
+                ),
             )
         if lease is not None:
             self._start(lease)
@@ -210,9 +215,14 @@ class Worker:
         (slots,) = (slots for slots in self._slots if lease.kind in slots.kinds)
         task = asyncio.create_task(self._work(lease))
         slots.tasks.add(task)
+        delivers = lease.kind in _DELIVERY_KINDS
+        if delivers:
+            self._delivering.take(lease.tenant)
 
         def ended(task: asyncio.Task[None]) -> None:
             slots.tasks.discard(task)
+            if delivers:
+                self._delivering.give(lease.tenant)
             self._vacated.set()
 
         task.add_done_callback(ended)

@@ -12,8 +12,9 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -202,6 +203,25 @@ class Directory(_Descriptor):
             src_dir_fd=self._fd,
             dst_dir_fd=self._fd,
         )
+
+    def replace(
+        self, name: str, data: Buffer, prepare: Callable[[str], None] = lambda _: None
+    ) -> None:
+        """Make a file with this content in place of the one that there may be: as a whole,
+        durably, and for its owner only. `prepare` gets the name of the new file before it
+        takes the place of the other."""
+        made = f"{name}.{secrets.token_hex(8)}"
+        try:
+            with self.create(made) as file:
+                file.write(data)
+                file.sync()
+            prepare(made)
+            self.rename(made, name)
+        except BaseException:
+            with suppress(OSError):
+                self.unlink(made)
+            raise
+        self.sync()
 
     def unlink(self, name: str) -> None:
         """Remove an entry that is no directory; a link itself, not what it points to."""

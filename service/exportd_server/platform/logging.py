@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
-from typing import Literal, TextIO
+import threading
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal, TextIO
 
 import structlog
+
+if TYPE_CHECKING:
+    from sys import UnraisableHookArgs
+
+log = structlog.get_logger(__name__)
 
 AUDIT = "exportd_server.audit"
 """The logger of audit lines, which are written whatever the level."""
@@ -15,8 +23,8 @@ AUDIT = "exportd_server.audit"
 def configure_logging(
     level: str, style: Literal["json", "console"], stream: TextIO | None = None
 ) -> None:
-    """Send every event of exportd, and warnings of libraries, to `stream` (standard
-    error)."""
+    """Send every event of exportd, and what libraries log as a warning or worse, to
+    `stream` (standard error)."""
     target = stream or sys.stderr
     shared: list[structlog.types.Processor] = [
         structlog.contextvars.merge_contextvars,
@@ -64,3 +72,34 @@ def configure_logging(
     root.setLevel(logging.WARNING)
     logging.getLogger("exportd_server").setLevel(level.upper())
     logging.getLogger(AUDIT).setLevel(logging.INFO)
+
+
+def log_everything() -> None:
+    """Have a process log what would be written to standard error past the log, which is
+    one event a line: warnings, exceptions that nobody catches, and gRPC's core, which
+    writes lines of its own and is told not to. It has not been loaded before, or else does
+    as it likes. What event loops complain of goes to the log by itself."""
+    # An operator who looks for the cause of failed handshakes sets it to ERROR.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    logging.captureWarnings(capture=True)
+    sys.excepthook = _uncaught
+    sys.unraisablehook = _unraisable
+    threading.excepthook = _uncaught_in_thread
+
+
+def _uncaught(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    log.critical("uncaught exception", exc_info=(kind, error, trace))
+
+
+def _uncaught_in_thread(args: threading.ExceptHookArgs) -> None:
+    if args.exc_value is None or args.exc_type is SystemExit:
+        return
+    thread = args.thread.name if args.thread else None
+    log.error("uncaught exception in a thread", thread=thread, exc_info=args.exc_value)
+
+
+def _unraisable(args: UnraisableHookArgs) -> None:
+    # Without the object, whose text may hold anything.
+    log.error("ignored exception", where=args.err_msg, exc_info=args.exc_value)

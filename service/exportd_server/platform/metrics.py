@@ -57,12 +57,13 @@ endpoints_disabled = Counter(
 audit_dropped = Counter(
     "exportd_audit_dropped",
     "Audit records that stand in the log and not in the ledger, by why: full (more waited "
-    "than may), refused (the ledger did not take them), shutdown (no time was left), "
-    "unidentified (too many of callers that nobody knows).",
+    "than may), refused (the ledger did not take them), refusals (too many of a tenant's "
+    "refused operations), shutdown (no time was left), unidentified (too many of callers "
+    "that nobody knows).",
     ("cause",),
     registry=REGISTRY,
 )
-for _cause in ("full", "refused", "shutdown", "unidentified"):
+for _cause in ("full", "refused", "refusals", "shutdown", "unidentified"):
     audit_dropped.labels(_cause)
 
 OUTCOMES = ("delivered", "retried", "dead_lettered", "given_back")

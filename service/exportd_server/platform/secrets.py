@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-from contextlib import suppress
 from pathlib import Path
 
 from exportd_server.platform.files import Directory
@@ -18,17 +17,7 @@ def kept_key(directory: Path, name: str) -> bytes:
     path = directory / name
     with Directory.at(directory) as folder:
         if not folder.has(name):
-            made = f"{name}.{secrets.token_hex(8)}"
-            try:
-                with folder.create(made) as file:
-                    file.write(secrets.token_bytes(KEY_BYTES))
-                    file.sync()
-                folder.rename(made, name)
-            except BaseException:
-                with suppress(OSError):
-                    folder.unlink(made)
-                raise
-            folder.sync()
+            folder.replace(name, secrets.token_bytes(KEY_BYTES))
         with folder.open(name) as file:
             key = file.read_at(0, KEY_BYTES + 1)
         if len(key) != KEY_BYTES:

@@ -121,6 +121,16 @@ class Delivery:
     `ExportdError`."""
 
 
+class Place:
+    """Marks a field of a connection's model that says where deliveries go, as in
+    `root: Annotated[Path, PLACE]`. The operator may write `{tenant}` into it, and each
+    tenant's deliveries go to a place of their own: a sink is opened for each tenant then,
+    with its name in place of that. Let no two tenants reach each other's by it."""
+
+
+PLACE = Place()
+
+
 class BadSinkRequest(ValueError):
     """A request for a sink that cannot work. `field` is a dotted path inside it, empty
     for the whole; `description` says what is wrong and the mend."""
@@ -135,10 +145,13 @@ class BadSinkRequest(ValueError):
 class SinkPlan:
     """What a checked request comes to. `endpoint` tells apart receivers behind one
     connection that fail each for itself, such as URLs; it is shown to callers and must
-    not hold secrets."""
+    not hold secrets. `overwrites` is the field of the request, such as a mode, by which
+    the delivery changes or removes what others have put there; empty when it only adds.
+    Where several tenants share the place that is refused."""
 
     takes: Takes
     endpoint: str = ""
+    overwrites: str = ""
 
 
 @dataclass(frozen=True, slots=True)

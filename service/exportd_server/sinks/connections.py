@@ -6,22 +6,38 @@ from __future__ import annotations
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from exportd_server.errors import ConfigurationError
-from exportd_server.sinks.base import Batching, RetryPolicy, SinkDefaults
-from exportd_server.sinks.registry import SinkTypes
+from exportd_server.sinks.base import Batching, Place, RetryPolicy, SinkDefaults
+from exportd_server.sinks.registry import AnySinkType, SinkTypes
+from exportd_server.store.key import is_tenant
 
 _NAME = re.compile(r"[a-z][a-z0-9_-]{0,62}\Z")
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+_TENANT = "{tenant}"
+_EVERYBODY = "*"
+_SOMEBODY = "tenant"
+"""Stands for those whom nobody knows yet when the file is read."""
 
 _Seconds = Annotated[float, Field(gt=0, le=30 * 86_400)]
 _Count = Annotated[int, Field(ge=1)]
+
+
+def _tenants(value: object) -> object:
+    if value == _EVERYBODY:
+        return [_EVERYBODY]
+    named = value if isinstance(value, list) else []
+    if not named or not all(isinstance(one, str) and is_tenant(one) for one in named):
+        raise ValueError(
+            'must name tenants, as tenants = ["acme"], or everybody, as tenants = "*"'
+        )
+    return value
 
 
 class _Limits(BaseModel):
@@ -29,7 +45,8 @@ class _Limits(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    tenants: tuple[str, ...] | None = None
+    tenants: Annotated[tuple[str, ...] | None, BeforeValidator(_tenants)] = None
+    shared: bool = False
     concurrency: _Count | None = None
     queue_depth: _Count = 1000
     on_full: Literal["BLOCK", "DROP"] = "BLOCK"
@@ -40,6 +57,16 @@ class _Limits(BaseModel):
     disable_after_seconds: _Seconds | None = None
     batch_size: _Count | None = None
     batch_wait_seconds: Annotated[float, Field(ge=0, le=60)] | None = None
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """The tenants that are named; none when it is for everybody."""
+        return () if self.tenants in (None, (_EVERYBODY,)) else self.tenants or ()
+
+    @property
+    def several(self) -> bool:
+        """Whether more than one tenant is to use it."""
+        return self.tenants == (_EVERYBODY,) or len(set(self.named)) > 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +85,20 @@ class SinkLimits:
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """One connection; `settings` is its type's `connection_model`."""
+    """One connection; `settings` is its type's `connection_model`. With `shared` several
+    tenants write to one place. Where each has a place of its own, `of_tenant` makes the
+    settings of one, and those here are an example; it raises `ValidationError`."""
 
     name: str
     type: str
     settings: BaseModel
     limits: SinkLimits
+    shared: bool = False
+    of_tenant: Callable[[str], BaseModel] | None = None
+
+    def settings_for(self, tenant: str) -> BaseModel:
+        """The settings that hold for a tenant. Raises `ValidationError`."""
+        return self.settings if self.of_tenant is None else self.of_tenant(tenant)
 
 
 def default_limits(defaults: SinkDefaults) -> SinkLimits:
@@ -88,7 +123,7 @@ def _limits(defaults: SinkDefaults, said: _Limits) -> SinkLimits:
         ),
         disable_after=said.disable_after_seconds or defaults.disable_after,
         batching=_batching(defaults.batching, said),
-        tenants=None if said.tenants is None else frozenset(said.tenants),
+        tenants=frozenset(said.named) or None,
     )
 
 
@@ -126,18 +161,43 @@ class Connections:
         ]
 
 
-def load_connections(path: Path, types: SinkTypes) -> Connections:
-    """Read the file; blocks. Raises `ConfigurationError` in one line that names the file,
-    the key and the mend."""
-    return _Loader(path, types).load()
+def load_connections(
+    path: Path, types: SinkTypes, *, identified: bool = False
+) -> Connections:
+    """Read the file; blocks. Where callers are `identified`, each connection must say
+    whom it is for. Raises `ConfigurationError` in one line that names the file, the key
+    and the mend."""
+    return _Loader(path, types, identified=identified).load()
+
+
+def survey_connections(
+    path: Path, types: SinkTypes, *, identified: bool = False
+) -> tuple[Connections, Mapping[str, str]]:
+    """Those that can be read, and what is wrong with each of the others, by name; blocks.
+    Raises `ConfigurationError` when the file is none."""
+    return _Loader(path, types, identified=identified).survey()
 
 
 class _Loader:
-    def __init__(self, path: Path, types: SinkTypes) -> None:
+    def __init__(self, path: Path, types: SinkTypes, *, identified: bool) -> None:
         self._path = path
         self._types = types
+        self._identified = identified
 
     def load(self) -> Connections:
+        tables = self._tables()
+        return Connections({name: self._connection(name, t) for name, t in tables.items()})
+
+    def survey(self) -> tuple[Connections, Mapping[str, str]]:
+        good, wrong = dict[str, Connection](), dict[str, str]()
+        for name, table in self._tables().items():
+            try:
+                good[name] = self._connection(name, table)
+            except ConfigurationError as error:
+                wrong[name] = str(error)
+        return Connections(good), wrong
+
+    def _tables(self) -> dict[str, object]:
         try:
             with self._path.open("rb") as stream:
                 found = tomllib.load(stream)
@@ -153,7 +213,7 @@ class _Loader:
         tables = found.get("connections", {})
         if not isinstance(tables, dict):
             self._fail("connections", "must be tables: [connections.NAME]")
-        return Connections({name: self._connection(name, t) for name, t in tables.items()})
+        return tables
 
     def _connection(self, name: str, table: object) -> Connection:
         key = f"connections.{name}"
@@ -177,8 +237,55 @@ class _Loader:
             shared
         ):
             self._fail(key, f"{type_name} takes one part at a time; leave batch_* out")
-        settings = self._parsed(key, type_.connection_model, values)
-        return Connection(name, type_name, settings, _limits(type_.defaults, limits))
+        apart = self._is_apart(key, type_, values)
+        self._check_tenants(key, type_, limits, apart=apart)
+        model = type_.connection_model
+
+        def of_tenant(tenant: str) -> BaseModel:
+            made: BaseModel = model.model_validate(_filled(values, tenant))
+            return made
+
+        for tenant in limits.named or (_SOMEBODY,):
+            settings = self._parsed(key, model, _filled(values, tenant))
+        return Connection(
+            name,
+            type_name,
+            settings,
+            _limits(type_.defaults, limits),
+            shared=limits.several and not apart,
+            of_tenant=of_tenant if _mentions(values) else None,
+        )
+
+    def _check_tenants(
+        self, key: str, type_: AnySinkType, said: _Limits, *, apart: bool
+    ) -> None:
+        if said.tenants is None and self._identified:
+            self._fail(
+                f"{key}.tenants",
+                "is required where callers identify themselves: name those who may use "
+                'it, as tenants = ["acme"], or say tenants = "*" for everybody',
+            )
+        if apart and said.shared:
+            self._fail(
+                f"{key}.shared", f"each tenant has its own place by {_TENANT}; leave it out"
+            )
+        if said.several and not (apart or said.shared):
+            places = " or ".join(_places(type_))
+            self._fail(
+                f"{key}.shared",
+                "several tenants would write to one place; "
+                + (f"put {_TENANT} into {places}, " if places else "")
+                + "make a connection for each, or say shared = true",
+            )
+
+    def _is_apart(self, key: str, type_: AnySinkType, values: dict[str, Any]) -> bool:
+        """Whether each tenant's deliveries go to a place of their own."""
+        places = _places(type_)
+        for name, value in values.items():
+            if name not in places and _mentions(value):
+                where = f"only {', '.join(places)} can" if places else "nothing here can"
+                self._fail(f"{key}.{name}", f"cannot have {_TENANT} in it; {where}")
+        return any(_always_mentions(values.get(name)) for name in places)
 
     def _parsed(self, key: str, model: type[Any], values: dict[str, Any]) -> Any:
         try:
@@ -210,3 +317,37 @@ class _Loader:
 
     def _fail(self, key: str, what: str) -> NoReturn:
         raise ConfigurationError(f"{self._path}: {key}: {what}")
+
+
+def _places(type_: AnySinkType) -> list[str]:
+    """The keys that say where deliveries of a type go."""
+    fields = type_.connection_model.model_fields
+    return [
+        name
+        for name, field in fields.items()
+        if any(isinstance(mark, Place) for mark in field.metadata)
+    ]
+
+
+def _mentions(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_mentions, value.values()))
+    if isinstance(value, list):
+        return any(map(_mentions, value))
+    return isinstance(value, str) and _TENANT in value
+
+
+def _always_mentions(value: Any) -> bool:
+    """Whether it is another one for each tenant. Of a list each entry is a place."""
+    if isinstance(value, list):
+        return bool(value) and all(map(_mentions, value))
+    return _mentions(value)
+
+
+def _filled(value: Any, tenant: str) -> Any:
+    """The value with the tenant's name in its places."""
+    if isinstance(value, dict):
+        return {key: _filled(each, tenant) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_filled(each, tenant) for each in value]
+    return value.replace(_TENANT, tenant) if isinstance(value, str) else value

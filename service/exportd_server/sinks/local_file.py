@@ -20,7 +20,7 @@ from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import structlog
 from pydantic import BaseModel, ConfigDict, field_validator
@@ -29,6 +29,7 @@ from exportd_server.errors import ConfigurationError, DeliveryFailed
 from exportd_server.platform.files import Buffer, Directory, File
 from exportd_server.platform.threads import in_daemon_thread
 from exportd_server.sinks.base import (
+    PLACE,
     BadSinkRequest,
     Delivery,
     Export,
@@ -84,11 +85,13 @@ class LocalFileRequest(BaseModel):
 
 class LocalFileConnection(BaseModel):
     """What the operator configures. `root` is trusted and must be there, links in its
-    path are followed; below it none is."""
+    path are followed; below it none is. `prefix` is a path below it, made when it is
+    missing."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    root: Path
+    root: Annotated[Path, PLACE]
+    prefix: Annotated[str, PLACE] = ""
     access: Access = Access.OWNER
 
     @field_validator("root")
@@ -97,6 +100,15 @@ class LocalFileConnection(BaseModel):
         if not root.is_absolute():
             raise ValueError("must be an absolute path")
         return root
+
+    @field_validator("prefix")
+    @classmethod
+    def _below_root(cls, prefix: str) -> str:
+        try:
+            path_names("prefix", prefix)
+        except BadSinkRequest as error:
+            raise ValueError(error.description) from None
+        return prefix
 
 
 class LocalFileSinkType:
@@ -156,7 +168,7 @@ class LocalFileSink:
 
     async def deliver(self, request: LocalFileRequest, delivery: Delivery) -> str:
         """Write beside the final name, sync, rename; the receipt is the path below the
-        connection's directory."""
+        connection's root."""
         place, part = _Place(self._connection, request), delivery.part
         name = manifest_name(delivery) if part is None else part.file_name
         writer = _Writer(place, name)
@@ -190,7 +202,10 @@ class _Place:
     """The directory of a request. All but the constructor blocks."""
 
     def __init__(self, connection: LocalFileConnection, request: LocalFileRequest) -> None:
-        self.names = path_names("path", request.path)
+        self.names = (
+            *path_names("prefix", connection.prefix),
+            *path_names("path", request.path),
+        )
         self.access = connection.access
         self._root = connection.root
         self._text = f"directory {request.path!r}" if request.path else "directory"

@@ -16,13 +16,21 @@ from collections.abc import Coroutine, Iterator
 from concurrent.futures import Future
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
 import structlog
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
 from exportd_server.errors import ConfigurationError, DeliveryFailed
-from exportd_server.sinks.base import Delivery, Export, Part, SinkDefaults, SinkPlan, Takes
+from exportd_server.sinks.base import (
+    PLACE,
+    Delivery,
+    Export,
+    Part,
+    SinkDefaults,
+    SinkPlan,
+    Takes,
+)
 from exportd_server.sinks.manifest import CONTENT_TYPE, manifest_json, manifest_name
 from exportd_server.sinks.names import path_names
 from exportd_server.store.base import PartReader
@@ -91,8 +99,8 @@ class ObjectStorageConnection(BaseModel):
     # An error that shows what it was given would show the secrets.
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
-    bucket: str
-    prefix: str = Field(default="", max_length=255)
+    bucket: Annotated[str, PLACE]
+    prefix: Annotated[str, PLACE] = Field(default="", max_length=255)
     endpoint_url: str | None = None
     region: str | None = None
     path_style: bool = False

@@ -64,7 +64,8 @@ class SinkTypes:
         """Names of those that can be reached without a connection, in order."""
         found = []
         for name in self.names():
-            if self._sources[name] == _BUILT_IN.get(name):
+            # Not by ==, which an entry point has for its like alone.
+            if self._sources[name] is _BUILT_IN.get(name):
                 needs = name in _NEED_CONNECTION
             else:
                 type_ = self.get(name)

@@ -10,17 +10,19 @@ import difflib
 import os
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sqlglot import exp
 
 from exportd_server.errors import ConfigurationError, SourceFailed
+from exportd_server.platform.urls import BadUrl, parse_postgres_url
 from exportd_server.sources import query as sql
 from exportd_server.sources.adbc import AdbcSource, Vendor
 from exportd_server.sources.base import (
@@ -208,6 +210,15 @@ def load_catalogue(path: Path) -> Catalogue:
     return _Loader(path).load()
 
 
+def catalogue_parts(
+    path: Path,
+) -> tuple[Mapping[str, Callable[[], object]], Mapping[str, Callable[[], Dataset]]]:
+    """What opens each connection, and each dataset, for itself, as `load_catalogue` opens
+    all of them: each call blocks and raises `ConfigurationError`. So does this when the
+    file is none."""
+    return _Loader(path).parts()
+
+
 class _Unread:
     """The source of a dataset that is not exportable: nobody asks for its rows."""
 
@@ -243,6 +254,20 @@ class _Loader:
                 name: self._dataset(name, entry)
                 for name, entry in self._file.datasets.items()
             }
+        )
+
+    def parts(
+        self,
+    ) -> tuple[Mapping[str, Callable[[], object]], Mapping[str, Callable[[], Dataset]]]:
+        self._file = self._parse()
+        if not self._file.datasets:
+            self._fail("datasets", "is empty; add a [datasets.NAME] table")
+        return (
+            {name: partial(self._vendor, name) for name in self._file.connections},
+            {
+                name: partial(self._dataset, name, e)
+                for name, e in self._file.datasets.items()
+            },
         )
 
     def _fail(self, key: str, problem: str, cause: BaseException | None = None) -> NoReturn:
@@ -518,9 +543,9 @@ class _Loader:
         scheme = url.partition(":")[0].lower()
         if scheme in ("postgresql", "postgres"):
             try:
-                urlsplit(url).port  # noqa: B018 - raises for a bad port
-            except ValueError as error:
-                self._fail(f"{key}.url", f"is no URL: {error}")
+                parse_postgres_url(url)
+            except BadUrl as error:
+                self._fail(f"{key}.url", f"is no URL of PostgreSQL: it {error}")
             return Postgres(url, timeout_seconds=connection.statement_timeout_seconds)
         if scheme != "sqlite" or not url.startswith("sqlite:///"):
             self._fail(
@@ -545,18 +570,14 @@ class _Loader:
         return _VARIABLE.sub(value, text)
 
     def _why(self, entry: _Dataset, error: SourceFailed) -> str:
-        """What the source says, for the operator; without the connection's password."""
-        text = str(error.__cause__ or error).strip()
-        text = text.partition("\n")[0]
+        """What the source says, for the operator; nothing that has a piece of the
+        connection's password in it."""
+        text = str(error.__cause__ or error).strip().partition("\n")[0]
         if entry.connection is None:
             return f"its files cannot be read: {text}"
         url = self._expand("", self._file.connections[entry.connection].url)
-        try:
-            secret = urlsplit(url).password or ""
-        except ValueError:
-            secret = ""
-        for form in {secret, unquote(secret)} - {""}:
-            text = text.replace(form, "***")
+        if not url.startswith("sqlite:"):
+            text = parse_postgres_url(url).said(text)
         return f"connection {entry.connection!r} cannot read it: {text}"
 
     def _columns(self, key: str, entry: _Dataset, source: Source) -> tuple[Column, ...]:

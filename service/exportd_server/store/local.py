@@ -27,7 +27,8 @@ from exportd_server.store.base import Buffer
 from exportd_server.store.key import JobPrefix, OutputKey, OutputKind
 
 _UNFINISHED = re.compile(r"\.\d{6}-\d{6}\.\d{1,19}\.[0-9a-f]{16}\Z")
-_OWNER = ".owner"
+OWNER = ".owner"
+"""Name of the file that tells whose a store is."""
 _OWNER_BYTES = 200
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _TAKEN = frozenset({errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR})
@@ -58,7 +59,7 @@ class LocalStore:
         try:
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
             directory = Directory.at(root)
-            _probe(directory)
+            probe(directory)
         except OSError as error:
             raise ConfigurationError(
                 f"output store: cannot keep files in {str(root)!r} ({error.strerror}); "
@@ -420,9 +421,9 @@ class _Tree:
 
     def claim(self, owner: str) -> str:
         """Whole under a hidden name first, and linked, so that the first one has it."""
-        name = f"{_OWNER}.{secrets.token_hex(8)}"
+        name = f"{OWNER}.{secrets.token_hex(8)}"
         while True:
-            with suppress(FileNotFoundError), self._root.open(_OWNER) as file:
+            with suppress(FileNotFoundError), self._root.open(OWNER) as file:
                 # Whoever noted it may have died before its name was durable.
                 self._root.sync()
                 return file.read_at(0, _OWNER_BYTES).decode(errors="replace").strip()
@@ -431,7 +432,7 @@ class _Tree:
                     file.write(f"{owner}\n".encode())
                     file.sync()
                 with suppress(FileExistsError):
-                    self._root.link(name, _OWNER)
+                    self._root.link(name, OWNER)
             finally:
                 _unlink_quietly(self._root, name)
 
@@ -483,8 +484,9 @@ def _unlink_quietly(directory: Directory, name: str) -> None:
         directory.unlink(name)
 
 
-def _probe(root: Directory) -> None:
-    """Find out at start, not at the end of the first export, what is not supported."""
+def probe(root: Directory) -> None:
+    """Find out at start, not at the end of the first export, what is not supported. Raises
+    `OSError`; what was made is removed."""
     name = f".probe.{secrets.token_hex(8)}"
     second = f"{name}.link"
     try:

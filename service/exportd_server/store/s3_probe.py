@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Awaitable
 from contextlib import suppress
+from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 import structlog
@@ -52,6 +54,8 @@ _MENDS = {
 _RIGHTS = {
     "list": "s3:ListBucket",
     "write": "s3:PutObject and s3:AbortMultipartUpload",
+    "put": "s3:PutObject",
+    "abort": "s3:AbortMultipartUpload",
     "list unfinished uploads": "s3:ListBucketMultipartUploads",
     "read": "s3:GetObject",
     "delete": "s3:DeleteObject",
@@ -74,7 +78,7 @@ async def probe(uploads: Uploads) -> None:
         await first.begin()
         await first.send(1, Body(memoryview(_TEXT)))
         doing = "list unfinished uploads"
-        listed = await _is_listed(bucket, options, name)
+        listed = await _is_listed(bucket, options.root, name)
         doing = "write"
         await first.complete()
         doing = "read"
@@ -104,8 +108,117 @@ async def probe(uploads: Uploads) -> None:
         )
 
 
-async def _is_listed(bucket: Bucket, options: S3Options, name: str) -> bool:
-    async for page in bucket.uploads(options.root):
+@dataclass(frozen=True, slots=True)
+class Surveyed:
+    """What a survey found: rights that are lacking, by their names on S3, and what does
+    not keep the service from working."""
+
+    lacking: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+async def survey(uploads: Uploads) -> Surveyed:
+    """Try each thing that the store will do, also after one was denied, and remove what
+    was made. Runs on the loop of the uploads. Raises `ConfigurationError` for all but
+    rights that are lacking."""
+    trial = _Trial(uploads)
+    try:
+        await trial.run()
+    except CallFailed as error:
+        if error.as_store_failed().retryable:
+            raise ConfigurationError(
+                f"{_place(uploads.options)}: {_mend(error, trial.doing)}"
+            ) from error
+        trial.warnings.append("it is full; make room")
+    finally:
+        await trial.clean_up()
+    return Surveyed(tuple(trial.lacking), tuple(trial.warnings))
+
+
+class _Trial:
+    """One survey. The names of reading and deleting need not be there: S3 tells first
+    whether it is allowed."""
+
+    def __init__(self, uploads: Uploads) -> None:
+        self._bucket = uploads.bucket
+        self._root = uploads.options.root
+        self._name = f"{self._root}.probe-{secrets.token_hex(8)}"
+        self._first = Upload(uploads, self._name)
+        self._second = Upload(uploads, self._name)
+        self._put = False
+        self.doing = "list"
+        self.lacking: list[str] = []
+        self.warnings: list[str] = []
+
+    async def run(self) -> None:
+        """All steps."""
+        bucket, name = self._bucket, self._name
+        await self._step(
+            "list", bucket.call("list_objects_v2", Prefix=self._root, MaxKeys=1)
+        )
+        if await self._step("write", self._write()):
+            await self._step("abort", self._abort())
+        await self._step("put", self._put_object())
+        await self._step("read", self._read())
+        if await self._step("delete", bucket.call("delete_object", Key=name)):
+            self._put = False
+
+    async def _step(self, doing: str, work: Awaitable[object]) -> bool:
+        """Whether it was allowed. Raises `CallFailed` for what else went wrong."""
+        self.doing = doing
+        try:
+            await work
+        except CallFailed as error:
+            if error.status != 403 or error.code in _MENDS:
+                raise
+            self.lacking.append(_RIGHTS[self.doing])
+            return False
+        return True
+
+    async def _write(self) -> None:
+        await self._first.begin()
+        await self._first.send(1, Body(memoryview(_TEXT)))
+        self.doing = "list unfinished uploads"
+        if not await _is_listed(self._bucket, self._root, self._name):
+            self.warnings.append(
+                "it does not list unfinished uploads by prefix: those of writers that "
+                "died stay there until a lifecycle rule of the bucket aborts them"
+            )
+        self.doing, self._put = "write", True
+        await self._first.complete()
+
+    async def _abort(self) -> None:
+        await self._second.begin()
+        await self._second.abort()
+
+    async def _put_object(self) -> None:
+        self._put = True
+        await self._bucket.call("put_object", Key=self._name, Body=_TEXT)
+
+    async def _read(self) -> None:
+        try:
+            answer = await self._bucket.call("get_object", Key=self._name)
+        except CallFailed as error:
+            if not error.missing:
+                raise
+        else:
+            answer["Body"].close()
+
+    async def clean_up(self) -> None:
+        """Remove what is still there; what cannot be is told."""
+        for upload in (self._first, self._second):
+            with suppress(CallFailed):
+                await upload.abort()
+        if not self._put:
+            return
+        try:
+            await self._bucket.call("delete_object", Key=self._name)
+        except CallFailed:
+            self.warnings.append(f"the object {self._name} may be left there; delete it")
+
+
+async def _is_listed(bucket: Bucket, root: str, name: str) -> bool:
+    async for page in bucket.uploads(root):
         if any(found == name for found, _ in page):
             return True
     return False

@@ -3,23 +3,26 @@ included."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
 from google.protobuf.message import Message
 
-from exportd_server.api.interceptors.handlers import Behaviour, wrapped
+from exportd_server.api.interceptors.handlers import (
+    Behaviour,
+    Continuation,
+    split,
+    wrapped,
+)
 from exportd_server.api.interceptors.identity import known_caller
-from exportd_server.errors import Code, ErrorReason, ExportdError
+from exportd_server.errors import Code
 from exportd_server.jobs import audit
 from exportd_server.jobs.audit import AuditMethod, Ending
 from exportd_server.jobs.audit_log import AuditLog
 
 if TYPE_CHECKING:
-    _Handler = grpc.RpcMethodHandler[Any, Any]
-    _Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[_Handler | None]]
+    from exportd_server.api.interceptors.handlers import Handler
 
 M = TypeVar("M", bound=Message)
 
@@ -38,29 +41,25 @@ class AuditInterceptor(grpc.aio.ServerInterceptor):
         self._log = log
 
     async def intercept_service(
-        self,
-        continuation: _Continuation,
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> _Handler | None:
+        self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
+    ) -> Handler | None:
         """Give the method's handler with its behaviour audited."""
         handler = await continuation(handler_call_details)
-        service, _, name = handler_call_details.method[1:].partition("/")
+        service, name = split(handler_call_details)
         method = _METHODS.get(name)
         if handler is None or method is None or service not in self._services:
             return handler
-        return wrapped(
-            handler,
-            unary=lambda own: self._audited(own, method),
-            stream=lambda own: self._audited(own, method),
-        )
+
+        def wrap(own: Behaviour) -> Behaviour:
+            return self._audited(own, method)
+
+        return wrapped(handler, unary=wrap, stream=wrap)
 
     def _audited(self, behaviour: Behaviour, method: AuditMethod) -> Behaviour:
         async def call(request: Any, context: Any) -> Any:
             peer = peer_address(context.peer())
             with self._log.auditing(method, peer, ending_of) as entry:
                 try:
-                    # One that streams writes to the context: the interceptors within see
-                    # to that.
                     return await behaviour(request, context)
                 finally:
                     if (principal := known_caller()) is not None:
@@ -71,12 +70,10 @@ class AuditInterceptor(grpc.aio.ServerInterceptor):
 
 def ending_of(error: BaseException) -> Ending:
     """How a call ended that ended so."""
-    if isinstance(error, ExportdError):
-        return Ending(error.code.name, error.reason.value)
-    if isinstance(error, asyncio.CancelledError | grpc.aio.InternalError):
-        # The caller has gone, or the server goes.
+    if isinstance(error, grpc.aio.InternalError):
+        # Nothing more can be sent: the caller has gone.
         return Ending(Code.CANCELLED.name)
-    return Ending(Code.INTERNAL.name, ErrorReason.INTERNAL.value)
+    return audit.ending_of(error)
 
 
 def peer_address(peer: str) -> str:

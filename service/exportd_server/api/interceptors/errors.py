@@ -6,17 +6,23 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import structlog
-from google.protobuf.message import DecodeError
 from grpc_status import rpc_status
 
-from exportd_server.api.interceptors.handlers import Behaviour, wrapped
+from exportd_server.api.interceptors.handlers import (
+    Behaviour,
+    Continuation,
+    split,
+    wrapped,
+)
 from exportd_server.api.status import error_status
 from exportd_server.errors import Code, ErrorReason, ExportdError
+
+if TYPE_CHECKING:
+    from exportd_server.api.interceptors.handlers import Handler
 
 log = structlog.get_logger(__name__)
 
@@ -52,43 +58,21 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         self.active = ActiveCalls()
 
     async def intercept_service(
-        self,
-        continuation: Callable[
-            [grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]
-        ],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
+    ) -> Handler | None:
         """Give the method's handler with its behaviour wrapped."""
         handler = await continuation(handler_call_details)
-        service, _, method = handler_call_details.method[1:].partition("/")
+        service, method = split(handler_call_details)
         if handler is None or service not in self._services:
             return handler
-        read = handler.request_deserializer
-        return wrapped(
-            handler,
-            unary=lambda own: _unary(reading(own, read), method, self.active),
-            stream=lambda own: _stream(reading(own, read), method, self.active),
-            wire=True,
-        )
+
+        def wrap(own: Behaviour) -> Behaviour:
+            return _told(own, method, self.active)
+
+        return wrapped(handler, unary=wrap, stream=wrap)
 
 
-def reading(behaviour: Behaviour, read: Callable[[bytes], Any] | None) -> Behaviour:
-    """The behaviour for a request that is still bytes. The library would answer bytes
-    that are no message with UNKNOWN and the parser's own words."""
-
-    def call(wire: bytes, context: Any) -> Any:
-        try:
-            request = wire if read is None else read(wire)
-        except DecodeError:
-            raise ExportdError(
-                ErrorReason.INVALID_REQUEST, "the request is not a message of its type"
-            ) from None
-        return behaviour(request, context)
-
-    return call
-
-
-def _unary(behaviour: Behaviour, method: str, active: ActiveCalls) -> Behaviour:
+def _told(behaviour: Behaviour, method: str, active: ActiveCalls) -> Behaviour:
     async def call(request: Any, context: Any) -> Any:
         started = time.monotonic()
         try:
@@ -99,25 +83,6 @@ def _unary(behaviour: Behaviour, method: str, active: ActiveCalls) -> Behaviour:
         else:
             _log_call(method, started, "OK")
             return response
-
-    return call
-
-
-def _stream(behaviour: Behaviour, method: str, active: ActiveCalls) -> Behaviour:
-    async def call(request: Any, context: Any) -> None:
-        started = time.monotonic()
-        try:
-            with active:
-                answer = behaviour(request, context)
-                if isinstance(answer, AsyncIterator):
-                    async for response in answer:
-                        await context.write(response)
-                else:
-                    await answer
-        except Exception as error:  # noqa: BLE001 - every error becomes a status
-            await _abort(context, error, method, started)
-        else:
-            _log_call(method, started, "OK")
 
     return call
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -10,13 +10,36 @@ import grpc
 if TYPE_CHECKING:
     Handler = grpc.RpcMethodHandler[Any, Any]
 
-Behaviour = Callable[[Any, Any], Any]
+Continuation = Callable[[grpc.HandlerCallDetails], Awaitable["Handler | None"]]
+Behaviour = Callable[[Any, Any], Awaitable[Any]]
 Wrap = Callable[[Behaviour], Behaviour]
+Write = Callable[[Any, Any], Awaitable[None]]
 
 
-def wrapped(handler: Handler, *, unary: Wrap, stream: Wrap, wire: bool = False) -> Handler:
+def split(details: grpc.HandlerCallDetails) -> tuple[str, str]:
+    """The service and the method that a call names."""
+    service, _, method = details.method[1:].partition("/")
+    return service, method
+
+
+async def _write(context: Any, response: Any) -> None:
+    await context.write(response)
+
+
+def wrapped(
+    handler: Handler,
+    *,
+    unary: Wrap,
+    stream: Wrap,
+    wire: bool = False,
+    write: Write = _write,
+) -> Handler:
     """The handler with its behaviour wrapped, by `stream` if it answers with one. With
-    `wire` the behaviour gets the request's bytes, and reads them itself."""
+    `wire` the behaviour gets the request's bytes, and reads them itself.
+
+    What `stream` wraps writes its messages to the context, by `write` if it did not do so
+    before, and gives nothing.
+    """
     read = None if wire else handler.request_deserializer
     if handler.unary_unary is not None:
         return grpc.unary_unary_rpc_method_handler(
@@ -24,6 +47,18 @@ def wrapped(handler: Handler, *, unary: Wrap, stream: Wrap, wire: bool = False) 
         )
     if handler.unary_stream is not None:
         return grpc.unary_stream_rpc_method_handler(
-            stream(handler.unary_stream), read, handler.response_serializer
+            stream(_writing(handler.unary_stream, write)), read, handler.response_serializer
         )
     raise RuntimeError("a method streams requests, which nothing here wraps")
+
+
+def _writing(behaviour: Callable[[Any, Any], Any], write: Write) -> Behaviour:
+    async def call(request: Any, context: Any) -> None:
+        answer = behaviour(request, context)
+        if isinstance(answer, AsyncIterator):
+            async for response in answer:
+                await write(context, response)
+        else:
+            await answer
+
+    return call

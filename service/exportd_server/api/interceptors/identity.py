@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import structlog
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health
 from grpc_reflection.v1alpha import reflection
 
-from exportd_server.api.interceptors.errors import reading
-from exportd_server.api.interceptors.handlers import Behaviour, wrapped
+from exportd_server.api.interceptors.handlers import (
+    Behaviour,
+    Continuation,
+    split,
+    wrapped,
+)
+from exportd_server.api.limits import RequestRates
 from exportd_server.api.reflection import V1_SERVICE
-from exportd_server.errors import PermissionDenied, Unauthenticated
+from exportd_server.errors import (
+    ErrorReason,
+    ExportdError,
+    PermissionDenied,
+    Unauthenticated,
+)
 from exportd_server.identity.authenticator import Authenticator
 from exportd_server.identity.base import Principal, Scope
+
+if TYPE_CHECKING:
+    from exportd_server.api.interceptors.handlers import Handler
 
 log = structlog.get_logger(__name__)
 
@@ -63,7 +77,8 @@ def known_caller() -> Principal | None:
 
 class IdentityInterceptor(grpc.aio.ServerInterceptor):
     """Guards every method of the services named by the scope in the table. Services that
-    are neither among them nor `OPEN` do not exist for callers.
+    are neither among them nor `OPEN` do not exist for callers. Whoever is known is held to
+    the rate of its tenant's requests, whether or not it may make them.
 
     Belongs inside the interceptor that turns errors into statuses. The request is read
     only after the caller was let through.
@@ -73,22 +88,20 @@ class IdentityInterceptor(grpc.aio.ServerInterceptor):
         self,
         services: frozenset[str],
         authenticator: Authenticator,
+        rates: RequestRates | None,
         scopes: Mapping[str, Scope] = SCOPES,
     ) -> None:
         self._services = services
         self._authenticator = authenticator
+        self._rates = rates
         self._scopes = scopes
 
     async def intercept_service(
-        self,
-        continuation: Callable[
-            [grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]
-        ],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
+    ) -> Handler | None:
         """Give the method's handler with its behaviour guarded."""
         handler = await continuation(handler_call_details)
-        service, _, method = handler_call_details.method[1:].partition("/")
+        service, method = split(handler_call_details)
         if handler is None or service in OPEN:
             return handler
         if service not in self._services:
@@ -96,8 +109,8 @@ class IdentityInterceptor(grpc.aio.ServerInterceptor):
         read = handler.request_deserializer
         return wrapped(
             handler,
-            unary=lambda own: self._unary(reading(own, read), method),
-            stream=lambda own: self._stream(reading(own, read), method),
+            unary=lambda own: self._unary(_reading(own, read), method),
+            stream=lambda own: self._stream(_reading(own, read), method),
             wire=True,
         )
 
@@ -117,12 +130,7 @@ class IdentityInterceptor(grpc.aio.ServerInterceptor):
                     with self._authenticator.while_valid(
                         principal, lambda: limit.reschedule(loop.time())
                     ):
-                        answer = behaviour(wire, context)
-                        if isinstance(answer, AsyncIterator):
-                            async for response in answer:
-                                await context.write(response)
-                        else:
-                            await answer
+                        await behaviour(wire, context)
             except TimeoutError:
                 if not limit.expired():
                     raise
@@ -144,6 +152,8 @@ class IdentityInterceptor(grpc.aio.ServerInterceptor):
             )
             raise
         _caller.set(principal)
+        if self._rates is not None:
+            self._rates.take(principal.tenant)
         scope = self._scopes.get(method)
         if scope is None or not principal.may(scope):
             log.info(
@@ -165,3 +175,19 @@ class IdentityInterceptor(grpc.aio.ServerInterceptor):
             return None
         shown = context.auth_context().get("x509_pem_cert")
         return shown[0] if shown else None
+
+
+def _reading(behaviour: Behaviour, read: Callable[[bytes], Any] | None) -> Behaviour:
+    """The behaviour for a request that is still bytes. The library would answer bytes
+    that are no message with UNKNOWN and the parser's own words."""
+
+    async def call(wire: bytes, context: Any) -> Any:
+        try:
+            request = wire if read is None else read(wire)
+        except DecodeError:
+            raise ExportdError(
+                ErrorReason.INVALID_REQUEST, "the request is not a message of its type"
+            ) from None
+        return await behaviour(request, context)
+
+    return call

@@ -1,10 +1,9 @@
-"""Refuses calls of which there are too many: of all callers together, before anything is
-read of them, and of one tenant, once it is known."""
+"""Refuses calls of which there are too many at a time: of all callers together, before
+anything is read of them, and streams of one tenant, once it is known."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -13,15 +12,19 @@ import grpc
 from grpc_health.v1 import health
 from grpc_status import rpc_status
 
-from exportd_server.api.interceptors.handlers import Behaviour, wrapped
+from exportd_server.api.interceptors.handlers import (
+    Behaviour,
+    Continuation,
+    split,
+    wrapped,
+)
 from exportd_server.api.interceptors.identity import caller
 from exportd_server.api.limits import CallerLimits
 from exportd_server.api.status import error_status
 from exportd_server.errors import ErrorReason, ExportdError, QuotaExceeded
 
 if TYPE_CHECKING:
-    _Handler = grpc.RpcMethodHandler[Any, Any]
-    _Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[_Handler | None]]
+    from exportd_server.api.interceptors.handlers import Handler
 
 _ALWAYS = f"/{health.SERVICE_NAME}/Check"
 """Answered however many calls there are: a server that is merely busy must not be taken
@@ -47,14 +50,12 @@ class CapacityInterceptor(grpc.aio.ServerInterceptor):
         self._most_open = max(1, most // 10)
 
     async def intercept_service(
-        self,
-        continuation: _Continuation,
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> _Handler | None:
+        self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
+    ) -> Handler | None:
         """Give the method's handler, or one that refuses."""
         if handler_call_details.method == _ALWAYS:
             return await continuation(handler_call_details)
-        service, _, _ = handler_call_details.method[1:].partition("/")
+        service, _ = split(handler_call_details)
         known = service in self._services
         calls, what, most = (
             (self._calls, "calls", self._most)
@@ -72,11 +73,11 @@ class CapacityInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         return self._patient(handler) if handler is not None and known else handler
 
-    def _patient(self, handler: _Handler) -> _Handler:
+    def _patient(self, handler: Handler) -> Handler:
         """The same method as one that streams requests and takes the first of them, for
         only such ones are called before a request is there."""
         unary: Behaviour | None = handler.unary_unary
-        stream: Behaviour | None = handler.unary_stream
+        stream: Any = handler.unary_stream
         if unary is None and stream is None:
             return handler
 
@@ -100,7 +101,7 @@ class CapacityInterceptor(grpc.aio.ServerInterceptor):
         )
 
 
-def _refusal(what: str, most: int) -> _Handler:
+def _refusal(what: str, most: int) -> Handler:
     async def refuse(_requests: object, context: Any) -> None:
         error = QuotaExceeded(
             f"server/{what}",
@@ -114,45 +115,34 @@ def _refusal(what: str, most: int) -> _Handler:
     return grpc.stream_stream_rpc_method_handler(refuse)
 
 
-class TenantLimitsInterceptor(grpc.aio.ServerInterceptor):
-    """Holds the callers of the services named to their limits. Belongs inside the
-    interceptors that say who calls and that turn errors into statuses."""
+class StreamsInterceptor(grpc.aio.ServerInterceptor):
+    """Holds the streams of the services named to their limits: so many at a time, and
+    readers that take what is sent. Belongs inside the interceptors that say who calls and
+    that turn errors into statuses, and next to the handlers."""
 
     def __init__(self, services: frozenset[str], limits: CallerLimits) -> None:
         self._services = services
         self._limits = limits
 
     async def intercept_service(
-        self,
-        continuation: _Continuation,
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> _Handler | None:
+        self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
+    ) -> Handler | None:
         """Give the method's handler with its behaviour limited."""
         handler = await continuation(handler_call_details)
-        service, _, method = handler_call_details.method[1:].partition("/")
+        service, method = split(handler_call_details)
         if handler is None or service not in self._services:
             return handler
         return wrapped(
-            handler, unary=self._unary, stream=lambda own: self._stream(own, method)
+            handler,
+            unary=lambda own: own,
+            stream=lambda own: self._limited(own, method),
+            write=self._write,
         )
 
-    def _unary(self, behaviour: Behaviour) -> Behaviour:
-        async def call(request: Any, context: Any) -> Any:
-            self._count()
-            return await behaviour(request, context)
-
-        return call
-
-    def _stream(self, behaviour: Behaviour, method: str) -> Behaviour:
+    def _limited(self, behaviour: Behaviour, method: str) -> Behaviour:
         async def call(request: Any, context: Any) -> None:
-            self._count()
             with self._slot(method):
-                answer = behaviour(request, context)
-                if isinstance(answer, AsyncIterator):
-                    async for response in answer:
-                        await self._write(context, response)
-                else:
-                    await answer
+                await behaviour(request, context)
 
         return call
 
@@ -164,10 +154,6 @@ class TenantLimitsInterceptor(grpc.aio.ServerInterceptor):
             raise ExportdError(
                 ErrorReason.READER_STALLED, "nothing was taken for too long; watch again"
             ) from None
-
-    def _count(self) -> None:
-        if self._limits.rates is not None:
-            self._limits.rates.take(caller().tenant)
 
     def _slot(self, method: str) -> AbstractContextManager[None]:
         if method == "WatchJob":

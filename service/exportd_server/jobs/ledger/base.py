@@ -62,6 +62,8 @@ class NewJob:
     fingerprint: str = ""
     queues: tuple[QueuePolicy, ...] = ()
     """What the operator allows for the queues of its sinks."""
+    older_fingerprints: frozenset[str] = frozenset()
+    """What earlier releases and keys made of the same payload."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,12 +97,29 @@ class Lease:
 
 
 @dataclass(frozen=True, slots=True)
+class HeldLease:
+    """A lease as one who looks on sees it: `expired` when it had run out by the ledger's
+    clock, and nobody had taken its task over yet."""
+
+    task_id: int
+    kind: TaskKind
+    owner: str
+    tenant: str
+    job_id: str
+    attempt: int
+    expires_at: datetime
+    expired: bool
+
+
+@dataclass(frozen=True, slots=True)
 class ClaimLimits:
     """Limits that hold for the whole ledger at the moment of the claim."""
 
     running_per_tenant: int | None = None
     """Most jobs of one tenant that are RUNNING. A lease that ran out counts until it is
     taken over, because until then it is still good."""
+    no_deliveries_of: frozenset[str] = frozenset()
+    """Tenants whose deliveries are left to others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,13 +343,19 @@ class Ledger(Protocol):
         ...
 
     async def add_part(
-        self, lease: Lease, part: PartRecord, errors: PartRecord | None = None
+        self,
+        lease: Lease,
+        part: PartRecord,
+        errors: PartRecord | None = None,
+        *,
+        drop: bool = False,
     ) -> Sequence[int]:
         """Record a part that is durable in the store, and with it the error part that
         tells the rows it lacks: neither is ever there without the other. Its sequence
         follows the last one; its token is the lease's; the error part's are the same;
         else ValueError. Recording the last ones again changes nothing. Returns which of
-        the job's sinks will not get it, because their queue is full and drops."""
+        the job's sinks will not get it, because their queue is full and drops; with
+        `drop` one that blocks does so, too."""
         ...
 
     async def complete_unless_last(self, lease: Lease) -> Manifest | None:
@@ -360,6 +385,13 @@ class Ledger(Protocol):
         it; else the job turns FAILED with the error, and its output is cleaned up.
         Returns whether the job failed. For cleanup and reap tasks there is no job to
         fail: they are always due again, without `retry_in` after a few seconds."""
+        ...
+
+    async def list_leases(
+        self, *, limit: int, after: tuple[str, int] | None = None
+    ) -> list[HeldLease]:
+        """Leases of every tenant's tasks, by (owner, task_id); `after` is the last of the
+        page before. A worker without a lease is not known here."""
         ...
 
     # --- housekeeping
@@ -413,7 +445,8 @@ class Ledger(Protocol):
 
     async def has_room(self, lease: Lease) -> bool:
         """Whether the export may go on to its next part: False while a queue of one of
-        its sinks is full and says `BLOCK`."""
+        its sinks is full for its tenant and says `BLOCK`, unless the sink lacks a part of
+        it already."""
         ...
 
     async def delivery_work(self, lease: Lease) -> DeliveryWork:

@@ -25,7 +25,7 @@ from sqlalchemy.engine import Connection
 
 from exportd_server.errors import LedgerUnavailable
 from exportd_server.jobs.ledger import codec, news
-from exportd_server.jobs.ledger.base import Lease, TaskKind
+from exportd_server.jobs.ledger.base import ClaimLimits, Lease, TaskKind
 from exportd_server.jobs.ledger.lanes import Lane, Lines
 from exportd_server.jobs.ledger.listener import Listener
 from exportd_server.jobs.ledger.postgres_server import Address
@@ -46,7 +46,7 @@ _READ = "BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY; "
 _CLOCK = "SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint"
 _NOTIFY = "SELECT pg_notify(%s, piece) FROM unnest(%s::text[]) AS piece"
 _CLAIM = "SELECT * FROM claim_task(%s, %s, %s, %s, %s, %s, %s, %s, %s)"
-_CLAIM_DELIVERY = "SELECT * FROM claim_delivery(%s, %s, %s, %s, %s)"
+_CLAIM_DELIVERY = "SELECT * FROM claim_delivery(%s, %s, %s, %s, %s, %s::text[])"
 
 _IN_THE_WAY = frozenset({"40001", "40P01"})
 """Serialization failure, deadlock: the transaction was undone and may be tried again."""
@@ -184,7 +184,7 @@ class PostgresDatabase:
         kinds: Collection[TaskKind],
         *,
         lease: int,
-        running_per_tenant: int | None,
+        limits: ClaimLimits,
     ) -> tuple[Lease | None, int]:
         """See `Database`."""
         names = sorted(kind.value for kind in kinds if kind is not TaskKind.DELIVER)
@@ -192,11 +192,16 @@ class PostgresDatabase:
         if names:
             claimed, now = await self._claim_by(
                 owner,
-                lambda depth: self._claim(owner, names, lease, running_per_tenant, depth),
+                lambda depth: self._claim(
+                    owner, names, lease, limits.running_per_tenant, depth
+                ),
             )
         if claimed is None and TaskKind.DELIVER in kinds:
             claimed, later = await self._claim_by(
-                owner, lambda depth: self._claim_delivery(owner, lease, depth)
+                owner,
+                lambda depth: self._claim_delivery(
+                    owner, lease, depth, sorted(limits.no_deliveries_of)
+                ),
             )
             # What both have looked at.
             now = now or later
@@ -294,11 +299,11 @@ class PostgresDatabase:
         with _available():
             return self._pool.ask_once(_CLAIM, parameters)[0]
 
-    def _claim_delivery(self, owner: str, lease: int, depth: int) -> Any:
+    def _claim_delivery(self, owner: str, lease: int, depth: int, left: list[str]) -> Any:
         now = None if self._clock is None else codec.to_micros(self._clock.now())
         with _available():
             return self._pool.ask_once(
-                _CLAIM_DELIVERY, (now, owner, lease, depth, self._instance)
+                _CLAIM_DELIVERY, (now, owner, lease, depth, self._instance, left)
             )[0]
 
     # --- news

@@ -5,9 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import psycopg
@@ -17,11 +16,13 @@ from psycopg import conninfo, sql
 from exportd_server.errors import ConfigurationError
 from exportd_server.jobs.ledger import schema
 from exportd_server.jobs.ledger.tables import METADATA
+from exportd_server.platform.urls import BadUrl, Url, parse_postgres_url
 
 SCHEMA = "exportd"
 OLDEST = 14
 """Of the major versions, the oldest that will do."""
 
+_AS = "postgresql://USER:PASSWORD@HOST:PORT/DATABASE"
 _CONNECT_SECONDS = 5
 _IDLE_SECONDS = 5
 """How long a transaction may do nothing before the server undoes it: its process was
@@ -58,31 +59,33 @@ _ANY_LEDGER = 0x6578706F
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where the ledger is. `shown` is what may be told: it has no password."""
+    """Where the ledger is, and what the library is told of it."""
 
-    parameters: Mapping[str, Any]
-    shown: str
+    parameters: Mapping[str, Any] = field(repr=False)
+    url: Url
 
     @classmethod
     def parse(cls, url: str) -> Address:
         """Read a `postgresql://` URL; raises `ConfigurationError`."""
         try:
+            read = parse_postgres_url(url)
             given = conninfo.conninfo_to_dict(url)
-        except psycopg.ProgrammingError:
-            # What the library says of it may repeat the password.
-            given = {}
-        host, database = given.get("host") or "localhost", given.get("dbname") or ""
-        odd = re.search(r"[@/?#%\s]", f"{host}{database}".replace("/", "", 1))
-        if not given or odd or not url.startswith(("postgresql://", "postgres://")):
+        except BadUrl as error:
             raise ConfigurationError(
-                "ledger.url: is no URL of PostgreSQL; give it as "
-                "postgresql://USER:PASSWORD@HOST:PORT/DATABASE, with characters such as "
-                "@ / : % in user and password written as %40 %2F %3A %25"
-            )
+                f"ledger.url: is no URL of PostgreSQL: it {error}; give it as {_AS}"
+            ) from None
+        except psycopg.ProgrammingError as error:
+            raise ConfigurationError(
+                f"ledger.url: is no URL of PostgreSQL: {read.said(error)}; give it as {_AS}"
+            ) from None
         session = " ".join(f"-c {name}={_escaped(v)}" for name, v in _SESSION.items())
         options = f"{given.pop('options', '') or ''} {session}".strip()
-        shown = f"postgresql://{host}:{given.get('port') or 5432}/{database}"
-        return cls({**_LINK, **given, "options": options}, shown)
+        return cls({**_LINK, **given, "options": options}, read)
+
+    @property
+    def shown(self) -> str:
+        """For people: without user, password and options."""
+        return self.url.shown(5432)
 
     def connect(self) -> psycopg.Connection[Any]:
         """A connection without a transaction. Raises `psycopg.Error`."""
@@ -138,18 +141,18 @@ class Address:
                 return before, schema.HEAD
         except sa.exc.ProgrammingError as error:
             if not isinstance(error.orig, psycopg.errors.InsufficientPrivilege):
-                first = str(error.orig).splitlines()[0]
                 raise ConfigurationError(
-                    f"ledger {self.shown}: {first}; nothing was changed"
+                    f"ledger {self.shown}: {self.url.said(str(error.orig))}; nothing was "
+                    "changed"
                 ) from error
             raise ConfigurationError(
-                f"ledger {self.shown}: {str(error.orig).splitlines()[0]}; have its owner "
+                f"ledger {self.shown}: {self.url.said(str(error.orig))}; have its owner "
                 f"run: GRANT CREATE ON DATABASE {database} TO {user}, or: CREATE SCHEMA "
                 f"{SCHEMA} AUTHORIZATION {user}"
             ) from error
         except sa.exc.DBAPIError as error:
             raise ConfigurationError(
-                f"ledger {self.shown}: {str(error.orig).splitlines()[0]}; nothing was "
+                f"ledger {self.shown}: {self.url.said(str(error.orig))}; nothing was "
                 "changed"
             ) from error
         finally:
@@ -159,9 +162,9 @@ class Address:
         try:
             return self.connect()
         except psycopg.Error as error:
-            first = str(error).strip().splitlines()[0]
+            said = self.url.said(error)
             raise ConfigurationError(
-                f"ledger {self.shown}: {first}; {_mend(first)}"
+                f"ledger {self.shown}: {said}; {_mend(said)}"
             ) from error
 
     @contextlib.contextmanager
@@ -170,8 +173,8 @@ class Address:
         try:
             yield
         except psycopg.Error as error:
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ConfigurationError(f"ledger {self.shown}: {first}") from error
+            said = self.url.said(error) or type(error).__name__
+            raise ConfigurationError(f"ledger {self.shown}: {said}") from error
 
     def _require_server(self, connection: psycopg.Connection[Any]) -> None:
         require_version(self.shown, connection.info.server_version)

@@ -17,6 +17,7 @@ from exportd_server.jobs.ledger.base import (
     DeliveryFailure,
     DeliveryQuery,
     DeliveryWork,
+    HeldLease,
     JobQuery,
     Kept,
     Lease,
@@ -30,6 +31,7 @@ from exportd_server.jobs.ledger.keys import LedgerKeys
 from exportd_server.jobs.ledger.statements import (
     auditing,
     delivering,
+    leasing,
     pinning,
     reading,
     redriving,
@@ -141,7 +143,7 @@ class SqlLedger:
                 owner,
                 kinds,
                 lease=span_to_micros(lease),
-                running_per_tenant=limits.running_per_tenant,
+                limits=limits,
             )
         )
         if claimed is None:
@@ -221,11 +223,17 @@ class SqlLedger:
         )
 
     async def add_part(
-        self, lease: Lease, part: PartRecord, errors: PartRecord | None = None
+        self,
+        lease: Lease,
+        part: PartRecord,
+        errors: PartRecord | None = None,
+        *,
+        drop: bool = False,
     ) -> Sequence[int]:
         """See `Ledger`."""
         return await self._database.write(
-            lambda tx: working.add_part(tx, lease, part, errors), line=lease.job_id
+            lambda tx: working.add_part(tx, lease, part, errors, drop=drop),
+            line=lease.job_id,
         )
 
     async def complete_unless_last(self, lease: Lease) -> Manifest | None:
@@ -254,6 +262,14 @@ class SqlLedger:
         return await self._database.write(
             lambda tx: working.fail_attempt(tx, lease, error, _micros_or_none(retry_in)),
             line=lease.job_id,
+        )
+
+    async def list_leases(
+        self, *, limit: int, after: tuple[str, int] | None = None
+    ) -> list[HeldLease]:
+        """See `Ledger`."""
+        return await self._database.read(
+            lambda tx: leasing.list_leases(tx, limit=limit, after=after)
         )
 
     # --- housekeeping

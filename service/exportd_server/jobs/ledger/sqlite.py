@@ -24,7 +24,7 @@ from sqlalchemy.pool import QueuePool
 
 from exportd_server.errors import ConfigurationError, LedgerUnavailable
 from exportd_server.jobs.ledger import codec, schema
-from exportd_server.jobs.ledger.base import Lease, TaskKind
+from exportd_server.jobs.ledger.base import ClaimLimits, Lease, TaskKind
 from exportd_server.jobs.ledger.signals import Signals
 from exportd_server.jobs.ledger.sql import SqlLedger
 from exportd_server.jobs.ledger.statements import claiming, working
@@ -149,14 +149,12 @@ class SqliteDatabase:
         kinds: Collection[TaskKind],
         *,
         lease: int,
-        running_per_tenant: int | None,
+        limits: ClaimLimits,
     ) -> tuple[Lease | None, int]:
         """See `Database`."""
         return await self.write(
             lambda tx: (
-                claiming.claim(
-                    tx, owner, kinds, lease=lease, running_per_tenant=running_per_tenant
-                ),
+                claiming.claim(tx, owner, kinds, lease=lease, limits=limits),
                 tx.now,
             )
         )

@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeVar
 
 from sqlalchemy.engine import Connection
 
-from exportd_server.jobs.ledger.base import Lease, TaskKind
+from exportd_server.jobs.ledger.base import ClaimLimits, Lease, TaskKind
 from exportd_server.jobs.ledger.signals import Changes, Signals
 
 T = TypeVar("T")
@@ -88,7 +88,7 @@ class Database(Protocol):
         kinds: Collection[TaskKind],
         *,
         lease: int,
-        running_per_tenant: int | None,
+        limits: ClaimLimits,
     ) -> tuple[Lease | None, int]:
         """Lease the next task for `lease` microseconds; also returns the moment at which
         it looked."""

@@ -46,7 +46,7 @@ class DatabaseSink:
     ) -> SinkPlan:
         """See `SinkType`."""
         check_request(request, _required(connection), export)
-        return SinkPlan(Takes.WHOLE)
+        return SinkPlan(Takes.WHOLE, overwrites="" if request.mode == "APPEND" else "mode")
 
     async def open(self, connection: DatabaseConnection | None) -> Sink[DatabaseRequest]:
         """See `SinkType`. A driver is loaded; nothing else is connected to yet."""

@@ -20,6 +20,7 @@ from psycopg import conninfo, sql
 from psycopg.rows import namedtuple_row
 
 from exportd_server.errors import ConfigurationError, DeliveryFailed
+from exportd_server.platform.urls import parse_postgres_url
 from exportd_server.sinks.base import BadSinkRequest, Delivery, Export
 from exportd_server.sinks.database import postgres_errors as errors
 from exportd_server.sinks.database.postgres_target import (
@@ -82,13 +83,9 @@ class PostgresSink:
         url = connection.address
         try:
             given = conninfo.conninfo_to_dict(url)
-        except psycopg.ProgrammingError:
-            # What the library says of it may repeat the password.
-            raise ConfigurationError(
-                "url is no URL of PostgreSQL; give it as "
-                "postgresql://USER:PASSWORD@HOST:PORT/DATABASE, with characters such as "
-                "@ / : % in user and password written as %40 %2F %3A %25"
-            ) from None
+        except psycopg.ProgrammingError as error:
+            said = parse_postgres_url(url).said(error)
+            raise ConfigurationError(f"url is no URL of PostgreSQL: {said}") from None
         self._parameters = {**_LINK, **given}
         self._connection = connection
         self._ledger_name = parse_table(connection.deliveries_table)

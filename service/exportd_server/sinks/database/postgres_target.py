@@ -180,7 +180,9 @@ def target_of(
     `BadSinkRequest` and `psycopg.Error`."""
     wanted = parse_table(request.table)
     found = find(session, wanted)
-    if found is None:
+    elsewhere = found is not None and connection.schemas and not wanted.schema
+    if found is None or (elsewhere and found.schema not in connection.schemas):
+        # Whoever may not write to a schema is not told either what is in it.
         return _to_be_made(connection, session, request, wanted, export)
     allow(connection, TableName(found.schema, found.name))
     if found.kind not in _TABLE_KINDS:

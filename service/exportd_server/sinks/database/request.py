@@ -13,7 +13,8 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
 from exportd_server.encoders.base import CsvDialect, Format
-from exportd_server.sinks.base import BadSinkRequest, Export
+from exportd_server.platform.urls import BadUrl, parse_postgres_url
+from exportd_server.sinks.base import PLACE, BadSinkRequest, Export
 
 Mode = Literal["APPEND", "REPLACE", "MERGE"]
 
@@ -42,20 +43,21 @@ class DatabaseConnection(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    url: SecretStr | None = None
+    url: Annotated[SecretStr | None, PLACE] = None
     """`postgresql://USER:PASSWORD@HOST:PORT/DATABASE` or `sqlite:///PATH`. Either this or
     `driver`."""
     driver: Annotated[str, Field(min_length=1)] | None = None
     """An ADBC driver: the name or path of its shared library, or an installed package
     `adbc_driver_*`."""
-    options: dict[str, SecretStr] = Field(default_factory=dict)
+    options: Annotated[dict[str, SecretStr], PLACE] = Field(default_factory=dict)
     """What the driver wants to be told, by its own names: addresses, credentials, limits.
     `entrypoint` is the driver manager's."""
-    schemas: tuple[str, ...] = ()
+    schemas: Annotated[tuple[str, ...], PLACE] = ()
     """Schemas that may be written to, by their names; none named: any."""
     tables: tuple[str, ...] = ()
     """Tables that may be written to, as patterns with `*`, `?` and `[...]` for their
-    names without the schema; none named: any."""
+    names without the schema; none named: any. No place of a tenant's own: the name of one
+    may begin with that of another."""
     deliveries_table: str = "exportd_deliveries"
     """`TABLE` or `SCHEMA.TABLE` that tells what has been delivered; made when it is
     missing."""
@@ -108,6 +110,11 @@ def _check_url(url: str, schemas: tuple[str, ...]) -> None:
         )
     if kind == SQLITE and (not url.startswith(_SQLITE_URL) or url == _SQLITE_URL):
         raise ValueError("url of SQLite is sqlite:///PATH, with //// before a root")
+    if kind == POSTGRESQL:
+        try:
+            parse_postgres_url(url)
+        except BadUrl as error:
+            raise ValueError(f"url is no URL of PostgreSQL: it {error}") from None
     if kind == SQLITE and schemas:
         raise ValueError("schemas: SQLite has none; use tables")
 

@@ -17,7 +17,7 @@ from pydantic import (
 )
 
 from exportd_server.platform.egress import refusal
-from exportd_server.sinks.base import BadSinkRequest
+from exportd_server.sinks.base import PLACE, BadSinkRequest
 from exportd_server.sinks.webhook.headers import BadHeader, read_headers
 from exportd_server.sinks.webhook.signature import MOST_KEYS, read_key
 from exportd_server.sinks.webhook.url import BadUrl, Url, parse_url
@@ -54,7 +54,7 @@ class WebhookConnection(BaseModel):
 
     model_config = _CONFIG
 
-    url: str = Field(
+    url: Annotated[str, PLACE] = Field(
         "",
         repr=False,
         description="where to send; a request may name this or what lies below its path, "

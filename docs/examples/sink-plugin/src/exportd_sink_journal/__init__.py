@@ -16,11 +16,13 @@ import fcntl
 import json
 import os
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from exportd_server.errors import DeliveryFailed
 from exportd_server.sinks.base import (
+    PLACE,
     BadSinkRequest,
     Delivery,
     Export,
@@ -43,7 +45,7 @@ class JournalConnection(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    file: Path
+    file: Annotated[Path, PLACE]
 
 
 class JournalType:

@@ -15,7 +15,7 @@ from sqlalchemy.engine import Row
 
 from exportd_server.errors import TABLE, ErrorReason, ErrorRecord
 from exportd_server.jobs.ledger import codec
-from exportd_server.jobs.ledger.base import Lease, TaskKind
+from exportd_server.jobs.ledger.base import ClaimLimits, Lease, TaskKind
 from exportd_server.jobs.ledger.statements import lifecycle
 from exportd_server.jobs.ledger.statements.lifecycle import EXPORT_KINDS
 from exportd_server.jobs.ledger.tables import (
@@ -41,12 +41,12 @@ def claim(
     kinds: Collection[TaskKind],
     *,
     lease: int,
-    running_per_tenant: int | None,
+    limits: ClaimLimits,
 ) -> Lease | None:
     """Lease the next task for `lease` microseconds."""
     _promote(tx)
     fail_exhausted(tx)
-    chosen = _choose(tx, frozenset(kinds), running_per_tenant)
+    chosen = _choose(tx, frozenset(kinds), limits)
     if chosen is None:
         return None
     # The job first, then its task: the order in which everybody locks them.
@@ -80,9 +80,10 @@ def claim(
 
 
 def _choose(
-    tx: Transaction, kinds: frozenset[TaskKind], running_per_tenant: int | None
+    tx: Transaction, kinds: frozenset[TaskKind], limits: ClaimLimits
 ) -> Row[Any] | None:
     """The next task: a delivery only when there is nothing else."""
+    running_per_tenant = limits.running_per_tenant
     limited = running_per_tenant is not None
     chosen = None
     if others := kinds - {TaskKind.DELIVER}:
@@ -91,7 +92,10 @@ def _choose(
             {"now": tx.now} | ({"running_limit": running_per_tenant} if limited else {}),
         ).first()
     if chosen is None and TaskKind.DELIVER in kinds:
-        chosen = tx.connection.execute(delivery_choice(), {"now": tx.now}).first()
+        left = sorted(limits.no_deliveries_of)
+        chosen = tx.connection.execute(
+            delivery_choice(), {"now": tx.now, "left": left}
+        ).first()
     return chosen
 
 
@@ -289,7 +293,7 @@ def choice(kinds: frozenset[TaskKind], *, limited: bool) -> sa.Select[Any]:
 def delivery_choice() -> sa.Select[Any]:
     """The next delivery at `now`: of the queue with the fewest under way, and there of
     the tenant with the fewest, of several the one served longest ago; never more of one
-    queue than it allows."""
+    queue than it allows, and none of the tenants in `left`."""
     now = sa.bindparam("now", type_=sa.BigInteger)
     # By kind: that they have a queue would send SQLite through all that stands in queues.
     at_work = (
@@ -345,7 +349,8 @@ def delivery_choice() -> sa.Select[Any]:
         .outerjoin(at_work, at_work.c.lane == tasks.c.lane)
         .outerjoin(tenants, tenants.c.tenant == tasks.c.tenant)
         .where(
-            sa.or_(tasks.c.state == TaskState.LEASED.sql, under_way < queues.c.concurrency)
+            sa.or_(tasks.c.state == TaskState.LEASED.sql, under_way < queues.c.concurrency),
+            tasks.c.tenant.not_in(sa.bindparam("left", expanding=True)),
         )
         .order_by(
             # What a lost lease left counts as under way, so it is taken over first: else

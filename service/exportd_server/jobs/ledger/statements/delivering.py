@@ -39,7 +39,6 @@ from exportd_server.jobs.model import (
 from exportd_server.sinks.base import Takes
 from exportd_server.store.key import OutputKind
 
-_STANDING = (TaskState.READY.sql, TaskState.LEASED.sql)
 IS_COMPLETION = deliveries.c.shard.is_(None)
 
 _WITHOUT_PARTS = codec.dump_error(
@@ -87,35 +86,57 @@ def find_queue(tx: Transaction, name: str) -> Row[Any] | None:
     return tx.connection.execute(sa.select(queues).where(queues.c.queue == name)).first()
 
 
-def _is_full(tx: Transaction, queue: Row[Any]) -> bool:
-    """Counted no further than its depth. Who asks at the same moment sees the same, so
+def _is_full(tx: Transaction, queue: Row[Any], tenant: str) -> bool:
+    """Whether it is for a tenant, whom what stands there of others does not hold up.
+    Counted no further than its depth, for which there are indexes: on what is under way
+    by the queue, on what waits by the lane. Who asks at the same moment sees the same, so
     it may come to hold one more for each export at work."""
-    some = (
-        sa.select(tasks.c.task_id)
-        .where(tasks.c.queue == queue.queue, tasks.c.state.in_(_STANDING))
-        .limit(queue.depth)
-        .subquery()
+    lane = _lane(queue.queue, tenant)
+    at_work = sa.select(tasks.c.task_id).where(
+        tasks.c.queue == queue.queue,
+        tasks.c.state == TaskState.LEASED.sql,
+        tasks.c.lane == lane,
     )
-    standing = tx.connection.execute(sa.select(sa.func.count()).select_from(some))
-    return bool(standing.scalar_one() >= queue.depth)
+    waiting = sa.select(tasks.c.task_id).where(
+        tasks.c.state == TaskState.READY.sql,
+        tasks.c.lane.is_not(None),
+        tasks.c.lane == lane,
+    )
+    standing = 0
+    for some in (at_work, waiting):
+        counted = sa.select(sa.func.count()).select_from(some.limit(queue.depth).subquery())
+        standing += tx.connection.execute(counted).scalar_one()
+    return standing >= int(queue.depth)
+
+
+def _lane(queue: str, tenant: str) -> str:
+    return f"{queue}\n{tenant}"
 
 
 def has_room(tx: Transaction, lease: Lease) -> bool:
-    """Whether no queue of the job's sinks holds it up."""
-    spec = tx.connection.execute(
-        sa.select(jobs.c.spec)
+    """Whether no queue of the job's sinks holds it up. One of a sink that lacks a part
+    already does not: nothing is gained by waiting for it."""
+    job = tx.connection.execute(
+        sa.select(jobs)
         .join(tasks, tasks.c.job_id == jobs.c.job_id)
         .where(
             tasks.c.task_id == lease.task_id,
             tasks.c.token == lease.token,
             tasks.c.state == TaskState.LEASED.sql,
         )
-    ).scalar_one_or_none()
-    if spec is None:
+    ).one_or_none()
+    if job is None:
         raise LeaseLost
-    for name in {s.queue for s in codec.load_spec(spec).sinks if s.takes is Takes.PARTS}:
-        queue = find_queue(tx, name)
-        if queue is not None and queue.on_full == OnFull.BLOCK and _is_full(tx, queue):
+    for index, sink in enumerate(codec.load_spec(job.spec).sinks):
+        if sink.takes is not Takes.PARTS:
+            continue
+        queue = find_queue(tx, sink.queue)
+        if (
+            queue is not None
+            and queue.on_full == OnFull.BLOCK
+            and _is_full(tx, queue, job.tenant)
+            and not has_part(tx, job, index, DeliveryState.DROPPED)
+        ):
             return False
     return True
 
@@ -123,9 +144,9 @@ def has_room(tx: Transaction, lease: Lease) -> bool:
 # --- what becomes due
 
 
-def add_part(tx: Transaction, job: Row[Any], part: PartRecord) -> list[int]:
+def add_part(tx: Transaction, job: Row[Any], part: PartRecord, *, drop: bool) -> list[int]:
     """A part was recorded: one delivery for each sink that takes parts. Returns the sinks
-    that will not get it, because their queue is full and drops."""
+    that will not get it, because their queue is full and drops, or is not waited for."""
     if not job.sinks:
         return []
     without: list[int] = []
@@ -133,7 +154,15 @@ def add_part(tx: Transaction, job: Row[Any], part: PartRecord) -> list[int]:
         if sink.takes is not Takes.PARTS:
             continue
         queue = find_queue(tx, sink.queue)
-        dropped = queue is not None and queue.on_full == OnFull.DROP and _is_full(tx, queue)
+        dropped = (
+            queue is not None
+            and _is_full(tx, queue, job.tenant)
+            and (
+                drop
+                or queue.on_full == OnFull.DROP
+                or has_part(tx, job, index, DeliveryState.DROPPED)
+            )
+        )
         delivery_id = _add(tx, job, index, sink, part=(part.shard, part.sequence))
         if dropped:
             _close(tx, delivery_id, DeliveryState.DROPPED)
@@ -190,7 +219,7 @@ def make_due(tx: Transaction, job: Row[Any], delivery_id: str, sink: SinkSpec) -
             priority=job.priority,
             since=tx.now,
             queue=sink.queue,
-            lane=f"{sink.queue}\n{job.tenant}",
+            lane=_lane(sink.queue, job.tenant),
             **lifecycle.due(tx, tx.now),
         )
         .returning(tasks.c.task_id)

@@ -39,7 +39,7 @@ def create_job(
             )
         ).first()
         if known is not None:
-            if known.fingerprint != new.fingerprint:
+            if known.fingerprint not in {new.fingerprint, *new.older_fingerprints}:
                 raise RequestIdConflict(known.job_id)
             return reading.to_job(tx, known), False
     for most, states, error in (

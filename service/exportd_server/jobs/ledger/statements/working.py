@@ -177,7 +177,12 @@ def shard_parts(tx: Transaction, lease: Lease) -> list[PartRecord]:
 
 
 def add_part(
-    tx: Transaction, lease: Lease, part: PartRecord, errors: PartRecord | None
+    tx: Transaction,
+    lease: Lease,
+    part: PartRecord,
+    errors: PartRecord | None,
+    *,
+    drop: bool,
 ) -> list[int]:
     """Record the shard's next part, with its error part, unless they are the ones
     recorded last."""
@@ -215,7 +220,7 @@ def add_part(
             row_errors=max(task.row_errors, part_row_errors),
         )
     )
-    dropped = delivering.add_part(tx, job, part)
+    dropped = delivering.add_part(tx, job, part, drop=drop)
     lifecycle.touch(tx, job.job_id)
     return dropped
 
