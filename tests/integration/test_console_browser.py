@@ -134,7 +134,7 @@ async def test_a_dead_letter_is_sent_again(here: World, browser: Browser) -> Non
     await browser.click("nav a[href*='DEAD_LETTERED']")
     assert await browser.text("h1") == "Dead letters"
     await browser.click("tbody tr:last-child button")
-    assert await browser.text(".notice") == "1 deliveries are sent again."
+    assert await browser.text(".notice") == "1 delivery is sent again."
     await here.sink.arrived("a", 1)
     await browser.open(f"{here.base}/console/deliveries?job={job_id}")
     await browser.click("form.actions button")

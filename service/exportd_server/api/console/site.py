@@ -162,7 +162,8 @@ def _about(visit: Visit) -> dict[str, Any]:
     notice = visit.request.query.get("notice", "")
     count = visit.request.query.get("count", "")
     if notice == REDRIVEN and count.isascii() and count.isdigit():
-        told = f"{int(count[:9])} deliveries are sent again."
+        what = "delivery is" if int(count[:9]) == 1 else "deliveries are"
+        told = f"{int(count[:9])} {what} sent again."
     else:
         told = _NOTICES.get(notice, "")
     return {
