@@ -49,6 +49,10 @@ class Language(Protocol):
         """Build the library, the example and the driver."""
         ...
 
+    def check(self) -> None:
+        """Run the client's own linters and unit tests."""
+        ...
+
     def driver(self) -> Sequence[str]:
         """The command of the driver."""
         ...

@@ -12,12 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
+import grpc
 import pytest
 
 from exportd import Client
 from tests.clients.conftest import Service
 from tests.clients.languages import RUN_TIMEOUT, Driver, Language, example_of
-from tests.support.scripted_server import JOB, ScriptedPart, scripted
+from tests.support.scripted_server import JOB, ScriptedPart, ScriptedServer, scripted
 from tests.support.server import server_process
 from tests.support.tcp_proxy import TcpProxy
 
@@ -28,6 +29,17 @@ UNKNOWN = "01900000-0000-7000-8000-00000000abcd"
 def visible(directory: Path) -> list[str]:
     """The names in a directory, without those of files that are not finished."""
     return sorted(p.name for p in directory.iterdir() if ".part" not in p.name)
+
+
+def partial_bytes(directory: Path) -> int:
+    """Bytes of the unfinished file."""
+    sizes = [p.stat().st_size for p in directory.iterdir() if ".part" in p.name]
+    return max(sizes, default=0)
+
+
+def offsets(server: ScriptedServer) -> list[int]:
+    """Where each download stream was to begin."""
+    return [r.read_offset for r in server.requests if hasattr(r, "read_offset")]
 
 
 def sha256(path: Path) -> str:
@@ -45,6 +57,9 @@ class ClientSuite:
         driver = service.driving(self.language)
         yield driver
         driver.end()
+
+    def test_the_clients_own_linters_and_unit_tests_pass(self) -> None:
+        self.language.check()
 
     def test_a_download_is_the_file_that_the_manifest_tells_of(
         self, service: Service, driver: Driver, target: Path
@@ -240,6 +255,86 @@ class ClientSuite:
         finally:
             subprocess.run(["umount", str(disk)], check=True)
 
+    def test_a_cut_download_asks_for_what_is_missing_and_nothing_else(
+        self, target: Path
+    ) -> None:
+        data = os.urandom(3 * MIB)
+        with scripted(parts=[ScriptedPart(data)], cuts=[8, 0, 5]) as server:
+            plain = Driver(self.language, {"EXPORTD_SERVER": server.address})
+            plain.run("download", JOB, str(target))
+            asked = offsets(server)
+        assert target.read_bytes() == data
+        assert asked == [0, 8 * server.script.chunk, 8 * server.script.chunk, asked[-1]]
+        assert asked[-1] == 13 * server.script.chunk
+
+    def test_the_same_call_again_goes_on_where_a_killed_one_ended(
+        self, target: Path
+    ) -> None:
+        data = os.urandom(3 * MIB)
+        with scripted(parts=[ScriptedPart(data)], hang_after=16) as server:
+            plain = Driver(self.language, {"EXPORTD_SERVER": server.address})
+            run = plain.start("download", JOB, str(target))
+            # What is recorded of a partial file may lie half a second behind it.
+            there = 16 * server.script.chunk
+            deadline = time.monotonic() + 30
+            while partial_bytes(target.parent) < there:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            time.sleep(1)
+            run.kill()
+            server.script.hang_after = None
+            plain.run("download", JOB, str(target))
+            asked = offsets(server)
+        assert target.read_bytes() == data
+        assert asked == [0, there]
+        assert [p.name for p in target.parent.iterdir()] == [target.name]
+
+    def test_a_caller_that_is_to_wait_waits_and_loses_nothing(self, target: Path) -> None:
+        data = os.urandom(MIB)
+        with scripted(parts=[ScriptedPart(data)], cuts=[8], refuse_once=True) as server:
+            plain = Driver(self.language, {"EXPORTD_SERVER": server.address})
+            plain.run("download", JOB, str(target))
+            asked = offsets(server)
+        assert target.read_bytes() == data
+        assert asked == [0, 8 * server.script.chunk, 8 * server.script.chunk]
+
+    def test_a_refusal_in_the_middle_keeps_what_was_fetched(self, target: Path) -> None:
+        data = os.urandom(MIB)
+        with scripted(parts=[ScriptedPart(data)], cuts=[8]) as server:
+            server.script.error_after_cut = (
+                grpc.StatusCode.UNAUTHENTICATED,
+                "UNAUTHENTICATED",
+                "the token has expired",
+            )
+            plain = Driver(self.language, {"EXPORTD_SERVER": server.address})
+            assert plain.run("download", JOB, str(target)).error["reason"]
+            server.script.error_after_cut = None
+            plain.run("download", JOB, str(target))
+            asked = offsets(server)
+        assert target.read_bytes() == data
+        assert asked[-1] == 8 * server.script.chunk
+
+    def test_a_watch_that_always_breaks_off_is_given_up(self) -> None:
+        with scripted(watch=["RUNNING"], watch_breaks=True) as server:
+            plain = Driver(self.language, {"EXPORTD_SERVER": server.address})
+            watched = plain.run("watch", JOB)
+            assert watched.error["code"] == "UNAVAILABLE"
+            assert 5 <= server.calls["WatchJob"] <= 12
+
+    def test_a_bad_token_is_refused_at_once_and_not_repeated(self) -> None:
+        with scripted() as server:
+            plain = Driver(
+                self.language,
+                {"EXPORTD_SERVER": server.address, "EXPORTD_TOKEN": "s3cret\nsecond line"},
+            )
+            begun = time.monotonic()
+            error = plain.run("get", JOB).error
+            assert time.monotonic() - begun < 20, "something keeps the process alive"
+            assert error["code"] == ""
+            assert "token" in error["message"]
+            assert "s3cret" not in error["message"]
+            assert server.calls["GetJob"] == 0
+
     def test_a_message_that_was_corrupted_is_fetched_again(self, target: Path) -> None:
         data = os.urandom(3 * MIB)
         with scripted(parts=[ScriptedPart(data)], corrupt={MIB + 17: 1}) as server:
@@ -276,6 +371,23 @@ class ClientSuite:
             plain = Driver(self.language, {"EXPORTD_SERVER": server.address})
             plain.run("download", JOB, str(target))
         assert target.read_bytes() == fresh
+
+    def test_the_example_works_over_tls_with_a_key(
+        self, service: Service, driver: Driver, tmp_path: Path
+    ) -> None:
+        place = tmp_path / "place"
+        place.mkdir()
+        done = subprocess.run(
+            self.language.example(),
+            check=False,
+            capture_output=True,
+            text=True,
+            cwd=place,
+            env={**os.environ, **driver.environment},
+            timeout=RUN_TIMEOUT,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert (place / "positions.csv").stat().st_size > 0
 
     def test_the_example_and_the_page_do_what_they_say(
         self, samples: Path, tmp_path: Path

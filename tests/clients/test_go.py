@@ -25,6 +25,10 @@ class GoClient:
     def build(self) -> None:
         make(FOLDER, "build")
 
+    def check(self) -> None:
+        make(FOLDER, "lint")
+        make(FOLDER, "test")
+
     def driver(self) -> Sequence[str]:
         return [str(FOLDER / "build/driver")]
 

@@ -25,6 +25,10 @@ class JavaClient:
     def build(self) -> None:
         make(FOLDER, "build")
 
+    def check(self) -> None:
+        make(FOLDER, "lint")
+        make(FOLDER, "test")
+
     def driver(self) -> Sequence[str]:
         return ["java", f"@{FOLDER / 'target/driver.args'}"]
 

@@ -31,6 +31,9 @@ class PythonClient:
     def build(self) -> None:
         pass
 
+    def check(self) -> None:
+        """By `make check` and `make test`, as the service is."""
+
     def driver(self) -> Sequence[str]:
         return [sys.executable, str(CLIENTS / "python/driver.py")]
 

@@ -24,6 +24,10 @@ class TypeScriptClient:
     def build(self) -> None:
         make(FOLDER, "build")
 
+    def check(self) -> None:
+        make(FOLDER, "lint")
+        make(FOLDER, "test")
+
     def driver(self) -> Sequence[str]:
         return ["node", str(FOLDER / "build/driver/main.js")]
 

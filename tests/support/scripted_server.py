@@ -70,6 +70,10 @@ class Script:
         pause: Held before each message when given; a test lets it go.
         unavailable: Answer so many calls of a method with UNAVAILABLE, by its name.
         download_error: Answer every download with (code, reason, message).
+        error_after_cut: Answer every download but the first with (code, reason, message).
+        refuse_once: Answer the second download stream with QUOTA_EXCEEDED and a time to
+            wait.
+        watch_breaks: Break every watch off after its first message.
         new_generation_at: After so many download streams, make the output anew.
         watch: States that WatchJob goes through, one message each.
         wrong_sha256: Tell a SHA-256 in the manifest that is not the output's.
@@ -93,6 +97,9 @@ class Script:
     unavailable: Counter[str] = field(default_factory=Counter)
     lose_answers: Counter[str] = field(default_factory=Counter)
     download_error: tuple[grpc.StatusCode, str, str] | None = None
+    error_after_cut: tuple[grpc.StatusCode, str, str] | None = None
+    refuse_once: bool = False
+    watch_breaks: bool = False
     new_generation_at: int | None = None
     next_parts: list[ScriptedPart] | None = None
     watch: list[str] = field(default_factory=list)
@@ -248,6 +255,8 @@ class ScriptedServer(export_service_pb2_grpc.ExportServiceServicer):
                 job.progress.queue_position = 3
             self.script.state = state
             yield export_service_pb2.WatchJobResponse(job=job)
+            if self.script.watch_breaks:
+                context.abort(grpc.StatusCode.UNAVAILABLE, "connection reset")
             if self.script.watch_cuts and i == 0:
                 self.script.watch_cuts -= 1
                 fail(context, grpc.StatusCode.UNAVAILABLE, "DRAINING", "shutting down")
@@ -292,6 +301,11 @@ class ScriptedServer(export_service_pb2_grpc.ExportServiceServicer):
         self._known(request.job_id, context)
         if script.download_error is not None:
             fail(context, *script.download_error)
+        if script.error_after_cut is not None and self.calls["StreamDownload"] > 1:
+            fail(context, *script.error_after_cut)
+        if script.refuse_once and self.calls["StreamDownload"] == 2:
+            quota = grpc.StatusCode.RESOURCE_EXHAUSTED
+            fail(context, quota, "QUOTA_EXCEEDED", "ask less often", retry=1)
         with self._lock:
             if script.new_generation_at == self.calls["StreamDownload"] - 1:
                 script.generation += 1

@@ -33,6 +33,7 @@ from exportd._connection import (
     Connection,
     OptionValue,
     Retry,
+    WatchProgress,
 )
 from exportd._deliveries import Delivery, DeliveryState, SinkQueue
 from exportd._download import (
@@ -428,10 +429,12 @@ class AsyncClient:
             job_id=job_id, until_delivered=until_delivered
         )
         attempts = Attempts(self._connection.stream_retry, None)
+        progress = WatchProgress(attempts)
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             error: ExportdError = Unavailable("the watch was cut short")
             left = WATCH_SECONDS if deadline is None else deadline - time.monotonic()
+            progress.opened()
             call = self._stub.WatchJob(
                 request,
                 timeout=max(0.001, min(left, WATCH_SECONDS)),
@@ -439,8 +442,8 @@ class AsyncClient:
             )
             try:
                 async for response in call:
-                    attempts.progress()
                     info = JobInfo.of(response.job)
+                    progress.came(info.revision)
                     yield info
                     if info.settled if until_delivered else info.state.final:
                         return
@@ -448,6 +451,7 @@ class AsyncClient:
                 error = from_rpc_error(raised, self._connection.address)
             finally:
                 call.cancel()
+            progress.broken()
             await asyncio.sleep(watch_delay(attempts, error, deadline, job_id))
 
     async def _call(

@@ -19,6 +19,8 @@ from exportd._connection import (
     Connection,
     OptionValue,
     Retry,
+    WatchProgress,
+    is_passing,
 )
 from exportd._deliveries import Delivery, DeliveryState, SinkQueue
 from exportd._download import (
@@ -507,10 +509,12 @@ class Client:
             job_id=job_id, until_delivered=until_delivered
         )
         attempts = Attempts(self._connection.stream_retry, None)
+        progress = WatchProgress(attempts)
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             error: ExportdError = Unavailable("the watch was cut short")
             left = WATCH_SECONDS if deadline is None else deadline - time.monotonic()
+            progress.opened()
             call = self._stub.WatchJob(
                 request,
                 timeout=max(0.001, min(left, WATCH_SECONDS)),
@@ -518,8 +522,8 @@ class Client:
             )
             try:
                 for response in call:
-                    attempts.progress()
                     info = JobInfo.of(response.job)
+                    progress.came(info.revision)
                     yield info
                     if info.settled if until_delivered else info.state.final:
                         return
@@ -527,6 +531,7 @@ class Client:
                 error = from_rpc_error(raised, self._connection.address)
             finally:
                 call.cancel()
+            progress.broken()
             delay = watch_delay(attempts, error, deadline, job_id)
             time.sleep(delay)
 
@@ -561,8 +566,10 @@ def watch_delay(
     """
     if deadline is not None and time.monotonic() >= deadline - 0.002:
         raise TimedOut(f"job {job_id} is not done in the time given; it goes on")
-    retryable = isinstance(error, Unavailable | TimedOut) or (
-        not error.reason and error.code is grpc.StatusCode.INTERNAL
+    retryable = (
+        is_passing(error)
+        or isinstance(error, TimedOut)
+        or (not error.reason and error.code is grpc.StatusCode.INTERNAL)
     )
     delay = attempts.next_delay(error, retryable=retryable)
     return delay if deadline is None else min(delay, max(0, deadline - time.monotonic()))

@@ -14,7 +14,7 @@ from pathlib import Path
 import grpc
 import grpc.aio
 
-from exportd.errors import ExportdError, InvalidRequest, Unavailable
+from exportd.errors import ExportdError, InvalidRequest, QuotaExceeded, Unavailable
 
 DEFAULT_ADDRESS = "localhost:50051"
 
@@ -39,8 +39,10 @@ _OPTIONS: Mapping[str, OptionValue] = {
     # gRPC would wait a second before it dials again; the client's own retries are
     # sooner than that and would only hear the old failure repeated.
     "grpc.initial_reconnect_backoff_ms": 100,
-    "grpc.max_reconnect_backoff_ms": 5_000,
+    "grpc.max_reconnect_backoff_ms": 2_000,
 }
+
+_PRINTABLE = re.compile(r"[!-~]+")
 
 _LOOPBACK = re.compile(
     r"(dns:///|ipv4:|ipv6:)?(localhost|127\.\d+\.\d+\.\d+|\[::1\])(:\d+)?|unix:.*"
@@ -56,7 +58,7 @@ class Retry:
     `maximum`, of which up to half is left to chance so that clients do not march in step.
     """
 
-    attempts: int = 8
+    attempts: int = 9
     initial: float = 0.1
     maximum: float = 5.0
 
@@ -81,7 +83,7 @@ class Connection:
         token: Sent as `authorization: Bearer <token>` with every call.
         timeout: Seconds that a call may take, its retries included.
         retry: For single calls. The default rides out a restart of 5 seconds, and tells
-            of a server that is down after 6 to 11.
+            of a server that is down after 8 to 16.
         stream_retry: For watching and downloading: attempts in a row that bring nothing
             new. The default rides out a restart of some 20 seconds.
         stall_timeout: Seconds without a message after which a download is resumed on a
@@ -106,6 +108,11 @@ class Connection:
         """Refuse what would only fail later, and less clearly."""
         if not self.address.strip():
             raise InvalidRequest.of("address", "is empty; give the server's host:port")
+        if self.token is not None and not _PRINTABLE.fullmatch(self.token):
+            raise InvalidRequest.of(
+                "token",
+                "is empty or has a blank in it; give it as it was issued, on one line",
+            )
         exposed = self.token and self.tls is False and not self._is_loopback
         if exposed and not self.allow_plaintext_token:
             raise InvalidRequest.of(
@@ -185,6 +192,14 @@ def tls_from_files(
     )
 
 
+def is_passing(error: ExportdError) -> bool:
+    """Whether a stream that broke off with it is worth opening again: the server is away,
+    or says when the caller may ask again."""
+    if isinstance(error, QuotaExceeded):
+        return error.retry_after is not None
+    return isinstance(error, Unavailable)
+
+
 class Attempts:
     """The retries of one call: `next_delay` says how long to wait, or raises."""
 
@@ -217,3 +232,32 @@ class Attempts:
         if self.failures >= self._retry.attempts or (left is not None and delay >= left):
             raise error
         return delay
+
+
+class WatchProgress:
+    """What counts as progress of a watch: news of the job, or a stream that lasted. That
+    every new stream begins with the job as it stands does not: against a server that
+    breaks each one off, a watch would go on for ever."""
+
+    LASTED = 10.0
+    """Seconds after which a stream was a good one."""
+
+    def __init__(self, attempts: Attempts) -> None:
+        self._attempts = attempts
+        self._revision = -1
+        self._opened = 0.0
+
+    def opened(self) -> None:
+        """A stream begins."""
+        self._opened = time.monotonic()
+
+    def came(self, revision: int) -> None:
+        """The job came, as it is at this revision."""
+        if revision != self._revision:
+            self._revision = revision
+            self._attempts.progress()
+
+    def broken(self) -> None:
+        """The stream ended too early."""
+        if time.monotonic() - self._opened >= self.LASTED:
+            self._attempts.progress()

@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 import crc32c
 import grpc
 
-from exportd._connection import Attempts, Connection
+from exportd._connection import Attempts, Connection, is_passing
 from exportd._files import (
     Identity,
     PartialFile,
@@ -552,7 +552,7 @@ class _Transfer:
                 retryable = corrupt < _CORRUPT_LIMIT
             except grpc.RpcError as error:
                 problem = from_rpc_error(error, self._connection.address)
-                retryable = isinstance(problem, Unavailable) or (
+                retryable = is_passing(problem) or (
                     not problem.reason and problem.code in _CUT
                 )
             if self._ending.is_set():

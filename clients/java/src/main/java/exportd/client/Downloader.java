@@ -1,6 +1,5 @@
 package exportd.client;
 
-import com.google.protobuf.ByteString;
 import exportd.client.Verifier.DamageException;
 import exportd.v1.DownloadMetadata;
 import exportd.v1.ExportServiceGrpc;
@@ -8,7 +7,6 @@ import exportd.v1.ExportServiceGrpc.ExportServiceBlockingStub;
 import exportd.v1.GetJobRequest;
 import exportd.v1.Job;
 import exportd.v1.StreamDownloadRequest;
-import exportd.v1.StreamDownloadResponse;
 import io.grpc.ManagedChannel;
 import io.grpc.MethodDescriptor;
 import io.grpc.Status;
@@ -32,21 +30,18 @@ final class Downloader {
   /** Bad messages in a row before the data counts as lost. */
   private static final int CORRUPT_ATTEMPTS = 3;
 
-  private static final MethodDescriptor<StreamDownloadRequest, StreamDownloadResponse> METHOD =
-      ExportServiceGrpc.getStreamDownloadMethod().toBuilder(
-              ExportServiceGrpc.getStreamDownloadMethod().getRequestMarshaller(),
-              new OneCopyMarshaller<>(
-                  ExportServiceGrpc.getStreamDownloadMethod().getResponseMarshaller(),
-                  StreamDownloadResponse.parser()))
-          .build();
-
   private final ExportServiceBlockingStub stub;
   private final ManagedChannel channel;
-  private ByteBuffer buffer = ByteBuffer.allocateDirect(2 * 1024 * 1024);
+  private final Chunk.Marshaller chunks = new Chunk.Marshaller();
+  private final MethodDescriptor<StreamDownloadRequest, Chunk> method;
 
   Downloader(ExportServiceBlockingStub stub, ManagedChannel channel) {
     this.stub = stub;
     this.channel = channel;
+    method =
+        ExportServiceGrpc.getStreamDownloadMethod().toBuilder(
+                ExportServiceGrpc.getStreamDownloadMethod().getRequestMarshaller(), chunks)
+            .build();
   }
 
   Download download(String jobId, Path path, DownloadOptions options) throws IOException {
@@ -90,7 +85,7 @@ final class Downloader {
 
   /** What the server says to a download of what the manifest does not offer. */
   private StatusRuntimeException refusal(Source source) {
-    try (MessageStream<StreamDownloadResponse> stream = open(source, 0)) {
+    try (MessageStream<Chunk> stream = open(source, 0)) {
       stream.next();
     } catch (StatusRuntimeException error) {
       return error;
@@ -106,7 +101,7 @@ final class Downloader {
       }
       long resumed = file.size();
       file.reserve(source.total() - resumed);
-      try (Verifier verifier = new Verifier(source, file)) {
+      try (Verifier verifier = new Verifier(source, file, chunks)) {
         verifier.written(resumed);
         transfer(source, file, verifier, options.progress());
         Download.VerifiedBy verifiedBy = verifier.finish();
@@ -133,7 +128,7 @@ final class Downloader {
 
   private void transfer(
       Source source, PartialFile file, Verifier verifier, DownloadOptions.Progress progress)
-      throws IOException {
+      throws IOException, InterruptedException {
     Backoff backoff = new Backoff(channel);
     long position = file.size();
     while (position < source.total()) {
@@ -142,15 +137,16 @@ final class Downloader {
       StatusRuntimeException problem =
           Status.UNAVAILABLE.withDescription("the download was cut short").asRuntimeException();
       // Read to its end, which the server's audit calls a complete download.
-      try (MessageStream<StreamDownloadResponse> stream = open(source, position)) {
-        for (var message = stream.next(); message != null; message = stream.next()) {
-          if (message.hasMetadata()) {
-            check(source, message.getMetadata());
+      try (MessageStream<Chunk> stream = open(source, position)) {
+        for (Chunk chunk = stream.next(); chunk != null; chunk = stream.next()) {
+          if (chunk.message().hasMetadata()) {
+            check(source, chunk.message().getMetadata());
           }
-          if (!message.getData().isEmpty()) {
-            file.write(verified(source, message, position), position);
-            position += message.getData().size();
-            verifier.written(position);
+          if (chunk.data().hasRemaining()) {
+            check(source, chunk, position);
+            file.write(chunk.data(), position);
+            position += chunk.data().remaining();
+            verifier.written(chunk);
             progress.at(position, source.total());
           }
         }
@@ -175,14 +171,14 @@ final class Downloader {
     }
   }
 
-  private MessageStream<StreamDownloadResponse> open(Source source, long offset) {
+  private MessageStream<Chunk> open(Source source, long offset) {
     StreamDownloadRequest.Builder request =
         StreamDownloadRequest.newBuilder()
             .setJobId(source.jobId())
             .setReadOffset(offset)
             .setIfGenerationMatch(source.generation());
     source.part().ifPresent(request::setPartIndex);
-    return MessageStream.open(channel, METHOD, request.build());
+    return MessageStream.open(channel, method, request.build());
   }
 
   private static void check(Source source, DownloadMetadata metadata) {
@@ -192,27 +188,20 @@ final class Downloader {
     }
   }
 
-  /** The message's data, where it belongs at {@code position} and matches its checksum. */
-  private ByteBuffer verified(Source source, StreamDownloadResponse message, long position)
-      throws DamageException {
-    ByteString data = message.getData();
-    if (message.getOffset() != position) {
-      throw new DamageException("bytes of offset " + message.getOffset() + " came");
+  /** Whether the data belongs at {@code position} and matches its checksum. */
+  private static void check(Source source, Chunk chunk, long position) throws DamageException {
+    ByteBuffer data = chunk.data();
+    if (chunk.message().getOffset() != position) {
+      throw new DamageException("bytes of offset " + chunk.message().getOffset() + " came");
     }
-    if (data.size() > source.total() - position) {
+    if (data.remaining() > source.total() - position) {
       throw new DamageException("more bytes came than the file has");
     }
-    if (data.size() > buffer.capacity()) {
-      buffer = ByteBuffer.allocateDirect(data.size());
-    }
-    buffer.clear();
-    data.copyTo(buffer);
     CRC32C crc = new CRC32C();
-    crc.update(buffer.flip());
-    if ((int) crc.getValue() != message.getCrc32C()) {
+    crc.update(data);
+    if ((int) crc.getValue() != chunk.message().getCrc32C()) {
       throw new DamageException("bytes came that do not match their checksum");
     }
-    return buffer.rewind();
   }
 
   private static StatusRuntimeException mismatch(Source source) {

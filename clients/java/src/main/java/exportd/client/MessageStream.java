@@ -35,7 +35,9 @@ final class MessageStream<T> implements AutoCloseable {
   }
 
   static <R, T> MessageStream<T> open(Channel channel, MethodDescriptor<R, T> method, R request) {
-    ClientCall<R, T> call = channel.newCall(method, CallOptions.DEFAULT);
+    // The listener only queues: gRPC's own thread can do that, without waking another.
+    ClientCall<R, T> call =
+        channel.newCall(method, CallOptions.DEFAULT.withExecutor(Runnable::run));
     MessageStream<T> stream = new MessageStream<>(call);
     call.start(stream.new Listener(), new Metadata());
     call.request(AHEAD);

@@ -5,13 +5,16 @@ import java.io.IOException;
 import java.nio.ByteBuffer;
 import java.security.MessageDigest;
 import java.security.NoSuchAlgorithmException;
+import java.util.ArrayDeque;
 import java.util.ArrayList;
+import java.util.Deque;
 import java.util.List;
 import java.util.zip.CRC32C;
 
 /**
- * Reads a file back and holds it against its checksums, on a thread of its own behind what is
- * written: hashing then costs no time of its own, and reads what the page cache still holds.
+ * Holds a file against its checksums, on a thread of its own behind what is written: hashing then
+ * costs no time of its own. Chunks are hashed from memory; what an earlier download left in the
+ * file, and what comes while that is hashed, is read back.
  *
  * <p>A part of a joined file is rebuilt from the header and the trailer that the joined file
  * carries once. That can fail without any damage, when two headers of equal length differ; the
@@ -29,23 +32,36 @@ final class Verifier implements AutoCloseable {
 
   private static final int BLOCK = 1024 * 1024;
 
+  /** Chunks that may wait in memory to be hashed. */
+  private static final int AHEAD = 4;
+
   private final Source source;
   private final PartialFile file;
+  private final Chunk.Marshaller chunks;
   private final Thread thread = new Thread(this::run, "exportd-verify");
   private final List<MessageDigest> digests = new ArrayList<>();
   private final CRC32C crc = new CRC32C();
   private final ByteBuffer block = ByteBuffer.allocate(BLOCK);
   private long pieceEnd;
   private long hashed;
+  private long fileEnd;
 
   // Guarded by this.
+  private final Deque<Chunk> inHand = new ArrayDeque<>();
+  private boolean takesChunks;
   private long written;
   private boolean closed;
   private IOException failure;
 
-  Verifier(Source source, PartialFile file) {
+  /**
+   * Starts the thread.
+   *
+   * @param chunks where chunks go once they are hashed
+   */
+  Verifier(Source source, PartialFile file, Chunk.Marshaller chunks) {
     this.source = source;
     this.file = file;
+    this.chunks = chunks;
     thread.setDaemon(true);
     thread.start();
   }
@@ -53,6 +69,23 @@ final class Verifier implements AutoCloseable {
   /** So many bytes are in the file. */
   synchronized void written(long bytes) {
     written = bytes;
+    notifyAll();
+  }
+
+  /**
+   * The next bytes of the file are there, and these. The chunk is not the caller's any more. Waits
+   * while enough of them are in hand, but not for what is read back, which can be long.
+   */
+  synchronized void written(Chunk chunk) throws InterruptedException {
+    while (inHand.size() == AHEAD && takesChunks) {
+      wait();
+    }
+    written += chunk.message().getData().size();
+    if (inHand.size() < AHEAD) {
+      inHand.add(chunk);
+    } else {
+      chunks.giveBack(chunk);
+    }
     notifyAll();
   }
 
@@ -108,8 +141,11 @@ final class Verifier implements AutoCloseable {
   private void run() {
     try {
       while (hashed < source.total()) {
-        long limit = awaitMore();
-        if (limit <= hashed || !advance(limit)) {
+        Chunk chunk = awaitMore();
+        if (chunk != null) {
+          hash(chunk.data());
+          chunks.giveBack(chunk);
+        } else if (hashed == fileEnd || !readBack()) {
           return;
         }
       }
@@ -119,32 +155,58 @@ final class Verifier implements AutoCloseable {
       }
     } catch (InterruptedException nobodyDoes) {
       Thread.currentThread().interrupt();
+    } finally {
+      takeChunks(false);
     }
   }
 
-  /** How far there is something to hash; no further than before when it is closed. */
-  private synchronized long awaitMore() throws InterruptedException {
+  /**
+   * Waits for something to hash.
+   *
+   * @return the chunk that comes next; null when bytes up to {@code fileEnd} come first, which is
+   *     no further than before when it is closed
+   */
+  private synchronized Chunk awaitMore() throws InterruptedException {
     while (written <= hashed && !closed) {
       wait();
     }
-    return closed ? hashed : written;
+    if (closed) {
+      fileEnd = hashed;
+      return null;
+    }
+    fileEnd = inHand.isEmpty() ? written : inHand.peek().message().getOffset();
+    takeChunks(fileEnd == hashed);
+    return takesChunks ? inHand.poll() : null;
   }
 
-  /** Hash one block at most; false when the file is shorter than it should be. */
-  private boolean advance(long limit) throws IOException {
-    while (digests.isEmpty() || hashed >= pieceEnd) {
-      beginPiece();
-    }
-    long wanted = Math.min(limit, pieceEnd) - hashed;
-    block.clear().limit((int) Math.min(wanted, BLOCK));
-    int count = file.read(block, hashed);
-    if (count < 0) {
+  private synchronized void takeChunks(boolean now) {
+    takesChunks = now;
+    notifyAll();
+  }
+
+  /** Hash one block of the file at most; false when it is shorter than it should be. */
+  private boolean readBack() throws IOException {
+    block.clear().limit((int) Math.min(fileEnd - hashed, BLOCK));
+    if (file.read(block, hashed) < 0) {
       return false;
     }
-    crc.update(block.array(), 0, count);
-    digests.get(digests.size() - 1).update(block.array(), 0, count);
-    hashed += count;
+    hash(block.flip());
     return true;
+  }
+
+  private void hash(ByteBuffer data) throws IOException {
+    crc.update(data.duplicate());
+    int end = data.limit();
+    while (data.position() < end) {
+      while (digests.isEmpty() || hashed >= pieceEnd) {
+        beginPiece();
+      }
+      int count = (int) Math.min(end - data.position(), pieceEnd - hashed);
+      data.limit(data.position() + count);
+      digests.get(digests.size() - 1).update(data);
+      data.limit(end);
+      hashed += count;
+    }
   }
 
   private void beginPiece() throws IOException {
@@ -171,14 +233,15 @@ final class Verifier implements AutoCloseable {
   }
 
   private void update(MessageDigest digest, long start, long end) throws IOException {
+    ByteBuffer bytes = ByteBuffer.allocate((int) Math.min(end - start, BLOCK));
     long position = start;
     while (position < end) {
-      block.clear().limit((int) Math.min(end - position, BLOCK));
-      int count = file.read(block, position);
+      bytes.clear().limit((int) Math.min(end - position, BLOCK));
+      int count = file.read(bytes, position);
       if (count < 0) {
         return;
       }
-      digest.update(block.array(), 0, count);
+      digest.update(bytes.flip());
       position += count;
     }
   }

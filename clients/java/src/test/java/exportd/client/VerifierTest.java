@@ -8,6 +8,7 @@ import com.google.protobuf.ByteString;
 import exportd.v1.Job;
 import exportd.v1.Manifest;
 import exportd.v1.Part;
+import exportd.v1.StreamDownloadResponse;
 import java.nio.ByteBuffer;
 import java.nio.charset.StandardCharsets;
 import java.nio.file.Path;
@@ -48,10 +49,46 @@ class VerifierTest {
     assertEquals(Download.VerifiedBy.SHA256, verify(joined(""), ""));
   }
 
+  @Test
+  void bytesInHandAndThoseOfAnEarlierDownloadAreHashedInTheirOrder() throws Exception {
+    String content = "<h>one" + "two".repeat(100) + "three<t>";
+    Source source = joined("<h>one<t>", "<h>" + "two".repeat(100) + "<t>", "<h>three<t>");
+    for (int resumed : new int[] {0, 1, 7, content.length() - 1}) {
+      assertEquals(Download.VerifiedBy.SHA256, verifyChunks(source, content, resumed, 5));
+    }
+  }
+
+  @Test
+  void damageInHandIsFound() throws Exception {
+    Source source = joined("<h>one<t>", "<h>two<t>");
+    assertThrows(Verifier.DamageException.class, () -> verifyChunks(source, "<h>onetWo<t>", 2, 3));
+  }
+
+  /** As it comes after so many bytes of an earlier download: in chunks that are still in hand. */
+  private Download.VerifiedBy verifyChunks(Source source, String content, int resumed, int size)
+      throws Exception {
+    byte[] bytes = content.getBytes(StandardCharsets.UTF_8);
+    Chunk.Marshaller chunks = new Chunk.Marshaller();
+    try (PartialFile file = PartialFile.open(directory.resolve("out"), "key");
+        Verifier verifier = new Verifier(source, file, chunks)) {
+      file.truncate(0);
+      file.write(ByteBuffer.wrap(bytes, 0, resumed), 0);
+      verifier.written(resumed);
+      for (int n = resumed; n < bytes.length; n += size) {
+        ByteString data = ByteString.copyFrom(bytes, n, Math.min(size, bytes.length - n));
+        var message = StreamDownloadResponse.newBuilder().setOffset(n).setData(data).build();
+        Chunk chunk = chunks.parse(message.toByteString().newInput());
+        file.write(chunk.data(), n);
+        verifier.written(chunk);
+      }
+      return verifier.finish();
+    }
+  }
+
   private Download.VerifiedBy verify(Source source, String content) throws Exception {
     byte[] bytes = content.getBytes(StandardCharsets.UTF_8);
     try (PartialFile file = PartialFile.open(directory.resolve("out"), "key");
-        Verifier verifier = new Verifier(source, file)) {
+        Verifier verifier = new Verifier(source, file, new Chunk.Marshaller())) {
       file.truncate(0);
       for (int n = 0; n < bytes.length; n++) { // as it arrives
         file.write(ByteBuffer.wrap(bytes, n, 1), n);
