@@ -83,6 +83,7 @@ check: $(VENV)/.dev ## Format, lint, types, imports, contract, stubs, audit, lic
 	$(BIN)/python -m tools.release --check
 	$(BIN)/python tools/configuration.py --check
 	$(BIN)/python tools/api_reference.py --check
+	$(BIN)/python tools/metrics.py --check
 	$(BIN)/python tools/audit.py $(ADVISORIES)
 	$(BIN)/python tools/licences.py --check
 
@@ -100,6 +101,7 @@ gen: $(VENV)/.dev ## Generate the stubs, the API and the configuration page
 	$(BIN)/python -m tools.generate
 	$(BIN)/python tools/configuration.py
 	$(BIN)/python tools/api_reference.py
+	$(BIN)/python tools/metrics.py
 
 bench: $(VENV)/.dev ## Measure memory, latency and throughput (minutes)
 	$(BIN)/python -m bench all

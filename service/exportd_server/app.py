@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,7 +29,8 @@ from exportd_server.api.servicer import ExportService
 from exportd_server.api.tls import ServerTls, TlsFiles
 from exportd_server.api.urls import DownloadUrls, HttpLinks, UrlOptions
 from exportd_server.delivery.sinks import Sinks
-from exportd_server.errors import ConfigurationError, ExportdError, StoreFailed
+from exportd_server.encoders.base import Format
+from exportd_server.errors import ConfigurationError, StoreFailed
 from exportd_server.identity.authenticator import Authenticator
 from exportd_server.identity.base import KeyStore, Scope
 from exportd_server.identity.certificates import CertificateCallers, CertificateName
@@ -48,6 +49,7 @@ from exportd_server.jobs.ledger.postgres import (
 from exportd_server.jobs.ledger.sql import SqlLedger
 from exportd_server.jobs.ledger.sqlite import open_sqlite_ledger
 from exportd_server.jobs.manager import JobManager, Policy
+from exportd_server.jobs.measuring import Measuring
 from exportd_server.jobs.readers import Readers
 from exportd_server.jobs.worker import Worker, WorkerOptions
 from exportd_server.places import (
@@ -59,7 +61,7 @@ from exportd_server.places import (
     outputs,
     refuse_embedded,
 )
-from exportd_server.platform import metrics
+from exportd_server.platform import metrics, metrics_exports, metrics_service
 from exportd_server.platform.clock import Clock, SystemClock
 from exportd_server.platform.malloc import release_free_memory
 from exportd_server.platform.sealing import Fingerprints, Sealer
@@ -75,13 +77,13 @@ from exportd_server.sinks.registry import SinkTypes
 from exportd_server.sources.catalogue import Catalogue, load_catalogue
 from exportd_server.store.base import OutputStore, UrlSigner
 from exportd_server.store.local import LocalStore
+from exportd_server.store.measured import measured
 
 if TYPE_CHECKING:
     from exportd_server.identity.tokens import TokenVerifier
 
 log = structlog.get_logger(__name__)
 
-_MEASURE_SECONDS = 5.0
 _AUDIT_SECONDS = 5.0
 """In which audit records that still wait are kept, once everything else has ended."""
 
@@ -268,7 +270,7 @@ async def _wired(
         stack.callback(catalogue.close)
         ledger = await _open_ledger(settings, SystemClock())
         stack.push_async_callback(ledger.close)
-        store = await _open_store(settings)
+        store = measured(await _open_store(settings))
         stack.push_async_callback(store.close)
         await _claim(ledger, store)
         readers = Readers(ledger)
@@ -277,6 +279,8 @@ async def _wired(
         sinks = await asyncio.to_thread(_open_sinks, settings, sink_types, secret_keys)
         stack.push_async_callback(sinks.close)
         metrics.register_sinks(sinks.known())
+        metrics_exports.register_datasets(catalogue.names(), Format)
+        metrics_service.build_info.labels(version("exportd-server")).set(1)
         await stack.enter_async_context(_measured(settings, ledger, sinks))
         # Reading the catalogue took far more memory than it keeps.
         await asyncio.to_thread(release_free_memory)
@@ -494,7 +498,9 @@ async def _measured(
         raise ConfigurationError(
             f"metrics.listen: {error}; is another server on that port?"
         ) from None
-    measuring = asyncio.create_task(_measure_queues(ledger, sinks))
+    measuring = asyncio.create_task(
+        Measuring(ledger, sinks.known(), _places(settings)).run()
+    )
     try:
         yield
     finally:
@@ -505,21 +511,12 @@ async def _measured(
         await asyncio.to_thread(thread.join)
 
 
-async def _measure_queues(ledger: Ledger, sinks: Sinks) -> None:
-    pairs = set(sinks.known())
-    while True:
-        try:
-            depths: Counter[tuple[str, str, str]] = Counter()
-            for queue, (waiting, retrying) in (await ledger.queue_depths()).items():
-                type_, _, rest = queue.partition("/")
-                connection = rest.partition("/")[0]
-                pair = (type_, connection if (type_, connection) in pairs else "")
-                depths[*pair, "waiting"] += waiting
-                depths[*pair, "retrying"] += retrying
-            metrics.set_queue_depths(depths)
-        except ExportdError as error:
-            log.warning("queues could not be measured", cause=repr(error))
-        await asyncio.sleep(_MEASURE_SECONDS)
+def _places(settings: Settings) -> dict[str, Path]:
+    """Where files are kept, by their names in the metrics."""
+    store = outputs(settings)
+    return {"data": settings.data_dir} | (
+        {"store": store} if isinstance(store, Path) else {}
+    )
 
 
 async def _claim(ledger: Ledger, store: OutputStore) -> None:
@@ -721,8 +718,18 @@ def _caller_limits(settings: Settings) -> CallerLimits:
     rate = limits.requests_per_second
     return CallerLimits(
         rates=None if rate is None else RequestRates(rate, limits.request_burst),
-        watches=Slots("watches", limits.max_watches_per_tenant, limits.max_watches),
-        downloads=Slots("downloads", limits.max_downloads_per_tenant, limits.max_downloads),
+        watches=Slots(
+            "watches",
+            limits.max_watches_per_tenant,
+            limits.max_watches,
+            metrics_service.watches_open,
+        ),
+        downloads=Slots(
+            "downloads",
+            limits.max_downloads_per_tenant,
+            limits.max_downloads,
+            metrics_service.downloads_open,
+        ),
         stall_timeout=settings.download.stall_timeout,
     )
 

@@ -41,6 +41,7 @@ def test_one_command_makes_every_check() -> None:
         "tools.release --check",
         "tools/api_reference.py --check",
         "tools/configuration.py --check",
+        "tools/metrics.py --check",
         "tools/audit.py",
         "tools/licences.py --check",
     ):

@@ -36,6 +36,7 @@ from exportd_server.jobs.output import (
     joined_segment,
 )
 from exportd_server.jobs.readers import Cut, Readers
+from exportd_server.platform import metrics_service as metrics
 from exportd_server.store.base import OutputStore
 
 Context = grpc.aio.ServicerContext[export_service_pb2.StreamDownloadRequest, bytes]
@@ -207,6 +208,7 @@ class _Sender:
         message = data_message(offset, crc32c(data), data)
         self._buffer.release()
         await self._write(message)
+        metrics.grpc_bytes.inc(len(data))
         audit.note_sent(len(data))
 
     async def _write(self, message: bytes) -> None:

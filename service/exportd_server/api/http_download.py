@@ -36,6 +36,7 @@ from exportd_server.jobs.output import (
     content_disposition,
 )
 from exportd_server.jobs.readers import Cut, Readers
+from exportd_server.platform import metrics_service as metrics
 from exportd_server.platform.clock import Clock
 from exportd_server.store.base import OutputStore
 
@@ -198,6 +199,7 @@ class HttpDownloads:
             writing = _write(request, response, bytes(piece[1]))
             buffer.release()
             await self._taken(request, writing)
+            metrics.http_bytes.inc(len(piece[1]))
             audit.note_sent(len(piece[1]))
             piece = await anext(pieces, None)
         await response.write_eof()

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
+from prometheus_client import Gauge
+
 from exportd_server.errors import QuotaExceeded
 from exportd_server.platform.buckets import TokenBuckets
 
@@ -49,10 +51,14 @@ class RequestRates:
 
 
 class Slots:
-    """Places for what lasts, such as downloads: `per_tenant` and `total` at a time."""
+    """Places for what lasts, such as downloads: `per_tenant` and `total` at a time.
+    `gauge` tells how many are taken."""
 
-    def __init__(self, what: str, per_tenant: int, total: int) -> None:
+    def __init__(
+        self, what: str, per_tenant: int, total: int, gauge: Gauge | None = None
+    ) -> None:
         self._what = what
+        self._gauge = gauge
         self._per_tenant = per_tenant
         self._total = total
         self._taken: Counter[str] = Counter()
@@ -81,12 +87,17 @@ class Slots:
                 "again, perhaps at another one",
                 RETRY_AFTER,
             )
-        self._taken[tenant] += 1
+        self._take(tenant, 1)
         try:
             yield
         finally:
-            self._taken[tenant] -= 1
+            self._take(tenant, -1)
             self._drop_if_none(tenant)
+
+    def _take(self, tenant: str, places: int) -> None:
+        self._taken[tenant] += places
+        if self._gauge is not None:
+            self._gauge.inc(places)
 
     def _drop_if_none(self, tenant: str) -> None:
         if not self._taken[tenant]:

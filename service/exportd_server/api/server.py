@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import grpc
 from google.protobuf import message_factory
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2
 
 from exportd.v1 import export_service_pb2
 from exportd_server.api.interceptors.audit import AuditInterceptor, noting
@@ -19,9 +21,10 @@ from exportd_server.api.interceptors.limits import (
     CapacityInterceptor,
     StreamsInterceptor,
 )
+from exportd_server.api.interceptors.metrics import MethodDescription, MetricsInterceptor
 from exportd_server.api.interceptors.open_streams import OpenStreamsInterceptor
 from exportd_server.api.limits import CallerLimits
-from exportd_server.api.reflection import add_reflection
+from exportd_server.api.reflection import V1_SERVICE, V1ALPHA_SERVICE, add_reflection
 from exportd_server.api.servicer import ExportService
 from exportd_server.identity.authenticator import Authenticator
 from exportd_server.jobs.audit_log import AuditLog
@@ -105,6 +108,7 @@ class GrpcServer:
         # The first is the outermost.
         self._server = grpc.aio.server(
             interceptors=(
+                MetricsInterceptor(_measured()),
                 CapacityInterceptor(services, limits.max_calls, limits.request_timeout),
                 OpenStreamsInterceptor(
                     services, limits.max_calls // 10, limits.max_open_seconds
@@ -154,6 +158,21 @@ class GrpcServer:
         with suppress(TimeoutError):
             async with asyncio.timeout(_LAST_CHANGES):
                 await self._active.none()
+
+
+def _measured() -> Iterator[tuple[str, Iterable[MethodDescription]]]:
+    """The services that are served, by name, and their methods."""
+    yield SERVICE.full_name, SERVICE.methods
+    yield health.SERVICE_NAME, _methods(health_pb2, "Health")
+    for name in (V1_SERVICE, V1ALPHA_SERVICE):
+        yield name, _methods(reflection_pb2, "ServerReflection")
+
+
+def _methods(module: Any, service: str) -> Iterable[MethodDescription]:
+    methods: Iterable[MethodDescription] = module.DESCRIPTOR.services_by_name[
+        service
+    ].methods
+    return methods
 
 
 def _handlers(service: ExportService) -> grpc.GenericRpcHandler:

@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
 
 from exportd_server.errors import ConfigurationError
+from exportd_server.platform import metrics_service as metrics
 
 log = structlog.get_logger(__name__)
 
@@ -69,6 +70,7 @@ class TlsFiles:
             )
         if self.client_ca is not None:
             self._certificates("client_ca_file", self.client_ca, content["client_ca_file"])
+        metrics.tls_not_after.set(min(one.not_valid_after_utc.timestamp() for one in chain))
         log.info(
             "tls certificate",
             subject=chain[0].subject.rfc4514_string(),

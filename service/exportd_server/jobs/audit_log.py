@@ -18,6 +18,7 @@ from exportd_server.platform import metrics
 from exportd_server.platform.buckets import TokenBuckets
 from exportd_server.platform.clock import Clock
 from exportd_server.platform.logging import AUDIT
+from exportd_server.platform.metrics_service import audit_waiting
 
 log = structlog.get_logger(__name__)
 
@@ -107,6 +108,7 @@ class AuditLog:
         if not self._waiting.add(owner, record):
             metrics.audit_dropped.labels("full").inc()
             self._complain("the queue is full")
+        self._measure()
         self._idle.clear()
         self._told.set()
 
@@ -126,6 +128,7 @@ class AuditLog:
         lost = len(self._batch) + len(self._waiting)
         if lost:
             self._batch, self._waiting = [], FairQueue(0)
+            self._measure()
             metrics.audit_dropped.labels("shutdown").inc(lost)
             log.error("audit records are in this log only", records=lost)
 
@@ -154,7 +157,11 @@ class AuditLog:
                         log.info("audit records are kept again")
                     self._failing, pause = False, _FIRST_PAUSE
                 self._batch = []
+                self._measure()
             self._idle.set()
+
+    def _measure(self) -> None:
+        audit_waiting.set(len(self._batch) + len(self._waiting))
 
     def _complain(self, cause: str) -> None:
         if not self._failing:

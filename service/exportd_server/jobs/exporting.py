@@ -38,7 +38,7 @@ from exportd_server.pipeline.run import (
     ShardTask,
     Stopped,
 )
-from exportd_server.platform import metrics
+from exportd_server.platform import metrics, metrics_exports
 from exportd_server.platform.threads import in_daemon_thread
 from exportd_server.platform.waits import Backoff, first
 from exportd_server.sinks.base import Takes
@@ -100,26 +100,29 @@ class Exporter:
         self._options = options
         self._strays = Strays()
 
-    async def export(self, held: Held) -> None:
-        """Work on a task until its end is recorded. Raises `LeaseLost` or `GivenBack`."""
+    async def export(self, held: Held) -> str:
+        """Work on a task until its end is recorded; returns what it came to, as
+        `exportd_attempts_total` has it. Raises `LeaseLost` or `GivenBack`."""
         try:
             async with self._leases.fenced(held):
                 await self._plan_and_run(held)
+                return "done"
         except (LeaseLost, GivenBack):
             raise
         except Exception as error:
             if held.lost:
                 # What a lost lease makes fail is no failure of the job.
                 raise LeaseLost from error
-            await self._record_failure(held, error)
+            outcome = await self._record_failure(held, error)
             await first(self._strays.room(), held.given_back())
+            return outcome
 
-    async def _record_failure(self, held: Held, error: Exception) -> None:
+    async def _record_failure(self, held: Held, error: Exception) -> str:
         lease = held.lease
         if isinstance(error, SourceChanged):
             log.info("source changed, output begins anew")
             await held.insist(lambda: self._ledger.restart_output(lease))
-            return
+            return "restarted"
         record, retry_in = self._judge(lease, error)
         failed = await held.insist(
             lambda: self._ledger.fail_attempt(lease, record, retry_in=retry_in)
@@ -131,6 +134,7 @@ class Exporter:
             job_failed=failed,
             exc_info=error.__cause__,
         )
+        return "failed" if failed else "retried"
 
     def _judge(
         self, lease: Lease, error: Exception
@@ -306,6 +310,13 @@ class Exporter:
         dropped = await held.insist(
             lambda: self._ledger.add_part(lease, part, errors, drop=drop)
         )
+        labels = (
+            metrics_exports.known(job.spec.dataset),
+            job.spec.output.format.value,
+        )
+        metrics_exports.rows.labels(*labels).inc(part.rows)
+        stored = part.bytes + (0 if errors is None else errors.bytes)
+        metrics_exports.bytes_.labels(*labels).inc(stored)
         for index in dropped:
             sink = job.spec.sinks[index]
             metrics.dropped.labels(sink.type, sink.connection).inc()

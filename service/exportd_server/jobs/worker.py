@@ -10,6 +10,7 @@ import asyncio
 import os
 import secrets
 import socket
+import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -31,6 +32,8 @@ from exportd_server.jobs.ledger.base import (
     TaskKind,
 )
 from exportd_server.jobs.manager import Policy
+from exportd_server.jobs.model import JobState
+from exportd_server.platform import metrics_exports as metrics
 from exportd_server.platform.shares import Shares
 from exportd_server.platform.waits import Backoff, first
 from exportd_server.sources.catalogue import Catalogue
@@ -192,14 +195,7 @@ class Worker:
     async def _claim_or_wait(self, kinds: list[TaskKind]) -> None:
         lease = None
         if kinds:
-            lease = await self._ledger.claim(
-                self._owner,
-                kinds,
-                lease=timedelta(seconds=self._options.lease),
-                limits=ClaimLimits(
-                    self._options.running_per_tenant, self._delivering.full()
-                ),
-            )
+            lease = await self._claim(kinds)
         if lease is not None:
             self._start(lease)
         elif kinds:
@@ -210,6 +206,32 @@ class Worker:
             )
         else:
             await first(self._vacated.wait(), self._draining.wait())
+
+    async def _claim(self, kinds: list[TaskKind]) -> Lease | None:
+        begun = time.perf_counter()
+        try:
+            lease = await self._ledger.claim(
+                self._owner,
+                kinds,
+                lease=timedelta(seconds=self._options.lease),
+                limits=ClaimLimits(
+                    self._options.running_per_tenant, self._delivering.full()
+                ),
+            )
+        except Exception:
+            metrics.claims.labels("failed").inc()
+            raise
+        metrics.claim_seconds.observe(time.perf_counter() - begun)
+        metrics.claims.labels("nothing" if lease is None else "claimed").inc()
+        if lease is not None and lease.takeover:
+            metrics.takeovers.labels(lease.kind.value).inc()
+            log.warning(
+                "lease taken over",
+                job_id=lease.job_id,
+                task=lease.kind.value,
+                attempt=lease.attempt,
+            )
+        return lease
 
     def _start(self, lease: Lease) -> None:
         (slots,) = (slots for slots in self._slots if lease.kind in slots.kinds)
@@ -241,31 +263,52 @@ class Worker:
             self._leases.hold(lease) as held,
         ):
             try:
-                await self._do(held)
+                outcome = await self._do(held)
             except LeaseLost:
-                log.info("lease lost")
+                outcome = "lost"
+                cause = await self._why_lost(held.lease)
+                metrics.leases_lost.labels(lease.kind.value, cause).inc()
+                log.info("lease lost", cause=cause)
             except Exception:
+                outcome = "broken_off"
                 log.exception("work broke off; its lease runs out")
+            if lease.kind not in _DELIVERY_KINDS:
+                metrics.attempts.labels(lease.kind.value, outcome).inc()
 
-    async def _do(self, held: Held) -> None:
+    async def _why_lost(self, lease: Lease) -> str:
+        """Whether the job ended under a lease, or somebody else has its task."""
+        if lease.kind in _HOUSEKEEPING_KINDS + _SWEEP_KINDS:
+            return "taken_over"
+        try:
+            job = await self._ledger.get_job(lease.tenant, lease.job_id)
+        except LedgerUnavailable:
+            return "unknown"
+        if job is None or job.generation != lease.generation:
+            return "job_ended"
+        delivers = lease.kind in _DELIVERY_KINDS and job.state is JobState.SUCCEEDED
+        return "job_ended" if job.state.terminal and not delivers else "taken_over"
+
+    async def _do(self, held: Held) -> str:
+        """Work on a task; returns what that came to. Raises `LeaseLost`."""
         # A claim may have been under way when the drain began.
         begun = not self._draining.is_set()
         try:
             if not begun:
                 raise GivenBack  # noqa: TRY301 - one way to give back
             if held.lease.kind in _EXPORT_KINDS:
-                await self._exporter.export(held)
-            elif held.lease.kind in _DELIVERY_KINDS:
+                return await self._exporter.export(held)
+            if held.lease.kind in _DELIVERY_KINDS:
                 await self._deliverer.deliver(held)
-            else:
-                await self._keep_house(held)
+                return "done"
+            return await self._keep_house(held)
         except GivenBack:
             lease = held.lease
             await held.insist(lambda: self._ledger.release(lease))
             if begun:
                 log.info("lease given back")
+            return "given_back"
 
-    async def _keep_house(self, held: Held) -> None:
+    async def _keep_house(self, held: Held) -> str:
         lease = held.lease
         work = {
             TaskKind.CLEANUP: self._housekeeping.cleanup,
@@ -283,3 +326,5 @@ class Worker:
             await held.insist(
                 lambda: self._ledger.fail_attempt(lease, record, retry_in=retry_in)
             )
+            return "retried"
+        return "done"

@@ -21,10 +21,11 @@ from exportd_server.errors import ValueNotEncodable
 from exportd_server.pipeline.budget import Handover, HandoverClosed
 from exportd_server.pipeline.digest import HashingSink, PartDigest
 from exportd_server.pipeline.sift import line, sift
+from exportd_server.platform import metrics_exports as metrics
 from exportd_server.platform.malloc import release_free_memory
 from exportd_server.sources.base import BatchStream, Query, Shard, Source
 from exportd_server.sources.loose import LooseBatch
-from exportd_server.store.base import OutputStore, PartWriter
+from exportd_server.store.base import Buffer, OutputStore, PartWriter
 from exportd_server.store.key import JobPrefix, OutputKey, OutputKind
 
 _Rows: TypeAlias = pa.RecordBatch | LooseBatch
@@ -107,6 +108,9 @@ class ShardRun:
         self._stream: BatchStream | None = None
         self._cancelled = False
         self._silent_since: float | None = None
+        self._source_seconds = 0.0
+        self._encode_seconds = 0.0
+        self._writing = _Stopwatch()
         self._sequence = task.done_parts
         self._finished_rows = task.done_rows
         self._finished_bytes = task.done_bytes
@@ -120,6 +124,9 @@ class ShardRun:
         try:
             self._run()
         finally:
+            metrics.source_stage.observe(self._source_seconds)
+            metrics.encode_stage.observe(self._encode_seconds)
+            metrics.write_stage.observe(self._writing.seconds)
             release_free_memory()
 
     def _run(self) -> None:
@@ -152,8 +159,9 @@ class ShardRun:
     def _run_pipeline(self) -> None:
         task = self._task
         done = task.done_rows + task.done_row_errors
-        self._silent_since = time.monotonic()
+        opening = self._silent_since = time.monotonic()
         with task.source.open(task.query, task.shard, skip_rows=done) as stream:
+            self._source_seconds += time.monotonic() - opening
             with self._lock:
                 self._stream = stream
                 if self._cancelled:
@@ -174,11 +182,13 @@ class ShardRun:
                     self._stream = None
 
     def _read(self, stream: BatchStream) -> None:
+        asked = time.monotonic()
         try:
             for batch in _loose(stream) if self._task.skip_errors else stream:
                 self._silent_since = None
+                self._source_seconds += time.monotonic() - asked
                 self._handover.put(batch)
-                self._silent_since = time.monotonic()
+                asked = self._silent_since = time.monotonic()
         except HandoverClosed:
             pass
         except BaseException as error:  # noqa: BLE001 - crosses to the other thread
@@ -199,10 +209,11 @@ class ShardRun:
                         part = self._open_part(schema)
                     piece = rest.slice(0, part.room(rest, limits))
                     rest = rest.slice(piece.num_rows)
-                    if isinstance(piece, LooseBatch):
-                        part.write_sifted(piece, self._found(part))
-                    else:
-                        part.write(piece)
+                    with self._encoding():
+                        if isinstance(piece, LooseBatch):
+                            part.write_sifted(piece, self._found(part))
+                        else:
+                            part.write(piece)
                     self._note(part)
                     if part.full(limits):
                         self._finish_part(part)
@@ -217,9 +228,23 @@ class ShardRun:
             if part is not None:
                 part.abort()
 
+    @contextmanager
+    def _encoding(self) -> Iterator[None]:
+        """Count the time as that of encoding, but for what the store takes of it."""
+        begun = time.perf_counter() - self._writing.seconds
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - self._writing.seconds - begun
+            self._encode_seconds += spent
+
+    def _create(self, key: OutputKey) -> PartWriter:
+        with self._writing:
+            return _TimedWriter(self._store.create(key), self._writing)
+
     def _open_part(self, schema: pa.Schema) -> _OpenPart:
         key = self._key(OutputKind.OUTPUT)
-        writer = self._store.create(key)
+        writer = self._create(key)
         first_row = self._finished_rows + self._finished_row_errors
         return _OpenPart(
             key, writer, self._task.output, schema, self._open_errors, first_row
@@ -227,7 +252,7 @@ class ShardRun:
 
     def _open_errors(self) -> _ErrorPart:
         key = self._key(OutputKind.ERROR)
-        return _ErrorPart(key, self._store.create(key))
+        return _ErrorPart(key, self._create(key))
 
     def _key(self, kind: OutputKind) -> OutputKey:
         return OutputKey(
@@ -258,7 +283,8 @@ class ShardRun:
             raise Stopped
 
     def _finish_part(self, part: _OpenPart) -> None:
-        finished = part.finish()
+        with self._encoding():
+            finished = part.finish()
         self._finished_rows += finished.rows
         self._finished_bytes += finished.digest.bytes
         if finished.errors is not None:
@@ -284,6 +310,42 @@ def _loose(stream: BatchStream) -> Iterator[LooseBatch]:
             "left out",
             column=error.metadata.get("column"),
         ) from error.__cause__
+
+
+class _Stopwatch:
+    """Adds up the time spent in its contexts. For one thread."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._begun = 0.0
+
+    def __enter__(self) -> None:
+        self._begun = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += time.perf_counter() - self._begun
+
+
+class _TimedWriter:
+    """See `PartWriter`."""
+
+    def __init__(self, writer: PartWriter, watch: _Stopwatch) -> None:
+        self._writer = writer
+        self._watch = watch
+
+    def write(self, data: Buffer, /) -> int:
+        """See `PartWriter`."""
+        with self._watch:
+            return self._writer.write(data)
+
+    def finalize(self) -> None:
+        """See `PartWriter`."""
+        with self._watch:
+            self._writer.finalize()
+
+    def abort(self) -> None:
+        """See `PartWriter`."""
+        self._writer.abort()
 
 
 class _ErrorPart:

@@ -8,8 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+)
 
+# They double the series, and nothing here asks when one was made.
+disable_created_metrics()  # type: ignore[no-untyped-call]
 REGISTRY = CollectorRegistry()
 
 _SINK = ("sink", "connection")
@@ -53,6 +61,12 @@ endpoints_disabled = Counter(
     _SINK,
     registry=REGISTRY,
 )
+queues_disabled = Gauge(
+    "exportd_sink_queues_disabled",
+    "Queues whose endpoint is disabled now.",
+    _SINK,
+    registry=REGISTRY,
+)
 
 audit_dropped = Counter(
     "exportd_audit_dropped",
@@ -80,15 +94,26 @@ def register_sinks(sinks: Iterable[tuple[str, str]]) -> None:
         for metric in (dropped, delivered_bytes, endpoints_disabled):
             metric.labels(*pair)
         delivery_seconds.labels(*pair)
+        queues_disabled.labels(*pair)
 
 
 def set_queue_depths(depths: Mapping[tuple[str, str, str], int]) -> None:
     """Set the depth of every queue, by type, connection and state; of others it is 0."""
-    # Also of series that were made for a sink no connection names.
-    known = {
+    for labels in _known(queue_depth) | set(depths):
+        queue_depth.labels(*labels).set(depths.get((labels[0], labels[1], labels[2]), 0))
+
+
+def set_disabled(queues: Mapping[tuple[str, str], int]) -> None:
+    """Set how many queues are disabled, by type and connection; of others none is."""
+    for labels in _known(queues_disabled) | set(queues):
+        queues_disabled.labels(*labels).set(queues.get((labels[0], labels[1]), 0))
+
+
+def _known(gauge: Gauge) -> set[tuple[str, ...]]:
+    """The labels of every series, also of those that were made for a sink no connection
+    names."""
+    return {
         tuple(sample.labels.values())
-        for metric in queue_depth.collect()
+        for metric in gauge.collect()
         for sample in metric.samples
     }
-    for labels in known | set(depths):
-        queue_depth.labels(*labels).set(depths.get((labels[0], labels[1], labels[2]), 0))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import TypeVar
 
 from exportd_server.errors import ErrorReason, StoreFailed
 from exportd_server.platform import metrics_service as metrics
@@ -19,6 +20,8 @@ from exportd_server.store.base import (
     UrlSigner,
 )
 from exportd_server.store.key import JobPrefix, OutputKey
+
+T = TypeVar("T")
 
 
 def measured(store: OutputStore) -> OutputStore:
@@ -97,17 +100,13 @@ class _Measured:
         with _OPERATIONS["delete_job"].measured():
             return await self._store.delete_job(prefix)
 
-    async def list_job(self, prefix: JobPrefix) -> AsyncIterator[OutputKey]:
+    def list_job(self, prefix: JobPrefix) -> AsyncIterator[OutputKey]:
         """See `OutputStore`."""
-        with _OPERATIONS["list_job"].measured():
-            async for key in self._store.list_job(prefix):
-                yield key
+        return _listed(_OPERATIONS["list_job"], self._store.list_job(prefix))
 
-    async def list_jobs(self) -> AsyncIterator[JobPrefix]:
+    def list_jobs(self) -> AsyncIterator[JobPrefix]:
         """See `OutputStore`."""
-        with _OPERATIONS["list_jobs"].measured():
-            async for prefix in self._store.list_jobs():
-                yield prefix
+        return _listed(_OPERATIONS["list_jobs"], self._store.list_jobs())
 
     async def sweep_unfinished(self, prefix: JobPrefix) -> int:
         """See `OutputStore`."""
@@ -149,12 +148,34 @@ class _Signing(_Measured):
             )
 
 
+async def _listed(operation: _Operation, items: AsyncIterator[T]) -> AsyncIterator[T]:
+    """The items. What their taker does in between is not the store's time."""
+    seconds = 0.0
+    try:
+        while True:
+            begun = time.perf_counter()
+            try:
+                item = await anext(items)
+            except StopAsyncIteration:
+                operation.count("ok", seconds + time.perf_counter() - begun)
+                return
+            except Exception as error:
+                operation.count(_outcome(error), seconds + time.perf_counter() - begun)
+                raise
+            seconds += time.perf_counter() - begun
+            yield item
+    finally:
+        if isinstance(items, AsyncGenerator):
+            await items.aclose()
+
+
 class _Writer:
     """Counts the writes of a part as one operation: there may be one for each row."""
 
     def __init__(self, writer: PartWriter) -> None:
         self._writer = writer
         self._seconds = 0.0
+        self._written = False
         self._open = True
         metrics.uploads_open.inc()
 
@@ -162,31 +183,38 @@ class _Writer:
         """See `PartWriter`."""
         begun = time.perf_counter()
         try:
-            return self._writer.write(data)
+            count = self._writer.write(data)
         except Exception as error:
             self._seconds += time.perf_counter() - begun
-            begun = time.perf_counter()
-            self._end(_outcome(error))
+            self._count(_outcome(error))
             raise
-        finally:
-            self._seconds += time.perf_counter() - begun
+        self._seconds += time.perf_counter() - begun
+        return count
 
     def finalize(self) -> None:
         """See `PartWriter`."""
-        self._end("ok")
-        with _OPERATIONS["finalize"].measured():
-            self._writer.finalize()
+        self._count("ok")
+        try:
+            with _OPERATIONS["finalize"].measured():
+                self._writer.finalize()
+        finally:
+            self._end()
 
     def abort(self) -> None:
         """See `PartWriter`."""
-        self._end("ok")
+        self._count("ok")
         self._writer.abort()
+        self._end()
 
-    def _end(self, outcome: str) -> None:
+    def _count(self, outcome: str) -> None:
+        if not self._written:
+            self._written = True
+            _OPERATIONS["write"].count(outcome, self._seconds)
+
+    def _end(self) -> None:
         if self._open:
             self._open = False
             metrics.uploads_open.dec()
-            _OPERATIONS["write"].count(outcome, self._seconds)
 
 
 class _Reader:

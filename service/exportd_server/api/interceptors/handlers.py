@@ -49,7 +49,13 @@ def wrapped(
         return grpc.unary_stream_rpc_method_handler(
             stream(_writing(handler.unary_stream, write)), read, handler.response_serializer
         )
-    raise RuntimeError("a method streams requests, which nothing here wraps")
+    if handler.stream_stream is not None:
+        return grpc.stream_stream_rpc_method_handler(
+            stream(_writing(handler.stream_stream, write)),
+            read,
+            handler.response_serializer,
+        )
+    raise RuntimeError("a method streams requests to one answer, which nothing here wraps")
 
 
 def _writing(behaviour: Callable[[Any, Any], Any], write: Write) -> Behaviour:

@@ -94,6 +94,8 @@ class Lease:
     shard: Shard | None = None
     forget: bool = False
     """Of a cleanup: forget the job once its output is gone."""
+    takeover: bool = field(default=False, compare=False)
+    """Another lease of the task had run out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +134,19 @@ class Kept:
     """The token under which its manifest lies, if it was stored."""
     read: bool = False
     """The output has expired and is still being read: leave all of it and come again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Backlog:
+    """What is open in the ledger. `tasks` is by kind and state (`ready`, `scheduled`,
+    `leased`); `waiting` for how many seconds the task of a kind has waited that has waited
+    longest, since it was due or its lease ran out. What is none is not there."""
+
+    jobs: Mapping[JobState, int]
+    tasks: Mapping[tuple[TaskKind, str], int]
+    waiting: Mapping[TaskKind, float]
+    disabled: Sequence[str]
+    """Queues of sinks whose endpoint is disabled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -392,6 +407,10 @@ class Ledger(Protocol):
     ) -> list[HeldLease]:
         """Leases of every tenant's tasks, by (owner, task_id); `after` is the last of the
         page before. A worker without a lease is not known here."""
+        ...
+
+    async def backlog(self) -> Backlog:
+        """How much work of every tenant is open. It costs more the more that is."""
         ...
 
     # --- housekeeping

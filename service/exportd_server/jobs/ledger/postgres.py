@@ -26,6 +26,7 @@ from sqlalchemy.engine import Connection
 from exportd_server.errors import LedgerUnavailable
 from exportd_server.jobs.ledger import codec, news
 from exportd_server.jobs.ledger.base import ClaimLimits, Lease, TaskKind
+from exportd_server.jobs.ledger.counting import count
 from exportd_server.jobs.ledger.lanes import Lane, Lines
 from exportd_server.jobs.ledger.listener import Listener
 from exportd_server.jobs.ledger.postgres_server import Address
@@ -34,6 +35,7 @@ from exportd_server.jobs.ledger.sql import SqlLedger
 from exportd_server.jobs.ledger.statements import claiming, lifecycle
 from exportd_server.jobs.ledger.tables import audit_records, queues, tenants
 from exportd_server.jobs.ledger.transaction import Transaction
+from exportd_server.platform import metrics_service as metrics
 from exportd_server.platform.clock import Clock
 from exportd_server.sources.base import Shard
 
@@ -45,8 +47,13 @@ _WRITE = "BEGIN ISOLATION LEVEL READ COMMITTED, READ WRITE; "
 _READ = "BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY; "
 _CLOCK = "SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint"
 _NOTIFY = "SELECT pg_notify(%s, piece) FROM unnest(%s::text[]) AS piece"
-_CLAIM = "SELECT * FROM claim_task(%s, %s, %s, %s, %s, %s, %s, %s, %s)"
-_CLAIM_DELIVERY = "SELECT * FROM claim_delivery(%s, %s, %s, %s, %s, %s::text[])"
+_TAKEOVER = """SELECT claimed.*, EXISTS (
+    SELECT FROM tasks WHERE task_id = claimed.o_task_id AND state = 'leased'
+) AS takeover FROM """
+"""What goes around a claim. The outer statement sees what was there before it began, and
+there a task that is taken over was leased."""
+_CLAIM = _TAKEOVER + "claim_task(%s, %s, %s, %s, %s, %s, %s, %s, %s) AS claimed"
+_CLAIM_DELIVERY = _TAKEOVER + "claim_delivery(%s, %s, %s, %s, %s, %s::text[]) AS claimed"
 
 _IN_THE_WAY = frozenset({"40001", "40P01"})
 """Serialization failure, deadlock: the transaction was undone and may be tried again."""
@@ -263,6 +270,7 @@ class PostgresDatabase:
             result = work(tx)
             if told := list(news.pieces(self._instance, tx.changes)):
                 tx.connection.exec_driver_sql(_NOTIFY, (news.CHANNEL, told))
+        count(tx.changes)
         # Told from here, so that the news spreads even if the caller has gone away. The
         # loop may be closing down, with nobody left to tell.
         with contextlib.suppress(RuntimeError):
@@ -335,6 +343,7 @@ def _available() -> Iterator[None]:
         )
         if not (away or lost):
             raise
+        metrics.ledger_errors.inc()
         log.warning("ledger unavailable", error=str(cause).strip(), sqlstate=state)
         raise LedgerUnavailable from error
 
@@ -354,4 +363,5 @@ def _to_lease(row: Any, owner: str) -> Lease | None:
         generation=row.o_generation,
         shard=None if row.o_shard is None else Shard(row.o_shard, row.o_shard_state),
         forget=bool(row.o_forget),
+        takeover=row.takeover,
     )

@@ -26,9 +26,30 @@ class Ticket:
     claims: int = 1
 
 
+@dataclass(frozen=True, slots=True)
+class Created:
+    """A job that was recorded."""
+
+    dataset: str
+    format: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A job that came to its end; `reason` is empty unless it failed. `waited` seconds
+    passed until it was taken up, None when it never was, and `lasted` until its end."""
+
+    dataset: str
+    format: str
+    state: str
+    reason: str
+    waited: float | None
+    lasted: float
+
+
 @dataclass(slots=True)
 class Changes:
-    """What a transaction changed that somebody may wait for."""
+    """What a transaction changed that somebody may wait for, and what is counted of it."""
 
     revisions: dict[str, int] = field(default_factory=dict)
     gone: set[str] = field(default_factory=set)
@@ -37,6 +58,8 @@ class Changes:
     cut: set[str] = field(default_factory=set)
     """Jobs whose output nobody may go on reading."""
     work: bool = False
+    created: list[Created] = field(default_factory=list)
+    ended: list[Ended] = field(default_factory=list)
 
 
 class Watcher:

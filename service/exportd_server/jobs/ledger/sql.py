@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from exportd_server.errors import ErrorRecord, LedgerUnavailable
 from exportd_server.jobs.audit import AuditQuery, AuditRecord
 from exportd_server.jobs.ledger.base import (
+    Backlog,
     ClaimLimits,
     DeliveryFailure,
     DeliveryQuery,
@@ -32,6 +33,7 @@ from exportd_server.jobs.ledger.statements import (
     auditing,
     delivering,
     leasing,
+    measuring,
     pinning,
     reading,
     redriving,
@@ -271,6 +273,10 @@ class SqlLedger:
         return await self._database.read(
             lambda tx: leasing.list_leases(tx, limit=limit, after=after)
         )
+
+    async def backlog(self) -> Backlog:
+        """See `Ledger`."""
+        return await self._database.read(measuring.backlog)
 
     # --- housekeeping
 

@@ -25,11 +25,13 @@ from sqlalchemy.pool import QueuePool
 from exportd_server.errors import ConfigurationError, LedgerUnavailable
 from exportd_server.jobs.ledger import codec, schema
 from exportd_server.jobs.ledger.base import ClaimLimits, Lease, TaskKind
+from exportd_server.jobs.ledger.counting import count
 from exportd_server.jobs.ledger.signals import Signals
 from exportd_server.jobs.ledger.sql import SqlLedger
 from exportd_server.jobs.ledger.statements import claiming, working
 from exportd_server.jobs.ledger.tables import audit_records, counters, queues, tenants
 from exportd_server.jobs.ledger.transaction import Transaction
+from exportd_server.platform import metrics_service as metrics
 from exportd_server.platform.clock import Clock
 
 log = structlog.get_logger(__name__)
@@ -176,7 +178,9 @@ class SqliteDatabase:
             with self._writer.begin() as connection:
                 schema.upgrade(connection, self._path)
             with self._writer.begin() as connection:
-                working.recover(self._transaction(connection))
+                tx = self._transaction(connection)
+                working.recover(tx)
+            count(tx.changes)
         except OSError as error:
             raise ConfigurationError(
                 f"ledger {self._path}: {error.strerror}; it must be a file that the "
@@ -203,6 +207,7 @@ class SqliteDatabase:
         with _available(), self._writer.begin() as connection:
             tx = self._transaction(connection)
             result = work(tx)
+        count(tx.changes)
         # Told from here, so that the news spreads even if the caller has gone away. The
         # loop may be closing down, with nobody left to tell.
         with suppress(RuntimeError):
@@ -234,6 +239,7 @@ def _available() -> Iterator[None]:
     try:
         yield
     except sa.exc.OperationalError as error:
+        metrics.ledger_errors.inc()
         log.warning("ledger failed", error=str(error.orig))
         raise LedgerUnavailable from error
 

@@ -7,6 +7,7 @@ each waiting tenant contributes the one task at the head of its queue, found by 
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -76,7 +77,7 @@ def claim(
             .where(tenants.c.tenant == taken.tenant)
             .values(delivered=token)
         )
-    return to_lease(taken)
+    return replace(to_lease(taken), takeover=chosen.state == TaskState.LEASED)
 
 
 def _choose(

@@ -10,7 +10,9 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Row
 
+from exportd_server.jobs.ledger import codec
 from exportd_server.jobs.ledger.base import TaskKind
+from exportd_server.jobs.ledger.signals import Ended
 from exportd_server.jobs.ledger.tables import TaskState, deliveries, jobs, tasks
 from exportd_server.jobs.ledger.transaction import Transaction
 from exportd_server.jobs.model import TRANSITIONS, DeliveryState, JobState
@@ -180,8 +182,27 @@ def end(
     tx.changes.fenced.add(job.job_id)
     if state is JobState.CANCELLED:
         tx.changes.cut.add(job.job_id)
+    tx.changes.ended.append(_ended(tx, job, state, error))
     # A slot of the tenant is free.
     tx.changes.work = True
+
+
+def _ended(tx: Transaction, job: Row[Any], state: JobState, error: str | None) -> Ended:
+    told = codec.load_error(error)
+    return Ended(
+        dataset=job.dataset,
+        format=codec.load_spec(job.spec).output.format.value,
+        state=state.value,
+        reason="" if told is None else told.reason.value,
+        waited=None
+        if job.start_time is None
+        else _seconds(job.create_time, job.start_time),
+        lasted=_seconds(job.create_time, tx.now),
+    )
+
+
+def _seconds(begin: int, end: int) -> float:
+    return max(0, end - begin) / 1e6
 
 
 def _close_tasks(tx: Transaction, job_ids: Sequence[str], kinds: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ from exportd_server.jobs.ledger.base import (
     TooManyActiveJobs,
     TooManyQueuedJobs,
 )
+from exportd_server.jobs.ledger.signals import Created
 from exportd_server.jobs.ledger.statements import (
     delivering,
     lifecycle,
@@ -101,6 +102,7 @@ def create_job(
         )
     )
     tx.changes.work = True
+    tx.changes.created.append(Created(spec.dataset, spec.output.format.value))
     return reading.to_job(tx, row), True
 
 
