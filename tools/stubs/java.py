@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import shutil
 import subprocess
@@ -17,9 +18,19 @@ ROOT = Path(__file__).resolve().parents[2]
 PROTO = ROOT / "proto"
 MODULE = ROOT / "clients/java"
 
-# As Maven's artifacts name them.
-SYSTEMS = {"Linux": "linux", "Darwin": "osx"}
-MACHINES = {"x86_64": "x86_64", "aarch64": "aarch_64", "arm64": "aarch_64"}
+PLATFORM = "linux-x86_64"
+"""The one that the plug-in's binaries are published for, as Maven's artifacts name it."""
+
+HASHES = {
+    f"protoc-{PLATFORM}.exe": (
+        "f6ee22d65361338459208da8bff801c9ca689741cba9187b34990dd45198f864"
+    ),
+    f"protoc-gen-grpc-java-{PLATFORM}.exe": (
+        "a19ae74aa4cb03e1d01269562ac6165ec32a848a7bebd032aea9a0b9569718ba"
+    ),
+    "protobuf-java.jar": "0773e72eaf375e1285df330575bfec5bda5da674d544d0e142a17f89c8f754da",
+}
+"""SHA-256 of what is run and read: Maven has no lock that could hold it."""
 
 
 class Java:
@@ -30,8 +41,9 @@ class Java:
 
     def missing(self) -> str | None:
         """Why it cannot run on this machine, or None."""
-        if _classifier() is None:
-            return f"no protoc is published for {platform.system()} {platform.machine()}"
+        here = f"{platform.system()}-{platform.machine()}".lower()
+        if here != PLATFORM:
+            return f"its binaries are pinned for {PLATFORM}, and this is {here}"
         return next(
             (f"{tool} is not installed" for tool in ("java", "mvn") if not _found(tool)),
             None,
@@ -40,24 +52,28 @@ class Java:
     def generate(self, target: Path) -> None:
         """Write what `committed` should hold below `target`.
 
-        The first run on a machine fetches the binaries into Maven's cache; Maven holds
-        them against the checksums that they were published with.
+        The first run on a machine fetches the binaries into Maven's cache. Raises
+        `ValueError` when they are not those that are pinned.
         """
         target.mkdir(parents=True, exist_ok=True)
-        classifier = _classifier()
         with tempfile.TemporaryDirectory() as directory:
             tools = Path(directory)
             subprocess.run(
                 [
                     *("mvn", "--batch-mode", "--quiet", "--strict-checksums"),
                     *("--file", MODULE / "pom.xml", "dependency:copy@generators"),
-                    f"-Dgenerators.platform={classifier}",
+                    f"-Dgenerators.platform={PLATFORM}",
                     f"-Dgenerators.directory={tools}",
                 ],
                 check=True,
             )
-            protoc = tools / f"protoc-{classifier}.exe"
-            plugin = tools / f"protoc-gen-grpc-java-{classifier}.exe"
+            for name, wanted in HASHES.items():
+                with (tools / name).open("rb") as file:
+                    found = hashlib.file_digest(file, "sha256").hexdigest()
+                if found != wanted:
+                    raise ValueError(f"{name} has SHA-256 {found}, not the pinned {wanted}")
+            protoc = tools / f"protoc-{PLATFORM}.exe"
+            plugin = tools / f"protoc-gen-grpc-java-{PLATFORM}.exe"
             for tool in (protoc, plugin):
                 tool.chmod(0o755)
             with zipfile.ZipFile(tools / "protobuf-java.jar") as library:
@@ -76,12 +92,6 @@ class Java:
 
 def _found(tool: str) -> bool:
     return shutil.which(tool) is not None
-
-
-def _classifier() -> str | None:
-    """This machine's, or None when nothing is published for it."""
-    system, machine = SYSTEMS.get(platform.system()), MACHINES.get(platform.machine())
-    return f"{system}-{machine}" if system and machine else None
 
 
 GENERATOR: Generator = Java()
