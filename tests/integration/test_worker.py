@@ -120,12 +120,12 @@ async def test_a_worker_that_fell_silent_is_taken_over_and_can_add_nothing(
         faults.cut_off.add("fence")
         job = await fleet.create()
         async with fleet.worker(
-            silent_gate, ledger=faults.ledger, lease=0.5, poll=60.0, progress_interval=60
+            silent_gate, ledger=faults.ledger, lease=2.0, poll=60.0, progress_interval=60
         ):
             silent_gate.allow(3)
             await fleet.parts(job, 3)
             faults.cut_off |= {"renew", "claim"}
-            async with fleet.worker(gate, lease=0.5, poll=0.1):
+            async with fleet.worker(gate, lease=2.0, poll=0.1):
                 done = await fleet.finished(job)
                 added = faults.calls["add_part"]
                 silent_gate.open_wide()

@@ -197,6 +197,10 @@ class ModelJob:
         )
 
 
+# Some thousand transactions, on a machine that may have more to do.
+pytestmark = pytest.mark.timeout(600)
+
+
 class Model:
     def __init__(self) -> None:
         self.now = 0.0
