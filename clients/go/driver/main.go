@@ -75,7 +75,7 @@ func connect() (*exportd.Client, error) {
 		transport = exportd.WithCAFile(ca)
 	}
 	options := []exportd.Option{transport}
-	if key := os.Getenv("EXPORTD_TOKEN"); key != "" {
+	if key, given := os.LookupEnv("EXPORTD_TOKEN"); given {
 		options = append(options, exportd.WithToken(key))
 	}
 	return exportd.NewClient(os.Getenv("EXPORTD_SERVER"), options...)

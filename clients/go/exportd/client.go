@@ -21,9 +21,11 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/status"
 
 	exportdv1 "exportd.internal/go/exportd/v1"
 )
@@ -33,6 +35,10 @@ import (
 //
 //go:embed service_config.json
 var serviceConfig string
+
+// callTimeout is how long a call with one answer may take, gRPC's own retries included,
+// unless its context has a deadline.
+const callTimeout = 30 * time.Second
 
 // maxMessage is the largest message taken, in bytes. A download carries up to 2 MiB a
 // message, a page of 1 000 jobs can be larger.
@@ -54,6 +60,7 @@ type Client struct {
 	// Download do, and the attempts of both would multiply.
 	streams exportdv1.ExportServiceClient
 	conns   []*grpc.ClientConn
+	timeout time.Duration
 	stall   time.Duration
 }
 
@@ -88,6 +95,8 @@ func NewClient(address string, opts ...Option) (*Client, error) {
 	dial := []grpc.DialOption{
 		grpc.WithTransportCredentials(o.transport),
 		grpc.WithDefaultServiceConfig(serviceConfig),
+		// Whoever answers for the name in DNS shall not change the contract's retries.
+		grpc.WithDisableServiceConfig(),
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxMessage)),
 		// Notice a peer that vanished without a word. Pings go out only while a call is
 		// open, and rarely enough for a server with gRPC's default ping policy.
@@ -105,7 +114,10 @@ func NewClient(address string, opts ...Option) (*Client, error) {
 	if o.token != "" {
 		dial = append(dial, grpc.WithPerRPCCredentials(bearer{token: o.token, encrypted: !plaintext}))
 	}
-	calls, err := grpc.NewClient(address, slices.Concat(dial, o.dial)...)
+	client := &Client{timeout: callTimeout, stall: stallTimeout}
+	calls, err := grpc.NewClient(address, slices.Concat(dial, []grpc.DialOption{
+		grpc.WithChainUnaryInterceptor(client.limit),
+	}, o.dial)...)
 	if err != nil {
 		return nil, fmt.Errorf("address %q: %w", address, err)
 	}
@@ -118,12 +130,10 @@ func NewClient(address string, opts ...Option) (*Client, error) {
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("address %q: %w", address, err), calls.Close())
 	}
-	return &Client{
-		ExportServiceClient: exportdv1.NewExportServiceClient(calls),
-		streams:             exportdv1.NewExportServiceClient(streams),
-		conns:               []*grpc.ClientConn{calls, streams},
-		stall:               stallTimeout,
-	}, nil
+	client.ExportServiceClient = exportdv1.NewExportServiceClient(calls)
+	client.streams = exportdv1.NewExportServiceClient(streams)
+	client.conns = []*grpc.ClientConn{calls, streams}
+	return client, nil
 }
 
 // Close ends the connections, and the calls that are under way.
@@ -133,6 +143,32 @@ func (c *Client) Close() error {
 		errs = append(errs, conn.Close())
 	}
 	return errors.Join(errs...)
+}
+
+// limit ends a call that would wait for ever. It is a [grpc.UnaryClientInterceptor].
+func (c *Client) limit(
+	ctx context.Context, method string, request, reply any,
+	conn *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption,
+) error {
+	call := func(ctx context.Context) error {
+		return invoke(ctx, method, request, reply, conn, opts...)
+	}
+	if _, limited := ctx.Deadline(); limited {
+		return call(ctx)
+	}
+	return c.within(ctx, call)
+}
+
+// within gives call the time that a call has.
+func (c *Client) within(ctx context.Context, call func(context.Context) error) error {
+	limited, cancel := context.WithTimeout(ctx, c.timeout)
+	defer cancel()
+	err := call(limited)
+	if status.Code(err) == codes.DeadlineExceeded && limited.Err() != nil && ctx.Err() == nil {
+		return status.Errorf(codes.DeadlineExceeded, "the server did not answer within %g s: %s",
+			c.timeout.Seconds(), status.Convert(err).Message())
+	}
+	return err
 }
 
 // WithPlaintext speaks without encryption.
@@ -162,13 +198,16 @@ func WithTransportCredentials(creds credentials.TransportCredentials) Option {
 // WithToken sends an API key or another token as "authorization: Bearer" with every call.
 func WithToken(token string) Option {
 	return func(o *options) error {
-		if token == "" {
-			return errors.New("token: is empty; leave WithToken out to call without one")
+		if token == "" || strings.ContainsFunc(token, isNotVisible) {
+			return errors.New("token is empty or has a blank in it; give it as it was issued, on one line")
 		}
 		o.token = token
 		return nil
 	}
 }
+
+// isNotVisible tells whether a character is anything but visible ASCII.
+func isNotVisible(r rune) bool { return r <= ' ' || r > '~' }
 
 // WithPlaintextToken lets the token go over an unencrypted connection that leaves this
 // machine. Only for networks that something else encrypts.

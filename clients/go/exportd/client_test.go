@@ -12,6 +12,8 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/resolver"
+	"google.golang.org/grpc/resolver/manual"
 	"google.golang.org/grpc/status"
 
 	exportdv1 "exportd.internal/go/exportd/v1"
@@ -42,6 +44,77 @@ func TestATokenGoesUnencryptedOnlyToLoopbackOrWhenAllowed(t *testing.T) {
 		if err == nil {
 			_ = client.Close()
 		}
+	}
+}
+
+func TestATokenThatNoHeaderTakesIsRefusedWithoutShowingIt(t *testing.T) {
+	for _, token := range []string{"", "s3cret\n", "s3cret two", "s3cret\t", "\x00s3cret", "s3crét", "s3cret\xff", "s3cret\x7f"} {
+		_, err := NewClient("localhost:1", WithPlaintext(), WithToken(token))
+		if err == nil || !strings.Contains(err.Error(), "token") || strings.Contains(err.Error(), "s3c") {
+			t.Errorf("%q: %v", token, err)
+		}
+	}
+}
+
+func TestACallThatIsNotAnsweredEnds(t *testing.T) {
+	f := newFake(0, 0, rows)
+	f.getJob = func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() }
+	client := f.serve(t)
+	client.timeout = 50 * time.Millisecond
+	_, err := client.GetJob(context.Background(), &exportdv1.GetJobRequest{})
+	if status.Code(err) != codes.DeadlineExceeded || !strings.Contains(err.Error(), "within 0.05 s") {
+		t.Error(err)
+	}
+	// A download may take long; its question about the job may not.
+	ctx, cancel := context.WithTimeout(context.Background(), time.Hour)
+	defer cancel()
+	if _, err := client.Download(ctx, jobID, emptyAfter(t)); status.Code(err) != codes.DeadlineExceeded {
+		t.Error(err)
+	}
+}
+
+func TestTheDeadlineOfTheCallerWins(t *testing.T) {
+	var left time.Duration
+	invoke := func(ctx context.Context, _ string, _, _ any, _ *grpc.ClientConn, _ ...grpc.CallOption) error {
+		deadline, _ := ctx.Deadline()
+		left = time.Until(deadline)
+		return nil
+	}
+	client := &Client{timeout: callTimeout}
+	ctx, cancel := context.WithTimeout(context.Background(), time.Hour)
+	defer cancel()
+	if err := client.limit(ctx, "", nil, nil, nil, invoke); err != nil || left <= callTimeout {
+		t.Errorf("with an hour, %s are left (%v)", left, err)
+	}
+	if err := client.limit(context.Background(), "", nil, nil, nil, invoke); err != nil || left > callTimeout || left <= 0 {
+		t.Errorf("without a deadline, %s are left (%v)", left, err)
+	}
+}
+
+func TestRetriesAreTheContractsWhateverTheResolverSays(t *testing.T) {
+	f := newFake(0, 0, rows)
+	calls := 0
+	f.getJob = func(context.Context) error {
+		if calls++; calls == 1 {
+			return status.Error(codes.Unavailable, "gone")
+		}
+		return nil
+	}
+	address := f.listen(t)
+	dns := manual.NewBuilderWithScheme("test")
+	dns.BuildCallback = func(_ resolver.Target, conn resolver.ClientConn, _ resolver.BuildOptions) {
+		dns.InitialState(resolver.State{
+			Addresses:     []resolver.Address{{Addr: address}},
+			ServiceConfig: conn.ParseServiceConfig(`{"methodConfig": []}`),
+		})
+	}
+	client, err := NewClient("test:///exports", WithPlaintext(), WithDialOptions(grpc.WithResolvers(dns)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	if _, err := client.GetJob(context.Background(), &exportdv1.GetJobRequest{JobId: jobID}); err != nil || calls != 2 {
+		t.Errorf("%v after %d calls", err, calls)
 	}
 }
 
@@ -110,6 +183,23 @@ func TestAPauseEndsWithItsContext(t *testing.T) {
 	}
 }
 
+func TestAPauseIsAsLongAsTheServerAsksWithinBounds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		for asked, want := range map[time.Duration]time.Duration{
+			0: minPause, 2 * time.Second: 2 * time.Second, time.Hour: maxPause, -time.Second: minPause,
+		} {
+			var tries attempts
+			started := time.Now()
+			if err := tries.pause(t.Context(), later(codes.ResourceExhausted, "QUOTA_EXCEEDED", asked)); err != nil {
+				t.Error(err)
+			}
+			if took := time.Since(started); took > want || took < want/2 || (want > minPause && took != want) {
+				t.Errorf("asked for %s, paused %s", asked, took)
+			}
+		}
+	})
+}
+
 func TestAReasonIsExportdsOwn(t *testing.T) {
 	for _, c := range []struct {
 		err  error
@@ -156,6 +246,116 @@ func TestAWatchGoesOnAfterItsStreamBroke(t *testing.T) {
 	}
 	if !slices.Equal(states, want) {
 		t.Errorf("saw %v", states)
+	}
+}
+
+func TestAWatchWaitsWhenAQuotaIsUsedUp(t *testing.T) {
+	f := newFake(0, 0, rows)
+	f.watches = []func(watching) error{
+		func(watching) error { return later(codes.ResourceExhausted, "QUOTA_EXCEEDED", time.Millisecond) },
+		func(to watching) error { return to.Send(&exportdv1.WatchJobResponse{Job: f.job}) },
+	}
+	for _, err := range f.serve(t).Watch(context.Background(), jobID) {
+		if err != nil {
+			t.Error(err)
+		}
+	}
+	if len(f.watches) > 0 {
+		t.Error("it did not come back")
+	}
+}
+
+func TestAWatchThatAlwaysBreaksOffIsGivenUp(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		stub := &watchStub{}
+		stub.open = func(context.Context) func() (*exportdv1.WatchJobResponse, error) {
+			said := false
+			return func() (*exportdv1.WatchJobResponse, error) {
+				if said {
+					return nil, status.Error(codes.Unavailable, "gone")
+				}
+				said = true
+				return &exportdv1.WatchJobResponse{Job: &exportdv1.Job{Revision: 7}}, nil
+			}
+		}
+		if err := stub.end(t); status.Code(err) != codes.Unavailable || stub.streams != maxAttempts {
+			t.Errorf("%v after %d streams", err, stub.streams)
+		}
+	})
+}
+
+func TestAWatchOfASilentServerEndsAndSaysSo(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		stub := &watchStub{}
+		stub.open = func(ctx context.Context) func() (*exportdv1.WatchJobResponse, error) {
+			return func() (*exportdv1.WatchJobResponse, error) {
+				<-ctx.Done()
+				return nil, status.FromContextError(ctx.Err()).Err()
+			}
+		}
+		err := stub.end(t)
+		if status.Code(err) != codes.Unavailable || !strings.Contains(err.Error(), "nothing for 60 s") || stub.streams != maxAttempts {
+			t.Errorf("%v after %d streams", err, stub.streams)
+		}
+	})
+}
+
+func TestNewsOrAStreamThatLastedLetAWatchGoOn(t *testing.T) {
+	for name, c := range map[string]struct {
+		news  int64
+		pause time.Duration
+	}{"news": {1, 0}, "lasted": {0, 6 * time.Second}} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				stub := &watchStub{}
+				stub.open = func(context.Context) func() (*exportdv1.WatchJobResponse, error) {
+					messages := 0
+					return func() (*exportdv1.WatchJobResponse, error) {
+						messages++
+						switch {
+						case stub.streams > 3*maxAttempts:
+							return nil, refused(codes.NotFound, "JOB_NOT_FOUND")
+						case messages > 2:
+							return nil, status.Error(codes.Unavailable, "gone")
+						}
+						time.Sleep(c.pause)
+						return &exportdv1.WatchJobResponse{Job: &exportdv1.Job{Revision: c.news * int64(stub.streams)}}, nil
+					}
+				}
+				if err := stub.end(t); Reason(err) != "JOB_NOT_FOUND" {
+					t.Errorf("%v after %d streams", err, stub.streams)
+				}
+			})
+		})
+	}
+}
+
+func TestAWatchUntilDeliveredGoesOnWhileDeliveriesArePending(t *testing.T) {
+	say := func(status exportdv1.DeliveryStatus) func(watching) error {
+		return func(to watching) error {
+			return to.Send(&exportdv1.WatchJobResponse{Job: &exportdv1.Job{
+				State: exportdv1.JobState_JOB_STATE_SUCCEEDED, DeliveryStatus: status,
+			}})
+		}
+	}
+	for want, options := range map[int][]WatchOption{1: nil, 2: {UntilDelivered()}} {
+		f := newFake(0, 0, rows)
+		f.watches = []func(watching) error{
+			say(exportdv1.DeliveryStatus_DELIVERY_STATUS_PENDING), say(exportdv1.DeliveryStatus_DELIVERY_STATUS_FAILED),
+		}
+		seen := 0
+		for _, err := range f.serve(t).Watch(context.Background(), jobID, options...) {
+			if err != nil {
+				t.Fatal(err)
+			}
+			seen++
+		}
+		if seen != want {
+			t.Errorf("ended after %d messages, not %d", seen, want)
+		}
+		if f.untilDelivered != (want == 2) {
+			t.Error("the server was not told how long to go on")
+		}
 	}
 }
 

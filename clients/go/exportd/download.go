@@ -5,6 +5,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"hash/crc32"
+	"math"
 	"os"
 
 	"google.golang.org/grpc/codes"
@@ -16,6 +17,9 @@ import (
 // maxRestarts is how often a download begins anew because the bytes it began with are no
 // longer what the server has.
 const maxRestarts = 3
+
+// maxCorrupt is how often bytes are fetched that come wrong each time.
+const maxCorrupt = 3
 
 // How a [File] was verified.
 const (
@@ -70,8 +74,9 @@ type download struct {
 //
 // A broken stream goes on at the last verified byte. The bytes lie in a temporary file
 // beside path until all are verified and on the disk; path appears last. When Download
-// fails and the same call might still succeed (the connection is gone, ctx has ended) the
-// temporary file stays, and the same call goes on from there; otherwise it is removed.
+// fails the temporary file stays, and the same call goes on from there. It is removed when
+// nothing can complete it: the job is gone or has no output any more, or the bytes are
+// wrong.
 //
 // Errors are those of the server (see [Reason]), DATA_LOSS when the bytes do not match
 // their checksums, [fs.ErrExist] when there is a file at path, and those of the disk.
@@ -92,20 +97,13 @@ func (c *Client) Download(ctx context.Context, jobID, path string, opts ...Downl
 	}
 }
 
-// staleError says that the bytes that are here belong to nothing the server has now, so
-// that the download must begin anew.
-type staleError struct{ cause error }
-
-func (e *staleError) Error() string { return e.cause.Error() }
-
 func (d *download) try(ctx context.Context, path string) (*File, error) {
-	response, err := d.client.GetJob(ctx, &exportdv1.GetJobRequest{JobId: d.jobID})
+	src, err := d.source(ctx)
 	if err != nil {
+		if isHopeless(err) {
+			removeLeftovers(path, partialKey{d.jobID, math.MaxInt64, d.part})
+		}
 		return nil, err
-	}
-	src := sourceOf(response.GetJob(), d.part)
-	if src == nil {
-		return nil, d.refusal(ctx)
 	}
 	final, err := target(path, src.fileName)
 	if err != nil {
@@ -116,23 +114,44 @@ func (d *download) try(ctx context.Context, path string) (*File, error) {
 			return nil, err
 		}
 	}
-	partial, err := openPartial(final, src.key())
+	key := partialKey{d.jobID, src.generation, d.part}
+	partial, err := openPartial(final, key)
 	if err != nil {
 		return nil, err
 	}
 	defer partial.close()
+	removeLeftovers(final, key)
 	result, err := d.fill(ctx, partial, src)
 	if err == nil {
 		err = partial.publish(final, d.overwrite)
 	}
 	if err != nil {
-		if ctx.Err() == nil && !isCut(err) {
+		if isHopeless(err) || partial.isEmpty() {
 			partial.remove()
 		}
 		return nil, err
 	}
 	result.Path = final
 	return result, nil
+}
+
+// source asks what there is to download.
+func (d *download) source(ctx context.Context) (*source, error) {
+	var response *exportdv1.GetJobResponse
+	err := d.client.within(ctx, func(ctx context.Context) (err error) {
+		response, err = d.client.GetJob(ctx, &exportdv1.GetJobRequest{JobId: d.jobID})
+		return err
+	})
+	switch {
+	case ctx.Err() != nil:
+		return nil, ctx.Err()
+	case err != nil:
+		return nil, err
+	}
+	if src := sourceOf(response.GetJob(), d.part); src != nil {
+		return src, nil
+	}
+	return nil, d.refusal(ctx)
 }
 
 // refusal is what the server says to a download of which the manifest knows nothing: the
@@ -148,7 +167,7 @@ func (d *download) refusal(ctx context.Context) error {
 			return &staleError{status.Error(codes.Aborted, "the job keeps changing; try again")}
 		case ctx.Err() != nil:
 			return ctx.Err()
-		case !isCut(err):
+		case !isPassing(err):
 			return err
 		}
 		if err := tries.pause(ctx, err); err != nil {
@@ -196,6 +215,7 @@ type fetch struct {
 
 func (f *fetch) run(ctx context.Context) error {
 	var tries attempts
+	corruptAt, corrupt := int64(-1), 0
 	f.report(f.done, f.src.bytes)
 	for f.done < f.src.bytes {
 		before := f.done
@@ -205,12 +225,20 @@ func (f *fetch) run(ctx context.Context) error {
 			ReadOffset:        f.done,
 			IfGenerationMatch: f.src.generation,
 		}, f.client.stall, f.take)
+		if bad := (*corruptError)(nil); errors.As(err, &bad) {
+			if bad.offset != corruptAt {
+				corruptAt, corrupt = bad.offset, 0
+			}
+			if corrupt++; corrupt == maxCorrupt {
+				return err
+			}
+		}
 		switch {
 		case ctx.Err() != nil:
 			return ctx.Err()
 		case Reason(err) == "GENERATION_MISMATCH":
 			return &staleError{err}
-		case !isCut(err):
+		case !isPassing(err):
 			return err
 		case f.done == f.src.bytes:
 			return nil

@@ -172,11 +172,132 @@ func TestTheCRCOfTheWholeDecidesWhereSHA256Cannot(t *testing.T) {
 	}
 }
 
-func TestALastingErrorLeavesNothing(t *testing.T) {
+func TestBytesThatNothingCanCompleteAreRemoved(t *testing.T) {
+	for reason, code := range map[string]codes.Code{
+		"JOB_NOT_FOUND": codes.NotFound, "PART_NOT_FOUND": codes.NotFound,
+		"OUTPUT_EXPIRED": codes.NotFound, "OUTPUT_DROPPED": codes.NotFound,
+		"JOB_FAILED": codes.FailedPrecondition, "JOB_CANCELLED": codes.FailedPrecondition,
+		"PARTS_NOT_JOINABLE": codes.FailedPrecondition,
+	} {
+		f := newFake(0, 0, rows)
+		f.faults = append(f.faults, f.cutAfter(2000, refused(code, reason)))
+		if _, err := f.serve(t).Download(context.Background(), jobID, emptyAfter(t)); Reason(err) != reason {
+			t.Error(err)
+		}
+	}
+}
+
+func TestAfterAnyOtherErrorTheSameCallGoesOn(t *testing.T) {
+	for reason, code := range map[string]codes.Code{
+		"UNAUTHENTICATED": codes.Unauthenticated, "PERMISSION_DENIED": codes.PermissionDenied,
+		"QUOTA_EXCEEDED": codes.ResourceExhausted, "INTERNAL": codes.Internal, "CHECKSUM_MISMATCH": codes.DataLoss,
+	} {
+		f := newFake(0, 0, rows)
+		f.faults = append(f.faults, f.cutAfter(2000, refused(code, reason)))
+		client, path := f.serve(t), filepath.Join(t.TempDir(), "positions.csv")
+		if _, err := client.Download(context.Background(), jobID, path); Reason(err) != reason {
+			t.Error(err)
+		}
+		if _, err := client.Download(context.Background(), jobID, path); err != nil {
+			t.Error(err)
+		}
+		if want := []int64{0, 2000}; !slices.Equal(f.offsets(), want) {
+			t.Errorf("after %s the streams began at %v, not %v", reason, f.offsets(), want)
+		}
+		holds(t, path, f.content)
+	}
+}
+
+func TestAnErrorBeforeTheFirstByteLeavesNothing(t *testing.T) {
 	f := newFake(0, 0, rows)
-	f.faults = append(f.faults, f.cutAfter(2000, refused(codes.NotFound, "OUTPUT_EXPIRED")))
-	if _, err := f.serve(t).Download(context.Background(), jobID, emptyAfter(t)); Reason(err) != "OUTPUT_EXPIRED" {
+	f.faults = append(f.faults, f.cutAfter(0, refused(codes.Unauthenticated, "UNAUTHENTICATED")))
+	if _, err := f.serve(t).Download(context.Background(), jobID, emptyAfter(t)); Reason(err) != "UNAUTHENTICATED" {
 		t.Error(err)
+	}
+}
+
+func TestTheLeftoversOfAJobThatIsGoneAreRemoved(t *testing.T) {
+	f := newFake(0, 0, rows)
+	f.getJob = func(context.Context) error { return refused(codes.NotFound, "JOB_NOT_FOUND") }
+	path := emptyAfter(t)
+	write(t, filepath.Join(filepath.Dir(path), ".positions.csv."+jobID+"-4.part"), "older")
+	if _, err := f.serve(t).Download(context.Background(), jobID, path); Reason(err) != "JOB_NOT_FOUND" {
+		t.Error(err)
+	}
+}
+
+func TestLeftoversOfOlderGenerationsAreRemovedAndNoOthers(t *testing.T) {
+	f := newFake(0, 0, rows)
+	f.job.Generation = 12
+	client, directory := f.serve(t), t.TempDir()
+	for name, stays := range map[string]bool{
+		".positions.csv." + jobID + "-11.part":     false,
+		".positions.csv." + jobID + "-2.part":      false,
+		".positions.csv." + jobID + "-13.part":     true,
+		".positions.csv." + jobID + "-11-0.part":   true, // a part of it
+		".positions.csv." + jobID + "-11.part.bak": true,
+		".other.csv." + jobID + "-11.part":         true,
+		".positions.csv.another-job-11.part":       true,
+	} {
+		path := filepath.Join(directory, name)
+		write(t, path, "older")
+		if _, err := client.Download(context.Background(), jobID, filepath.Join(directory, "positions.csv"), WithOverwrite()); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := os.Lstat(path); (err == nil) != stays {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+func TestALongNameResumesAndHasItsOlderGenerationsRemoved(t *testing.T) {
+	f := newFake(0, 0, rows)
+	client, directory := f.serve(t), t.TempDir()
+	path := filepath.Join(directory, strings.Repeat("é", 118)+".csv")
+	for _, generation := range []int64{9, 10, 1 << 62} {
+		f.mu.Lock()
+		f.job.Generation = generation
+		f.faults = append(f.faults, f.cutAfter(2000, refused(codes.Unauthenticated, "UNAUTHENTICATED")))
+		f.mu.Unlock()
+		if _, err := client.Download(context.Background(), jobID, path); Reason(err) != "UNAUTHENTICATED" {
+			t.Fatal(err)
+		}
+		entries, err := os.ReadDir(directory)
+		if err != nil || len(entries) != 1 || len(entries[0].Name()) >= 255 {
+			t.Errorf("left over: %v (%v)", entries, err)
+		}
+	}
+	if _, err := client.Download(context.Background(), jobID, path); err != nil {
+		t.Fatal(err)
+	}
+	if offsets := f.offsets(); offsets[len(offsets)-1] != 2000 {
+		t.Errorf("the streams began at %v", offsets)
+	}
+	holds(t, path, f.content)
+}
+
+func TestADownloadWaitsWhenAQuotaIsUsedUp(t *testing.T) {
+	f := newFake(0, 0, rows)
+	f.faults = append(f.faults, f.cutAfter(2000, later(codes.ResourceExhausted, "QUOTA_EXCEEDED", time.Millisecond)))
+	fetched(t, f)
+	if want := []int64{0, 2000}; !slices.Equal(f.offsets(), want) {
+		t.Errorf("the streams began at %v, not %v", f.offsets(), want)
+	}
+}
+
+func TestBytesThatStayCorruptAreLostAfterThreeTries(t *testing.T) {
+	f := newFake(0, 0, rows)
+	for range 2 * maxCorrupt {
+		f.faults = append(f.faults, func(request *exportdv1.StreamDownloadRequest, to stream) error {
+			if err := f.send(request, to, 2000); err != nil {
+				return err
+			}
+			return to.Send(&exportdv1.StreamDownloadResponse{Offset: 2000, Data: []byte("x"), Crc32C: 1})
+		})
+	}
+	_, err := f.serve(t).Download(context.Background(), jobID, filepath.Join(t.TempDir(), "positions.csv"))
+	if want := []int64{0, 2000, 2000}; status.Code(err) != codes.DataLoss || !slices.Equal(f.offsets(), want) {
+		t.Errorf("%v; the streams began at %v, not %v", err, f.offsets(), want)
 	}
 }
 
@@ -287,6 +408,13 @@ func emptyAfter(t *testing.T) string {
 		}
 	})
 	return filepath.Join(directory, "positions.csv")
+}
+
+func write(t *testing.T, path, content string) {
+	t.Helper()
+	if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
+		t.Fatal(err)
+	}
 }
 
 func holds(t *testing.T, path string, want []byte) {

@@ -7,12 +7,14 @@ import (
 	"net"
 	"sync"
 	"testing"
+	"time"
 
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/durationpb"
 
 	exportdv1 "exportd.internal/go/exportd/v1"
 )
@@ -31,6 +33,9 @@ type fake struct {
 	faults   []func(*exportdv1.StreamDownloadRequest, stream) error
 	requests []*exportdv1.StreamDownloadRequest
 	watches  []func(grpc.ServerStreamingServer[exportdv1.WatchJobResponse]) error
+	getJob   func(context.Context) error // asked before the job is given
+
+	untilDelivered bool // of the last watch
 }
 
 // chunk is how many bytes the fake server sends in a message.
@@ -70,6 +75,17 @@ func newFake(prefix, suffix int, parts ...string) *fake {
 // serve starts the server on loopback and gives a client of it.
 func (f *fake) serve(t *testing.T) *Client {
 	t.Helper()
+	client, err := NewClient(f.listen(t), WithPlaintext())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = client.Close() })
+	return client
+}
+
+// listen starts the server on loopback and gives its address.
+func (f *fake) listen(t *testing.T) string {
+	t.Helper()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -78,21 +94,21 @@ func (f *fake) serve(t *testing.T) *Client {
 	exportdv1.RegisterExportServiceServer(server, f)
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(listener) }()
-	client, err := NewClient(listener.Addr().String(), WithPlaintext())
-	if err != nil {
-		t.Fatal(err)
-	}
 	t.Cleanup(func() {
-		_ = client.Close()
 		server.Stop()
 		if err := <-served; err != nil {
 			t.Error(err)
 		}
 	})
-	return client
+	return listener.Addr().String()
 }
 
-func (f *fake) GetJob(context.Context, *exportdv1.GetJobRequest) (*exportdv1.GetJobResponse, error) {
+func (f *fake) GetJob(ctx context.Context, _ *exportdv1.GetJobRequest) (*exportdv1.GetJobResponse, error) {
+	if f.getJob != nil {
+		if err := f.getJob(ctx); err != nil {
+			return nil, err
+		}
+	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return &exportdv1.GetJobResponse{Job: proto.CloneOf(f.job)}, nil
@@ -151,8 +167,9 @@ func (f *fake) hangAfter(end int64) func(*exportdv1.StreamDownloadRequest, strea
 	}
 }
 
-func (f *fake) WatchJob(_ *exportdv1.WatchJobRequest, to grpc.ServerStreamingServer[exportdv1.WatchJobResponse]) error {
+func (f *fake) WatchJob(request *exportdv1.WatchJobRequest, to grpc.ServerStreamingServer[exportdv1.WatchJobResponse]) error {
 	f.mu.Lock()
+	f.untilDelivered = request.GetUntilDelivered()
 	next := f.watches[0]
 	f.watches = f.watches[1:]
 	f.mu.Unlock()
@@ -177,4 +194,47 @@ func refusedBy(domain string, code codes.Code, reason string) error {
 		return err
 	}
 	return s.Err()
+}
+
+// later is an answer of exportd's that says when to come back.
+func later(code codes.Code, reason string, delay time.Duration) error {
+	s, err := status.New(code, "["+reason+"]").WithDetails(
+		&errdetails.ErrorInfo{Reason: reason, Domain: "exportd"},
+		&errdetails.RetryInfo{RetryDelay: durationpb.New(delay)},
+	)
+	if err != nil {
+		return err
+	}
+	return s.Err()
+}
+
+// watchStub is a server that is watched without a network: each stream is made by open.
+type watchStub struct {
+	exportdv1.ExportServiceClient
+	open    func(ctx context.Context) func() (*exportdv1.WatchJobResponse, error)
+	streams int
+}
+
+func (s *watchStub) WatchJob(
+	ctx context.Context, _ *exportdv1.WatchJobRequest, _ ...grpc.CallOption,
+) (grpc.ServerStreamingClient[exportdv1.WatchJobResponse], error) {
+	s.streams++
+	return &stubStream{receive: s.open(ctx)}, nil
+}
+
+type stubStream struct {
+	grpc.ClientStream
+	receive func() (*exportdv1.WatchJobResponse, error)
+}
+
+func (s *stubStream) Recv() (*exportdv1.WatchJobResponse, error) { return s.receive() }
+
+// end is what the watch ends with.
+func (s *watchStub) end(t *testing.T) (last error) {
+	t.Helper()
+	client := &Client{streams: s, stall: stallTimeout}
+	for _, err := range client.Watch(t.Context(), jobID) {
+		last = err
+	}
+	return last
 }

@@ -9,7 +9,8 @@ import (
 	"unicode/utf8"
 )
 
-// maxName leaves room for the ending of the temporary file within 255 bytes.
+// maxName is the longest name, in bytes, that a file gets from the server. File systems
+// take 255.
 const maxName = 180
 
 // target is the file to write: path, or a name of the server's in it when it is a
@@ -46,12 +47,18 @@ func safeName(name, fallback string) string {
 		return r
 	}, name)
 	name = strings.TrimLeft(strings.TrimSpace(name), ".")
-	for len(name) > maxName { // the end carries the extension
-		_, size := utf8.DecodeRuneInString(name)
-		name = name[size:]
-	}
+	name = shorten(name, maxName)
 	if !filepath.IsLocal(name) { // empty, or a device of Windows
 		return fallback
+	}
+	return name
+}
+
+// shorten leaves the end of a name, which carries the extension, of at most so many bytes.
+func shorten(name string, most int) string {
+	for len(name) > most {
+		_, size := utf8.DecodeRuneInString(name)
+		name = name[size:]
 	}
 	return name
 }

@@ -6,6 +6,8 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strconv"
+	"strings"
 )
 
 // partialFile is the temporary file of a download, held by one process at a time. Its name
@@ -16,9 +18,35 @@ type partialFile struct {
 	path string
 }
 
+// maxPartialName is the longest name of a temporary file, in bytes: less than the 255 that
+// file systems take.
+const maxPartialName = 254
+
+// partialKey says what bytes a temporary file holds.
+type partialKey struct {
+	jobID      string
+	generation int64
+	part       *int32 // nil: all parts, joined
+}
+
+// name is that of the temporary file for a target, in two pieces: the generation stands
+// between them. A long target is shortened as if the numbers were the longest, so that the
+// pieces are the same for each generation.
+func (k partialKey) name(final string) (prefix, suffix string) {
+	const longest = len("..-9223372036854775807-2147483647.part")
+	job := safeName(k.jobID, "job")
+	target := shorten(filepath.Base(final), maxPartialName-longest-len(job))
+	suffix = ".part"
+	if k.part != nil {
+		suffix = fmt.Sprintf("-%d.part", *k.part)
+	}
+	return fmt.Sprintf(".%s.%s-", target, job), suffix
+}
+
 // openPartial opens the temporary file beside final, or makes it.
-func openPartial(final, key string) (*partialFile, error) {
-	path := filepath.Join(filepath.Dir(final), fmt.Sprintf(".%s.%s.part", filepath.Base(final), key))
+func openPartial(final string, key partialKey) (*partialFile, error) {
+	prefix, suffix := key.name(final)
+	path := filepath.Join(filepath.Dir(final), fmt.Sprintf("%s%d%s", prefix, key.generation, suffix))
 	for {
 		file, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|noFollow, 0o666)
 		if err != nil {
@@ -41,16 +69,39 @@ func openPartial(final, key string) (*partialFile, error) {
 	}
 }
 
+// removeLeftovers removes temporary files of the same download to final that are of older
+// generations: nothing can complete them. Where that fails they cost space, and no more.
+func removeLeftovers(final string, key partialKey) {
+	directory := filepath.Dir(final)
+	entries, _ := os.ReadDir(directory)
+	prefix, suffix := key.name(final)
+	for _, entry := range entries {
+		number, named := strings.CutPrefix(entry.Name(), prefix)
+		number, ended := strings.CutSuffix(number, suffix)
+		generation, err := strconv.ParseUint(number, 10, 63)
+		if named && ended && err == nil && int64(generation) < key.generation {
+			removeUnheld(filepath.Join(directory, entry.Name()))
+		}
+	}
+}
+
+// isEmpty tells whether there is nothing that the same call could go on from.
+func (p *partialFile) isEmpty() bool {
+	info, err := p.file.Stat()
+	return err == nil && info.Size() == 0
+}
+
 func (p *partialFile) close() { _ = p.file.Close() } // what counts was synced
 
 func (p *partialFile) remove() { _ = os.Remove(p.path) } // the download's error matters more
 
-// publish gives the file its name, durably.
+// publish gives the file its name, durably. The lock is held until close, so that nobody
+// takes up the file while it is renamed.
 func (p *partialFile) publish(final string, overwrite bool) error {
 	if err := p.file.Sync(); err != nil {
 		return err
 	}
-	if err := p.file.Close(); err != nil { // not every system renames open files
+	if err := closeToRename(p.file); err != nil {
 		return err
 	}
 	rename := renameAnew

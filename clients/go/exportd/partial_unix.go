@@ -24,6 +24,21 @@ func lock(file *os.File) error {
 	return nil
 }
 
+// removeUnheld removes a temporary file that no download is writing.
+func removeUnheld(path string) {
+	file, err := os.OpenFile(path, os.O_RDWR|noFollow, 0)
+	if err != nil {
+		return
+	}
+	defer file.Close()
+	if lock(file) == nil {
+		_ = os.Remove(path)
+	}
+}
+
+// closeToRename does nothing here: open files are renamed, too, and stay locked.
+func closeToRename(*os.File) error { return nil }
+
 // syncDirectory makes a rename durable.
 func syncDirectory(path string) error {
 	directory, err := os.Open(path)

@@ -8,7 +8,6 @@ import (
 
 // source is what the manifest says about the bytes of one file.
 type source struct {
-	jobID      string
 	generation int64
 	part       *int32 // nil: all parts, joined
 	fileName   string
@@ -31,7 +30,7 @@ type piece struct {
 // sourceOf finds the bytes to download; nil when the manifest has none.
 func sourceOf(job *exportdv1.Job, part *int32) *source {
 	manifest := job.GetManifest()
-	src := &source{jobID: job.GetJobId(), generation: job.GetGeneration(), part: part}
+	src := &source{generation: job.GetGeneration(), part: part}
 	if part == nil {
 		if !manifest.GetJoinable() {
 			return nil
@@ -88,13 +87,4 @@ func piecesOf(manifest *exportdv1.Manifest) []piece {
 		return whole
 	}
 	return pieces
-}
-
-// key names the bytes, for the name of the temporary file.
-func (s *source) key() string {
-	key := fmt.Sprintf("%s-%d", safeName(s.jobID, "job"), s.generation)
-	if s.part != nil {
-		key += fmt.Sprintf("-%d", *s.part)
-	}
-	return key
 }

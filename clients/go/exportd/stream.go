@@ -31,14 +31,15 @@ type attempts struct{ failures int }
 // progress forgets the failures: something new came.
 func (a *attempts) progress() { a.failures = 0 }
 
-// pause waits before the next attempt. It gives err back when there were enough, and the
-// error of ctx when that ends.
+// pause waits before the next attempt, as long as the server asks in err, within bounds. It
+// gives err back when there were enough, and the error of ctx when that ends.
 func (a *attempts) pause(ctx context.Context, err error) error {
 	a.failures++
 	if a.failures >= maxAttempts {
 		return err
 	}
-	timer := time.NewTimer(pauseAfter(a.failures))
+	asked, _ := retryDelay(err)
+	timer := time.NewTimer(max(pauseAfter(a.failures), min(asked, maxPause)))
 	defer timer.Stop()
 	select {
 	case <-timer.C:
@@ -56,7 +57,7 @@ func pauseAfter(failures int) time.Duration {
 }
 
 // each opens a stream and hands its messages over until take says that it is done, or
-// fails. A stream that ends before that, or is silent for longer than stall, is cut.
+// fails. A stream that ends before that, or is silent for longer than stall, is UNAVAILABLE.
 func each[Request, Message any](
 	ctx context.Context,
 	open func(context.Context, *Request, ...grpc.CallOption) (grpc.ServerStreamingClient[Message], error),
@@ -64,20 +65,24 @@ func each[Request, Message any](
 	stall time.Duration,
 	take func(*Message) (done bool, err error),
 ) error {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	watchdog := time.AfterFunc(stall, cancel)
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	silent := status.Errorf(codes.Unavailable, "the server sent nothing for %g s; try again", stall.Seconds())
+	watchdog := time.AfterFunc(stall, func() { cancel(silent) })
 	defer watchdog.Stop()
 	stream, err := open(ctx, request)
-	if err != nil {
-		return err
-	}
 	for {
-		message, err := stream.Recv()
-		if errors.Is(err, io.EOF) {
-			return errCut
+		var message *Message
+		if err == nil {
+			message, err = stream.Recv()
 		}
-		if err != nil {
+		switch {
+		case err == nil:
+		case errors.Is(err, io.EOF):
+			return errCut
+		case context.Cause(ctx) == silent: // gRPC only knows that the stream was cancelled
+			return silent
+		default:
 			return err
 		}
 		watchdog.Stop() // what is done with the message takes the time it takes

@@ -10,9 +10,6 @@ import (
 	"hash/crc32"
 	"io"
 	"os"
-
-	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/status"
 )
 
 const (
@@ -60,7 +57,7 @@ func (v *verifier) readBack(ctx context.Context) (int64, error) {
 		return 0, v.file.Truncate(0)
 	}
 	block := make([]byte, min(size, readBackBytes))
-	for v.seen < size {
+	for v.seen < size && v.err == nil {
 		if err := ctx.Err(); err != nil {
 			return 0, err
 		}
@@ -166,5 +163,5 @@ func (v *verifier) copy(to io.Writer, offset, length int64) error {
 }
 
 func lost(format string, arguments ...any) error {
-	return status.Errorf(codes.DataLoss, format+"; download again", arguments...)
+	return &spoiledError{fmt.Sprintf(format, arguments...)}
 }
