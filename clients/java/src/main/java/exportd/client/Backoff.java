@@ -4,7 +4,9 @@ import io.grpc.ManagedChannel;
 import io.grpc.Status;
 import io.grpc.StatusRuntimeException;
 import java.time.Duration;
+import java.util.concurrent.CountDownLatch;
 import java.util.concurrent.ThreadLocalRandom;
+import java.util.concurrent.TimeUnit;
 
 /**
  * The waits between the streams of one watch or download: 0.1 s, doubling up to 5 s, of which up to
@@ -18,6 +20,7 @@ final class Backoff {
   private static final Duration MAXIMUM = Duration.ofSeconds(5);
 
   private final ManagedChannel channel;
+  private final CountDownLatch ended = new CountDownLatch(1);
   private int failures;
 
   Backoff(ManagedChannel channel) {
@@ -29,20 +32,28 @@ final class Backoff {
     failures = 0;
   }
 
+  /** Nobody wants to wait any more; may be called by another thread. */
+  void end() {
+    ended.countDown();
+  }
+
   /**
    * Wait before the next attempt.
    *
-   * @throws StatusRuntimeException {@code error} itself once there were {@code attempts} failures
+   * @throws StatusRuntimeException {@code error} itself once there were {@link #ATTEMPTS} failures,
+   *     or when the client was closed
    */
-  void pause(StatusRuntimeException error, int attempts) {
+  void pause(StatusRuntimeException error) {
     failures++;
-    if (failures >= attempts) {
+    if (failures >= ATTEMPTS || channel.isShutdown()) {
       throw error;
     }
+    double chance = ThreadLocalRandom.current().nextDouble();
+    Duration wait = delay(failures, chance, Errors.retryDelay(error));
     try {
-      Thread.sleep(
-          delay(failures, ThreadLocalRandom.current().nextDouble(), Errors.retryDelay(error))
-              .toMillis());
+      if (ended.await(wait.toMillis(), TimeUnit.MILLISECONDS)) {
+        return;
+      }
     } catch (InterruptedException interrupt) {
       throw interrupted(interrupt);
     }
@@ -60,7 +71,7 @@ final class Backoff {
   }
 
   /** As gRPC's own blocking calls tell it: an error, and the thread's flag set again. */
-  static StatusRuntimeException interrupted(InterruptedException cause) {
+  static StatusRuntimeException interrupted(Exception cause) {
     Thread.currentThread().interrupt();
     return Status.CANCELLED
         .withDescription("the thread was interrupted")

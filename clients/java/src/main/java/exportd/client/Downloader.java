@@ -14,6 +14,7 @@ import io.grpc.Status.Code;
 import io.grpc.StatusRuntimeException;
 import java.io.IOException;
 import java.nio.ByteBuffer;
+import java.nio.channels.ClosedChannelException;
 import java.nio.file.Files;
 import java.nio.file.LinkOption;
 import java.nio.file.Path;
@@ -27,7 +28,7 @@ final class Downloader {
   /** Generations to follow before giving up. */
   private static final int RESTARTS = 3;
 
-  /** Bad messages in a row before the data counts as lost. */
+  /** Bad messages at one place before the data counts as lost. */
   private static final int CORRUPT_ATTEMPTS = 3;
 
   private final ExportServiceBlockingStub stub;
@@ -66,31 +67,40 @@ final class Downloader {
     if (!options.overwrite() && Files.exists(target, LinkOption.NOFOLLOW_LINKS)) {
       throw PartialFile.exists(target);
     }
-    try (PartialFile file = PartialFile.open(target, key(source))) {
+    var name = new PartialName(target, source.jobId(), source.generation(), source.part());
+    try (PartialFile file = PartialFile.open(target, name.path())) {
+      name.removeOlder();
       try {
         return fill(source, target, file, options);
       } catch (StatusRuntimeException error) {
-        if (!Errors.isCut(error)) {
-          file.delete(); // nothing will ever complete these bytes
-        }
-        throw error;
-      } catch (IOException error) {
-        if (!Thread.currentThread().isInterrupted()) {
+        if (Errors.isGone(error)) {
           file.delete();
         }
         throw error;
       }
+    } catch (ClosedChannelException error) {
+      // An interrupt closes the file under whatever is done with it.
+      if (Thread.currentThread().isInterrupted()) {
+        throw Backoff.interrupted(error);
+      }
+      throw error;
     }
   }
 
   /** What the server says to a download of what the manifest does not offer. */
   private StatusRuntimeException refusal(Source source) {
-    try (MessageStream<Chunk> stream = open(source, 0)) {
-      stream.next();
-    } catch (StatusRuntimeException error) {
-      return error;
+    Backoff backoff = new Backoff(channel);
+    while (true) {
+      try (MessageStream<Chunk> stream = open(source, 0)) {
+        stream.next();
+        return mismatch(source); // it has become available since the job was looked at
+      } catch (StatusRuntimeException error) {
+        if (Thread.currentThread().isInterrupted() || !Errors.isCut(error)) {
+          return error;
+        }
+        backoff.pause(error);
+      }
     }
-    return mismatch(source); // it has become available since the job was looked at
   }
 
   private Download fill(Source source, Path target, PartialFile file, DownloadOptions options)
@@ -117,6 +127,7 @@ final class Downloader {
         throw Backoff.interrupted(interrupt);
       } catch (DamageException damage) {
         if (resumed == 0) {
+          file.delete();
           throw Status.DATA_LOSS
               .withDescription(damage.getMessage() + "; download again")
               .asRuntimeException();
@@ -131,9 +142,10 @@ final class Downloader {
       throws IOException, InterruptedException {
     Backoff backoff = new Backoff(channel);
     long position = file.size();
+    long badPlace = -1;
+    int bad = 0;
     while (position < source.total()) {
       long before = position;
-      int attempts = Backoff.ATTEMPTS;
       StatusRuntimeException problem =
           Status.UNAVAILABLE.withDescription("the download was cut short").asRuntimeException();
       // Read to its end, which the server's audit calls a complete download.
@@ -151,11 +163,15 @@ final class Downloader {
           }
         }
       } catch (DamageException damage) {
-        attempts = CORRUPT_ATTEMPTS;
         problem =
             Status.DATA_LOSS
                 .withDescription(damage.getMessage() + " at byte " + position)
                 .asRuntimeException();
+        bad = position == badPlace ? bad + 1 : 1;
+        badPlace = position;
+        if (bad == CORRUPT_ATTEMPTS) {
+          throw problem;
+        }
       } catch (StatusRuntimeException error) {
         if (Thread.currentThread().isInterrupted() || !Errors.isCut(error)) {
           throw error;
@@ -166,7 +182,7 @@ final class Downloader {
         backoff.progress();
       }
       if (position < source.total()) {
-        backoff.pause(problem, attempts);
+        backoff.pause(problem);
       }
     }
   }
@@ -209,10 +225,5 @@ final class Downloader {
         Code.FAILED_PRECONDITION,
         GENERATION_MISMATCH,
         "the output of job " + source.jobId() + " is not the one that the download began with");
-  }
-
-  private static String key(Source source) {
-    String job = FileNames.safe(source.jobId(), "job") + "-" + source.generation();
-    return source.part().isPresent() ? job + "-" + source.part().getAsInt() : job;
   }
 }

@@ -31,6 +31,21 @@ public final class Errors {
           Code.DEADLINE_EXCEEDED,
           Code.RESOURCE_EXHAUSTED);
 
+  /** Reasons after which the bytes of an output can never be completed. */
+  private static final Set<String> GONE =
+      Set.of(
+          "JOB_NOT_FOUND",
+          "PART_NOT_FOUND",
+          "OUTPUT_EXPIRED",
+          "OUTPUT_DROPPED",
+          "JOB_FAILED",
+          "JOB_CANCELLED",
+          "GENERATION_MISMATCH",
+          "PARTS_NOT_JOINABLE");
+
+  /** More is cut down to this: the sum of the largest that can be sent overflows. */
+  private static final long MAX_RETRY_SECONDS = 24 * 60 * 60;
+
   private Errors() {}
 
   /**
@@ -50,7 +65,11 @@ public final class Errors {
   static Duration retryDelay(Throwable error) {
     return detail(error, RetryInfo.getDefaultInstance())
         .map(RetryInfo::getRetryDelay)
-        .map(delay -> Duration.ofSeconds(delay.getSeconds(), delay.getNanos()))
+        .filter(delay -> delay.getSeconds() >= 0 && delay.getNanos() >= 0)
+        .map(
+            delay ->
+                Duration.ofSeconds(
+                    Math.min(delay.getSeconds(), MAX_RETRY_SECONDS), delay.getNanos()))
         .orElse(Duration.ZERO);
   }
 
@@ -60,7 +79,17 @@ public final class Errors {
     String reason = reason(error);
     return code == Code.UNAVAILABLE
         || reason.equals("READER_STALLED")
+        || (reason.equals("QUOTA_EXCEEDED") && saysWhen(error))
         || (reason.isEmpty() && CUT.contains(code));
+  }
+
+  /** Whether nothing will ever complete what was downloaded before. */
+  static boolean isGone(StatusRuntimeException error) {
+    return GONE.contains(reason(error));
+  }
+
+  private static boolean saysWhen(Throwable error) {
+    return detail(error, RetryInfo.getDefaultInstance()).isPresent();
   }
 
   /** An error as the server would make it. */
@@ -76,7 +105,7 @@ public final class Errors {
 
   /** The first detail of the wanted type. One that cannot be read must not hide the error. */
   private static <T extends Message> Optional<T> detail(Throwable error, T wanted) {
-    Status status = StatusProto.fromThrowable(error);
+    Status status = status(error);
     if (status != null) {
       for (Any detail : status.getDetailsList()) {
         if (detail.is(wanted.getClass())) {
@@ -91,5 +120,14 @@ public final class Errors {
       }
     }
     return Optional.empty();
+  }
+
+  /** Null when there is none, or what came as one is not: that may be a proxy's. */
+  private static Status status(Throwable error) {
+    try {
+      return StatusProto.fromThrowable(error);
+    } catch (IllegalArgumentException unreadable) {
+      return null;
+    }
   }
 }

@@ -6,6 +6,8 @@ import exportd.v1.ExportServiceGrpc;
 import exportd.v1.ExportServiceGrpc.ExportServiceBlockingStub;
 import exportd.v1.WatchJobRequest;
 import io.grpc.ChannelCredentials;
+import io.grpc.ChoiceChannelCredentials;
+import io.grpc.CompositeChannelCredentials;
 import io.grpc.Grpc;
 import io.grpc.InsecureChannelCredentials;
 import io.grpc.ManagedChannel;
@@ -43,9 +45,15 @@ public final class ExportdClient implements AutoCloseable {
   private ExportdClient(Builder builder) {
     // Watches and downloads resume by themselves, which gRPC's retries would only slow down; and
     // with a connection of their own a download does not delay other calls.
-    calls = builder.channel().defaultServiceConfig(serviceConfig()).enableRetry().build();
+    calls =
+        builder
+            .channel()
+            .defaultServiceConfig(serviceConfig())
+            .enableRetry()
+            .intercept(new DefaultDeadline())
+            .build();
     streams = builder.channel().disableRetry().build();
-    Redial.keep(calls);
+    new Redial(calls).keep();
   }
 
   /**
@@ -56,12 +64,15 @@ public final class ExportdClient implements AutoCloseable {
     return new Builder(address);
   }
 
-  /** The generated stub, for all calls. Those that are safe to repeat are retried by gRPC. */
+  /**
+   * The generated stub, for all calls. Those that are safe to repeat are retried by gRPC. A call
+   * may take 30 s, unless it has a deadline of its own.
+   */
   public ExportServiceBlockingStub stub() {
     return ExportServiceGrpc.newBlockingStub(calls);
   }
 
-  /** The channel, for stubs of another kind. It carries the credentials. */
+  /** The channel, for stubs of another kind. It carries the credentials and the limit of 30 s. */
   public ManagedChannel channel() {
     return calls;
   }
@@ -130,7 +141,6 @@ public final class ExportdClient implements AutoCloseable {
     private final String address;
     private final boolean loopback;
     private ChannelCredentials credentials = TlsChannelCredentials.create();
-    private boolean plaintext;
     private boolean tokenOverPlaintext;
     private String token;
 
@@ -144,7 +154,6 @@ public final class ExportdClient implements AutoCloseable {
 
     /** Without TLS. */
     public Builder plaintext() {
-      plaintext = true;
       credentials = InsecureChannelCredentials.create();
       return this;
     }
@@ -160,7 +169,6 @@ public final class ExportdClient implements AutoCloseable {
 
     /** Over TLS as the credentials say, for instance with a certificate of the client's own. */
     public Builder credentials(ChannelCredentials own) {
-      plaintext = own instanceof InsecureChannelCredentials;
       credentials = own;
       return this;
     }
@@ -184,16 +192,27 @@ public final class ExportdClient implements AutoCloseable {
     /**
      * The client.
      *
-     * @throws IllegalArgumentException the key would travel in plaintext to another machine
+     * @throws IllegalArgumentException the key could travel in plaintext to another machine
      */
     public ExportdClient build() {
-      if (token != null && plaintext && !loopback && !tokenOverPlaintext) {
+      if (token != null && !loopback && !tokenOverPlaintext && !isTls(credentials)) {
         throw new IllegalArgumentException(
-            "token would be readable on the way to "
+            "token could be readable on the way to "
                 + address
                 + "; use TLS, or allowPlaintextToken()");
       }
       return new ExportdClient(this);
+    }
+
+    /** Whether it is certain: of credentials of other kinds nobody knows. */
+    private static boolean isTls(ChannelCredentials own) {
+      if (own instanceof CompositeChannelCredentials composite) {
+        return isTls(composite.getChannelCredentials());
+      }
+      if (own instanceof ChoiceChannelCredentials choice) {
+        return choice.getCredentialsList().stream().allMatch(Builder::isTls);
+      }
+      return own instanceof TlsChannelCredentials;
     }
 
     private ManagedChannelBuilder<?> channel() {

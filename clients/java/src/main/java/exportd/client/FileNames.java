@@ -4,8 +4,7 @@ import java.nio.charset.StandardCharsets;
 
 /** File names that a server gave. */
 final class FileNames {
-  /** Leaves room for what a temporary file's name adds, within 255. */
-  private static final int MAX_BYTES = 160;
+  private static final int MAX_BYTES = 180;
 
   private FileNames() {}
 
@@ -20,10 +19,17 @@ final class FileNames {
     StringBuilder kept = new StringBuilder();
     last.codePoints().filter(FileNames::isVisible).forEach(kept::appendCodePoint);
     String safe = kept.toString().strip().replaceFirst("^\\.+", "");
-    while (safe.getBytes(StandardCharsets.UTF_8).length > MAX_BYTES) {
-      safe = safe.substring(safe.offsetByCodePoints(0, 1)); // the end has the extension
-    }
+    safe = shortened(safe, MAX_BYTES);
     return safe.isEmpty() ? fallback : safe;
+  }
+
+  /** The end of a name, which has the extension, in so many bytes at most. */
+  static String shortened(String name, int maxBytes) {
+    String end = name;
+    while (end.getBytes(StandardCharsets.UTF_8).length > maxBytes) {
+      end = end.substring(end.offsetByCodePoints(0, 1));
+    }
+    return end;
   }
 
   private static boolean isVisible(int codePoint) {

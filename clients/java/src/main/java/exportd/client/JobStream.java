@@ -8,6 +8,7 @@ import exportd.v1.WatchJobResponse;
 import io.grpc.ManagedChannel;
 import io.grpc.Status;
 import io.grpc.StatusRuntimeException;
+import java.time.Duration;
 import java.util.Iterator;
 import java.util.NoSuchElementException;
 
@@ -17,10 +18,16 @@ import java.util.NoSuchElementException;
  * {@link StatusRuntimeException}. Close it to leave off before the end.
  */
 public final class JobStream implements Iterable<Job>, AutoCloseable {
+  /** A stream that brings messages for so long was not one of those that break at once. */
+  private static final Duration LASTED = Duration.ofSeconds(10);
+
   private final ManagedChannel channel;
   private final WatchJobRequest request;
   private final Backoff backoff;
-  private MessageStream<WatchJobResponse> stream;
+  private volatile MessageStream<WatchJobResponse> stream;
+  private volatile boolean closed;
+  private boolean spoke;
+  private long spokeFirst;
   private boolean iterated;
   private boolean ended;
   private long revision = -1;
@@ -41,30 +48,36 @@ public final class JobStream implements Iterable<Job>, AutoCloseable {
     return new Jobs();
   }
 
+  /** May be called by another thread: the one that iterates comes to the end. */
   @Override
   public void close() {
-    ended = true;
-    if (stream != null) {
-      stream.close();
-      stream = null;
+    closed = true;
+    backoff.end();
+    hangUp();
+  }
+
+  private void hangUp() {
+    MessageStream<WatchJobResponse> open = stream;
+    if (open != null) {
+      open.close();
     }
   }
 
   /** The next message's job, or null at the end. */
   private Job next() {
-    while (!ended) {
+    while (!ended && !closed) {
       StatusRuntimeException problem =
           Status.UNAVAILABLE.withDescription("the watch was cut short").asRuntimeException();
       try {
-        if (stream == null) {
-          stream = MessageStream.open(channel, ExportServiceGrpc.getWatchJobMethod(), request);
-        }
-        WatchJobResponse message = stream.next();
+        WatchJobResponse message = open().next();
         if (message != null) {
           return seen(message.getJob());
         }
         ended = finalState;
       } catch (StatusRuntimeException error) {
+        if (closed) {
+          return null;
+        }
         ended = finalState && !request.getUntilDelivered();
         if (!ended && (Thread.currentThread().isInterrupted() || !Errors.isCut(error))) {
           close();
@@ -72,16 +85,41 @@ public final class JobStream implements Iterable<Job>, AutoCloseable {
         }
         problem = error;
       }
-      stream.close();
+      hangUp();
       stream = null;
-      if (!ended) {
-        backoff.pause(problem, Backoff.ATTEMPTS);
+      if (lasted()) {
+        backoff.progress();
+      }
+      if (!ended && !closed) {
+        backoff.pause(problem);
       }
     }
     return null;
   }
 
+  private MessageStream<WatchJobResponse> open() {
+    MessageStream<WatchJobResponse> open = stream;
+    if (open == null) {
+      open = MessageStream.open(channel, ExportServiceGrpc.getWatchJobMethod(), request);
+      spoke = false;
+      stream = open;
+      if (closed) {
+        hangUp(); // whoever closed it may not have seen this one
+      }
+    }
+    return open;
+  }
+
+  /** Whether the stream was a good one, though it may have told nothing new. */
+  private boolean lasted() {
+    return spoke && System.nanoTime() - spokeFirst >= LASTED.toNanos();
+  }
+
   private Job seen(Job job) {
+    if (!spoke) {
+      spoke = true;
+      spokeFirst = System.nanoTime();
+    }
     if (job.getRevision() != revision) {
       revision = job.getRevision();
       backoff.progress();

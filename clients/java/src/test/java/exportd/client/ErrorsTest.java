@@ -9,6 +9,7 @@ import com.google.protobuf.Duration;
 import com.google.rpc.ErrorInfo;
 import com.google.rpc.RetryInfo;
 import com.google.rpc.Status;
+import io.grpc.Metadata;
 import io.grpc.Status.Code;
 import io.grpc.StatusRuntimeException;
 import io.grpc.protobuf.StatusProto;
@@ -36,6 +37,42 @@ class ErrorsTest {
         Any.pack(RetryInfo.newBuilder().setRetryDelay(Duration.newBuilder().setSeconds(3)).build());
     assertEquals(3, Errors.retryDelay(of(Code.UNAVAILABLE, broken, wait)).toSeconds());
     assertEquals(0, Errors.retryDelay(of(Code.UNAVAILABLE)).toSeconds());
+  }
+
+  @Test
+  void detailsThatCannotBeReadAreNoReason() {
+    Metadata trailers = new Metadata();
+    trailers.put(
+        Metadata.Key.of("grpc-status-details-bin", Metadata.BINARY_BYTE_MARSHALLER),
+        new byte[] {(byte) 0xff, 1, 2});
+    var error = io.grpc.Status.UNAVAILABLE.asRuntimeException(trailers);
+    assertEquals("", Errors.reason(error));
+    assertTrue(Errors.isCut(error));
+  }
+
+  @Test
+  void aQuotaIsWaitedForWhenTheServerSaysHowLong() {
+    var info = ErrorInfo.newBuilder().setDomain("exportd").setReason("QUOTA_EXCEEDED").build();
+    Duration wait = Duration.newBuilder().setSeconds(Long.MAX_VALUE).setNanos(999_999_999).build();
+    var error =
+        of(
+            Code.RESOURCE_EXHAUSTED,
+            Any.pack(info),
+            Any.pack(RetryInfo.newBuilder().setRetryDelay(wait).build()));
+    assertTrue(Errors.isCut(error));
+    assertEquals(5000, Backoff.delay(1, 0, Errors.retryDelay(error)).toMillis());
+  }
+
+  @ParameterizedTest
+  @CsvSource({
+    "NOT_FOUND, JOB_NOT_FOUND, true",
+    "FAILED_PRECONDITION, OUTPUT_EXPIRED, true",
+    "UNAUTHENTICATED, UNAUTHENTICATED, false",
+    "PERMISSION_DENIED, PERMISSION_DENIED, false",
+    "RESOURCE_EXHAUSTED, QUOTA_EXCEEDED, false",
+  })
+  void onlySomeReasonsMeanThatTheOutputIsGone(Code code, String reason, boolean gone) {
+    assertEquals(gone, Errors.isGone(Errors.of(code, reason, "")));
   }
 
   @ParameterizedTest

@@ -4,6 +4,11 @@ import static org.junit.jupiter.api.Assertions.assertFalse;
 import static org.junit.jupiter.api.Assertions.assertThrows;
 import static org.junit.jupiter.api.Assertions.assertTrue;
 
+import io.grpc.ChannelCredentials;
+import io.grpc.ChoiceChannelCredentials;
+import io.grpc.InsecureChannelCredentials;
+import io.grpc.TlsChannelCredentials;
+import java.util.List;
 import org.junit.jupiter.api.Test;
 import org.junit.jupiter.params.ParameterizedTest;
 import org.junit.jupiter.params.provider.ValueSource;
@@ -19,6 +24,21 @@ class ExportdClientTest {
     builder.allowPlaintextToken().build().close();
   }
 
+  @Test
+  void aKeyGoesOnlyWithCredentialsThatAreTlsForCertain() {
+    ChannelCredentials tls = TlsChannelCredentials.create();
+    ChannelCredentials insecure = InsecureChannelCredentials.create();
+    ExportdClient.Builder builder = ExportdClient.builder("exports.example.com:443").token("k");
+    for (ChannelCredentials own :
+        List.of(
+            ChoiceChannelCredentials.create(insecure),
+            ChoiceChannelCredentials.create(tls, insecure))) {
+      builder.credentials(own);
+      assertThrows(IllegalArgumentException.class, builder::build);
+    }
+    builder.credentials(ChoiceChannelCredentials.create(tls)).build().close();
+  }
+
   @ParameterizedTest
   @ValueSource(strings = {"localhost:1", "127.0.0.1:1", "[::1]:1", "dns:///localhost:1"})
   void aKeyMayStayOnThisMachine(String address) {
@@ -26,7 +46,7 @@ class ExportdClientTest {
   }
 
   @ParameterizedTest
-  @ValueSource(strings = {"", "two words", "with its newline\n"})
+  @ValueSource(strings = {"", "two words", "with its newline\n", "schlüssel"})
   void aKeyThatCannotBeOneIsRefusedAtOnce(String key) {
     ExportdClient.Builder builder = ExportdClient.builder("localhost:1");
     assertThrows(IllegalArgumentException.class, () -> builder.token(key));

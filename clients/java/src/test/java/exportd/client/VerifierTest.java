@@ -69,7 +69,7 @@ class VerifierTest {
       throws Exception {
     byte[] bytes = content.getBytes(StandardCharsets.UTF_8);
     Chunk.Marshaller chunks = new Chunk.Marshaller();
-    try (PartialFile file = PartialFile.open(directory.resolve("out"), "key");
+    try (PartialFile file = PartialFile.open(directory.resolve("out"), directory.resolve(".part"));
         Verifier verifier = new Verifier(source, file, chunks)) {
       file.truncate(0);
       file.write(ByteBuffer.wrap(bytes, 0, resumed), 0);
@@ -87,7 +87,7 @@ class VerifierTest {
 
   private Download.VerifiedBy verify(Source source, String content) throws Exception {
     byte[] bytes = content.getBytes(StandardCharsets.UTF_8);
-    try (PartialFile file = PartialFile.open(directory.resolve("out"), "key");
+    try (PartialFile file = PartialFile.open(directory.resolve("out"), directory.resolve(".part"));
         Verifier verifier = new Verifier(source, file, new Chunk.Marshaller())) {
       file.truncate(0);
       for (int n = 0; n < bytes.length; n++) { // as it arrives
