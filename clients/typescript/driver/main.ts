@@ -89,7 +89,10 @@ const {
   EXPORTD_CA_CERT: ca,
 } = process.env;
 try {
-  const client = connect(address, { ...(token && { token }), ...(ca && { tls: { ca } }) });
+  const client = connect(address, {
+    ...(token !== undefined && { token }),
+    ...(ca && { tls: { ca } }),
+  });
   try {
     await run(client);
   } finally {

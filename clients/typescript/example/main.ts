@@ -11,7 +11,10 @@ const {
   EXPORTD_CA_CERT: ca,
 } = process.env;
 
-const client = connect(address, { ...(token && { token }), ...(ca && { tls: { ca } }) });
+const client = connect(address, {
+  ...(token !== undefined && { token }),
+  ...(ca && { tls: { ca } }),
+});
 try {
   const { job } = await client.createExport({
     requestId: crypto.randomUUID(), // makes it safe to send again

@@ -1,5 +1,7 @@
 import { setTimeout as sleep } from "node:timers/promises";
 
+import { retryAfter } from "./errors.js";
+
 const LIMIT = 10;
 const FIRST_DELAY_MS = 100;
 const LONGEST_DELAY_MS = 5_000;
@@ -20,10 +22,13 @@ export class Attempts {
   async next(error: unknown, signal: AbortSignal | undefined): Promise<void> {
     this.#failures += 1;
     if (this.#failures >= LIMIT) throw error;
-    // Its own error for an aborted wait would hide the signal's reason.
-    await sleep(delay(this.#failures), undefined, { ...(signal && { signal }) }).catch(
-      () => undefined,
+    // What the server asked for counts, as far as the longest wait goes.
+    const wait = Math.max(
+      delay(this.#failures),
+      Math.min(LONGEST_DELAY_MS, retryAfter(error) ?? 0),
     );
+    // Its own error for an aborted wait would hide the signal's reason.
+    await sleep(wait, undefined, { ...(signal && { signal }) }).catch(() => undefined);
     signal?.throwIfAborted();
   }
 }

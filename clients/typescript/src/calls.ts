@@ -14,9 +14,21 @@ import {
 
 type Methods = ExportServiceDefinition["methods"];
 
-/** What one call may be given: gRPC's call options, and metadata. */
-export interface CallSettings extends CallOptions {
+/**
+ * What one call may be given: metadata, and gRPC's call options. Interceptors are not among
+ * them: they would take the place of the client's own, which send the token.
+ */
+export interface CallSettings extends Omit<
+  CallOptions,
+  "interceptors" | "interceptor_providers"
+> {
   readonly metadata?: Metadata;
+}
+
+/** What a call with one answer may be given besides. */
+export interface SingleCallSettings extends CallSettings {
+  /** Ends it early, with the signal's reason. */
+  readonly signal?: AbortSignal | undefined;
 }
 
 type Call<Method> = Method extends {
@@ -24,10 +36,9 @@ type Call<Method> = Method extends {
   responseType: { fromPartial(object: never): infer Response };
   responseStream: infer Streams;
 }
-  ? (
-      request: Request,
-      settings?: CallSettings,
-    ) => Streams extends true ? ClientReadableStream<Response> : Promise<Response>
+  ? Streams extends true
+    ? (request: Request, settings?: CallSettings) => ClientReadableStream<Response>
+    : (request: Request, settings?: SingleCallSettings) => Promise<Response>
   : never;
 
 /**
@@ -46,8 +57,8 @@ export interface Client extends Calls {
   close(): void;
 }
 
-/** The calls of a stub. Those with one answer have `timeout` milliseconds unless told. */
-export function clientOf(stub: ExportServiceClient, timeout: number): Client {
+/** The calls of a stub. */
+export function clientOf(stub: ExportServiceClient): Client {
   const client: Record<string, unknown> = {
     stub,
     close: () => {
@@ -62,7 +73,7 @@ export function clientOf(stub: ExportServiceClient, timeout: number): Client {
     const complete = (request: unknown): unknown => requestType.fromPartial(request as never);
     client[name] = method.responseStream
       ? streaming(stub, method, complete)
-      : single(stub, method, complete, timeout);
+      : single(stub, method, complete);
   }
   return client as unknown as Client;
 }
@@ -71,13 +82,15 @@ function single(
   stub: ExportServiceClient,
   method: MethodDefinition<unknown, unknown>,
   complete: (request: unknown) => unknown,
-  timeout: number,
 ) {
-  return (request: unknown, settings: CallSettings = {}): Promise<unknown> => {
-    const { metadata = new Metadata(), ...options } = settings;
-    options.deadline ??= Date.now() + timeout;
+  return async (request: unknown, settings: SingleCallSettings = {}): Promise<unknown> => {
+    const { metadata = new Metadata(), signal, ...options } = settings;
+    signal?.throwIfAborted();
     return new Promise((resolve, reject) => {
-      stub.makeUnaryRequest(
+      const cancel = () => {
+        call.cancel();
+      };
+      const call = stub.makeUnaryRequest(
         method.path,
         method.requestSerialize,
         method.responseDeserialize,
@@ -85,10 +98,13 @@ function single(
         metadata,
         options,
         (error: ServiceError | null, response?: unknown) => {
-          if (error) reject(error);
+          signal?.removeEventListener("abort", cancel);
+          if (signal?.aborted) reject(signal.reason as Error);
+          else if (error) reject(error);
           else resolve(response);
         },
       );
+      signal?.addEventListener("abort", cancel);
     });
   };
 }

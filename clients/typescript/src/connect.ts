@@ -9,6 +9,7 @@ import {
   type Interceptor,
 } from "@grpc/grpc-js";
 
+import contract from "../service_config.json" with { type: "json" };
 import { type Client, clientOf } from "./calls.js";
 import {
   ExportServiceClient,
@@ -52,11 +53,16 @@ const CHANNEL_OPTIONS: ChannelOptions = {
 
 /**
  * A client of the server at `address` (`host:port`, or any target of gRPC's). Nothing is
- * dialled before the first call. Throws when a token would leave the machine in plaintext, and
- * when the file of authorities cannot be read.
+ * dialled before the first call. Throws a `TypeError` when the token cannot be one; and when it
+ * would leave the machine in plaintext, and when the file of authorities cannot be read.
  */
 export function connect(address: string, options: ConnectOptions = {}): Client {
   const { tls = false, token, timeout = 30_000 } = options;
+  if (token !== undefined && !/^[!-~]+$/.test(token)) {
+    throw new TypeError(
+      "token is empty or has a blank in it; give it as it was issued, on one line",
+    );
+  }
   const channel = channelCredentials(tls);
   if (token && !channel._isSecure() && !isLoopback(address) && !options.allowPlaintextToken) {
     throw new Error(
@@ -69,17 +75,19 @@ export function connect(address: string, options: ConnectOptions = {}): Client {
     // A proxy from the environment cannot know this machine's own ports.
     ...(isLoopback(address) && { "grpc.enable_http_proxy": 0 }),
     ...options.channelOptions,
-    ...(token && { interceptors: [bearer(token)] }),
+    interceptors: [inTime(timeout), ...(token ? [bearer(token)] : [])],
   });
-  return clientOf(stub, timeout);
+  return clientOf(stub);
 }
+
+// `dns://SERVER/NAME` is not among them: whoever runs that server says where it leads.
+const LOOPBACK = /^(?:dns:(?:\/\/\/)?|ipv4:|ipv6:)?(localhost|127\.[\d.]+|\[::1\])(?::\d+)?$/;
 
 /** Whether a gRPC target leads to this machine and no other. */
 export function isLoopback(address: string): boolean {
-  const target = address.replace(/^(dns:(\/\/[^/]*\/)?|ipv4:|ipv6:)/, "");
-  if (/^unix(-abstract)?:/.test(target)) return true;
-  const host = /^\[(.*)\](:\d+)?$/.exec(target)?.[1] ?? target.replace(/:\d+$/, "");
-  return host === "localhost" || host === "::1" || (isIPv4(host) && host.startsWith("127."));
+  if (address.startsWith("unix:")) return true;
+  const host = LOOPBACK.exec(address)?.[1] ?? "";
+  return isIPv4(host) || host === "localhost" || host === "[::1]";
 }
 
 function channelCredentials(tls: NonNullable<ConnectOptions["tls"]>): ChannelCredentials {
@@ -88,25 +96,30 @@ function channelCredentials(tls: NonNullable<ConnectOptions["tls"]>): ChannelCre
   return tls ? credentials.createSsl() : credentials.createInsecure();
 }
 
-interface ServiceConfig {
-  methodConfig: { name: { service: string; method: string }[] }[];
-}
-
 /**
  * The retries of the contract, without those of its streams: `watch` and `download` open
  * these anew by themselves, and the waits of both would multiply.
  */
-function serviceConfig(): ServiceConfig {
-  const file = new URL("../service_config.json", import.meta.url);
-  const config = JSON.parse(readFileSync(file, "utf8")) as ServiceConfig;
+function serviceConfig(): typeof contract {
   const streams = new Set<string>();
   for (const method of Object.values(ExportServiceDefinition.methods)) {
     if (method.responseStream) streams.add(method.name);
   }
-  for (const entry of config.methodConfig) {
-    entry.name = entry.name.filter(({ method }) => !streams.has(method));
-  }
-  return config;
+  const methodConfig = contract.methodConfig.map((entry) => ({
+    ...entry,
+    name: entry.name.filter(({ method }) => !streams.has(method)),
+  }));
+  return { ...contract, methodConfig };
+}
+
+/** Gives calls with one answer a deadline, `timeout` milliseconds from now, unless they have one. */
+function inTime(timeout: number): Interceptor {
+  return (options, nextCall) => {
+    if (options.method_definition.responseStream)
+      return new InterceptingCall(nextCall(options));
+    const deadline = options.deadline ?? Date.now() + timeout;
+    return new InterceptingCall(nextCall({ ...options, deadline }));
+  };
 }
 
 function bearer(token: string): Interceptor {

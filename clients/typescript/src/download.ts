@@ -1,17 +1,31 @@
-import { resolve } from "node:path";
+import { join, resolve } from "node:path";
 
 import { crc32c } from "@node-rs/crc32";
 
 import { Attempts } from "./attempts.js";
 import type { Client } from "./calls.js";
-import { isCut, reason, VerificationError } from "./errors.js";
+import { isCut, reason, Spoiled, VerificationError } from "./errors.js";
 import type { StreamDownloadResponse } from "./gen/exportd/v1/export_service.js";
-import { codeOf, PartialFile, refuseExisting } from "./partial.js";
+import { directoryAt, safeName } from "./names.js";
+import { PartialFile, refuseExisting } from "./partial.js";
 import { type Source, sourceOf } from "./pieces.js";
 import { messages } from "./streams.js";
 import { type VerifiedBy, Verifier } from "./verifier.js";
 
 const RESTARTS = 3;
+const CORRUPT_LIMIT = 3; // bad messages at one place before it counts as lost
+
+/** Reasons why bytes that are there can never be completed. */
+const HOPELESS = new Set([
+  "JOB_NOT_FOUND",
+  "PART_NOT_FOUND",
+  "OUTPUT_EXPIRED",
+  "OUTPUT_DROPPED",
+  "JOB_FAILED",
+  "JOB_CANCELLED",
+  "GENERATION_MISMATCH",
+  "PARTS_NOT_JOINABLE",
+]);
 
 /** What to download, and how. */
 export interface DownloadOptions {
@@ -40,9 +54,10 @@ export interface Download {
 
 /**
  * Download the output of a job to the file `path`, which appears once everything was
- * verified.
+ * verified. In a directory it takes the server's name for it.
  *
- * Goes on by itself where a stream broke off, and where an earlier call left a partial file.
+ * Goes on by itself where a stream broke off, and where an earlier call left a partial file:
+ * that stays after a failure unless nothing will ever complete it.
  * Throws gRPC's `ServiceError`; `VerificationError` when bytes do not match their checksums;
  * Node's own errors for files, `EEXIST` among them.
  */
@@ -52,20 +67,25 @@ export async function download(
   path: string,
   options: DownloadOptions = {},
 ): Promise<Download> {
-  const target = resolve(path);
-  if (!options.overwrite) await refuseExisting(target);
+  const { part, overwrite = false } = options;
+  const directory = await directoryAt(path);
+  const file = directory ? undefined : resolve(path);
+  if (file) await refuseExisting(file, overwrite);
   for (let restarts = 0; ; restarts += 1) {
-    options.signal?.throwIfAborted();
-    const { job } = await client.getJob({ jobId });
-    const part = job?.manifest?.parts.find(({ index }) => index === options.part);
-    if (!job?.manifest || (options.part !== undefined && !part)) {
-      await refused(client, jobId, options);
+    const output = await outputOf(client, jobId, options).catch(async (error: unknown) => {
+      const hopeless = file && isHopeless(error);
+      // What cannot be cleared away must not hide the error.
+      if (hopeless) await PartialFile.clear(file, { jobId, part }).catch(() => undefined);
+      throw error;
+    });
+    if (!output) {
       if (restarts < RESTARTS) continue; // it was finished in between
       throw new Error(`job ${jobId} has no manifest with that part, and yet sends it`);
     }
-    const source = sourceOf(jobId, job.generation, job.manifest, part);
+    const target = file ?? join(directory ?? "", safeName(output.fileName, "export"));
+    if (!file) await refuseExisting(target, overwrite);
     try {
-      return await fetchFile(client, source, target, options);
+      return await fetchFile(client, output.source, target, options);
     } catch (error) {
       const again = error instanceof Outdated || reason(error) === "GENERATION_MISMATCH";
       if (!again || restarts >= RESTARTS) throw error;
@@ -73,8 +93,28 @@ export async function download(
   }
 }
 
+/** What there is to download; undefined when there was nothing, and now there is. */
+async function outputOf(
+  client: Client,
+  jobId: string,
+  options: DownloadOptions,
+): Promise<{ readonly source: Source; readonly fileName: string } | undefined> {
+  const { job } = await client.getJob({ jobId }, { signal: options.signal });
+  const part = job?.manifest?.parts.find(({ index }) => index === options.part);
+  if (!job?.manifest || (options.part !== undefined && !part)) {
+    await refused(client, jobId, options);
+    return undefined;
+  }
+  const { fileName } = part ?? job.manifest;
+  return { source: sourceOf(jobId, job.generation, job.manifest, part), fileName };
+}
+
+function isHopeless(error: unknown): boolean {
+  return error instanceof Spoiled || HOPELESS.has(reason(error));
+}
+
 /** A partial file that was there does not match what is to be downloaded. */
-class Outdated extends VerificationError {}
+class Outdated extends Spoiled {}
 
 /** Let the server say why there is nothing to download. */
 async function refused(client: Client, jobId: string, options: DownloadOptions): Promise<void> {
@@ -90,24 +130,25 @@ async function fetchFile(
   target: string,
   options: DownloadOptions,
 ): Promise<Download> {
-  const part = source.part === undefined ? "" : `-${String(source.part)}`;
-  const file = await PartialFile.open(target, `${source.jobId}${part}`, source.generation);
+  const file = await PartialFile.open(target, source);
   try {
     const verifier = new Verifier(source, file);
     const there = await file.size();
     if (there > source.bytes) throw new Outdated(`${file.path} is longer than the output`);
-    for await (const block of file.blocks(0, there)) verifier.update(block);
+    for await (const block of file.blocks(0, there)) {
+      options.signal?.throwIfAborted();
+      verifier.update(block);
+    }
     await transfer(client, source, file, verifier, there, options);
     const verifiedBy = await verifier.finish().catch((error: unknown) => {
-      if (there > 0 && error instanceof VerificationError) throw new Outdated(error.message);
+      if (there > 0 && error instanceof Spoiled) throw new Outdated(error.message);
       throw error;
     });
     await file.publish(options.overwrite ?? false);
     return { path: target, bytes: source.bytes, sha256: sha256(source), verifiedBy };
   } catch (error) {
-    const aborted = options.signal?.aborted ?? false;
-    if (aborted || isCut(error) || codeOf(error) === "EEXIST") await file.close();
-    else await file.discard(); // nothing will ever complete these bytes, or the disk is full
+    if (isHopeless(error)) await file.discard();
+    else await file.close(); // the same call again goes on with it
     throw error;
   }
 }
@@ -122,8 +163,9 @@ async function transfer(
   options: DownloadOptions,
 ): Promise<void> {
   const attempts = new Attempts();
+  let corrupt = 0; // messages in a row at this position
   while (position < source.bytes) {
-    let problem: unknown = new VerificationError("the stream ended before the file did");
+    let problem: unknown = new Error("the stream ended before the file did");
     try {
       const stream = client.streamDownload({
         jobId: source.jobId,
@@ -139,12 +181,15 @@ async function transfer(
         verifier.update(message.data);
         await written;
         position += message.data.length;
+        corrupt = 0;
         attempts.progress();
         options.onProgress?.(position, source.bytes);
       }
       if (position === source.bytes) return;
     } catch (error) {
-      if (!(isCut(error) || error instanceof Corrupt)) throw error;
+      if (error instanceof Corrupt) corrupt += 1;
+      else if (!isCut(error)) throw error;
+      if (corrupt >= CORRUPT_LIMIT) throw error;
       problem = error;
     }
     await attempts.next(problem, options.signal);

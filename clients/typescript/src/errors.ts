@@ -1,6 +1,6 @@
 import { type ServiceError, status } from "@grpc/grpc-js";
 
-import { ErrorInfo } from "./gen/google/rpc/error_details.js";
+import { ErrorInfo, RetryInfo } from "./gen/google/rpc/error_details.js";
 import { Status } from "./gen/google/rpc/status.js";
 
 const DOMAIN = "exportd";
@@ -14,6 +14,9 @@ export class VerificationError extends Error {
   override readonly name = "VerificationError";
   readonly code = status.DATA_LOSS;
 }
+
+/** The same, of bytes that are in the file: only from the start can it be made good. */
+export class Spoiled extends VerificationError {}
 
 /** Whether a gRPC call failed, and not something on this machine. */
 export function isServiceError(error: unknown): error is ServiceError {
@@ -30,19 +33,30 @@ export function reason(error: unknown): string {
 
 /** The `google.rpc.ErrorInfo` of an error of exportd's: its reason, and what belongs to it. */
 export function errorInfo(error: unknown): ErrorInfo | undefined {
-  if (!isServiceError(error)) return undefined;
+  return details(error, "ErrorInfo", ErrorInfo).find(({ domain }) => domain === DOMAIN);
+}
+
+/** Milliseconds after which the server wants to be asked again, if it says so. */
+export function retryAfter(error: unknown): number | undefined {
+  const wait = details(error, "RetryInfo", RetryInfo)[0]?.retryDelay;
+  return wait && Number(wait.seconds) * 1000 + wait.nanos / 1_000_000;
+}
+
+function details<T>(
+  error: unknown,
+  name: string,
+  type: { decode(input: Uint8Array): T },
+): readonly T[] {
+  if (!isServiceError(error)) return [];
   try {
-    for (const value of error.metadata.get(DETAILS)) {
-      for (const detail of Status.decode(Buffer.from(value)).details) {
-        if (!detail.typeUrl.endsWith("/google.rpc.ErrorInfo")) continue;
-        const info = ErrorInfo.decode(detail.value);
-        if (info.domain === DOMAIN) return info;
-      }
-    }
+    return error.metadata
+      .get(DETAILS)
+      .flatMap((value) => Status.decode(Buffer.from(value)).details)
+      .filter(({ typeUrl }) => typeUrl.endsWith(`/google.rpc.${name}`))
+      .map(({ value }) => type.decode(value));
   } catch {
-    // Details that cannot be read must not hide the error they belong to.
+    return []; // details that cannot be read must not hide the error they belong to
   }
-  return undefined;
 }
 
 // What proxies and broken connections answer with. With a reason of exportd's it would be
@@ -61,5 +75,6 @@ export function isCut(error: unknown): boolean {
   if (!isServiceError(error)) return false;
   if (error.code === status.UNAVAILABLE) return true;
   const why = reason(error);
+  if (why === "QUOTA_EXCEEDED") return retryAfter(error) !== undefined;
   return why === "READER_STALLED" || (why === "" && CUT.has(error.code));
 }

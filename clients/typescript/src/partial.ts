@@ -7,10 +7,19 @@ const BLOCK = 4 * 1024 * 1024;
 const LONGEST_NAME = 150; // bytes; leaves room for the rest of the partial's name within 255
 const NO_LINKS = new Set(["EPERM", "ENOTSUP", "EOPNOTSUPP", "ENOSYS"]);
 
+/** What a partial file is of: bytes that never change. */
+export interface Identity {
+  readonly jobId: string;
+  readonly generation: bigint;
+  /** Index of the part; undefined: all parts joined. */
+  readonly part: number | undefined;
+}
+
 /**
- * The bytes of a download before they have their final name: `.<name>.<key>.part` beside it.
+ * The bytes of a download before they have their final name:
+ * `.<name>.<job>-<generation>[-<part>].part` beside it.
  *
- * The key names job, part and generation, whose bytes never change. So what an earlier
+ * The bytes of a generation never change. So what an earlier
  * process left can be gone on with, and two processes that share the file write the same
  * bytes to the same places. For that a partial file is never truncated: what is wrong is
  * unlinked, and whoever else had it open finds it gone when it wants to publish it.
@@ -22,26 +31,32 @@ export class PartialFile {
     private readonly handle: FileHandle,
   ) {}
 
-  /** Open what is there, or a new file; `generation` is the end of its key. */
-  static async open(target: string, key: string, generation: bigint): Promise<PartialFile> {
-    const name = basename(target);
-    const short =
-      Buffer.byteLength(name) <= LONGEST_NAME
-        ? name
-        : createHash("sha256").update(name).digest("hex");
-    const directory = dirname(target);
-    const prefix = `.${short}.${key.replace(/[^\w-]/g, "_")}-`;
-    const current = `${prefix}${String(generation)}.part`;
-    for (const other of await readdir(directory)) {
-      const outdated = other.startsWith(prefix) && other !== current;
-      if (outdated && /^\d+\.part$/.test(other.slice(prefix.length))) {
-        await unlink(join(directory, other)).catch(ignoreAbsence);
-      }
-    }
-    const path = join(directory, current);
+  /** Open what is there, or a new file. Those of older generations go. */
+  static async open(target: string, identity: Identity): Promise<PartialFile> {
+    const { generation } = identity;
+    await PartialFile.clear(target, identity, (other) => other < generation);
+    const { prefix, suffix } = around(target, identity);
+    const path = join(dirname(target), `${prefix}${String(generation)}${suffix}`);
     // Not through a link that somebody laid there. Windows lacks that flag: it counts as 0.
     const flags = constants.O_RDWR | constants.O_CREAT | constants.O_NOFOLLOW;
     return new PartialFile(path, target, await open(path, flags, 0o666));
+  }
+
+  /** Delete those of the same job, part and target whose generation is `outdated`. */
+  static async clear(
+    target: string,
+    identity: Omit<Identity, "generation">,
+    outdated: (generation: bigint) => boolean = () => true,
+  ): Promise<void> {
+    const directory = dirname(target);
+    const { prefix, suffix } = around(target, identity);
+    for (const name of await readdir(directory)) {
+      if (!name.startsWith(prefix) || !name.endsWith(suffix)) continue;
+      const generation = name.slice(prefix.length, -suffix.length);
+      if (/^\d+$/.test(generation) && outdated(BigInt(generation))) {
+        await unlink(join(directory, name)).catch(ignoreAbsence);
+      }
+    }
   }
 
   /** Bytes in the file. */
@@ -110,7 +125,7 @@ export class PartialFile {
       await link(this.path, this.target);
     } catch (error) {
       if (!NO_LINKS.has(codeOf(error))) throw error;
-      await refuseExisting(this.target);
+      await refuseExisting(this.target, false);
       await rename(this.path, this.target);
       return;
     }
@@ -118,14 +133,33 @@ export class PartialFile {
   }
 }
 
-/** Throw `EEXIST` when the name is taken, be it by a dangling link. */
-export async function refuseExisting(path: string): Promise<void> {
+/**
+ * Throw `EEXIST` when the name is taken, be it by a dangling link. With `overwrite` only a
+ * directory is in the way.
+ */
+export async function refuseExisting(path: string, overwrite: boolean): Promise<void> {
   const taken = await lstat(path).catch(ignoreAbsence);
-  if (!taken) return;
-  throw Object.assign(
-    new Error(`EEXIST: ${path} exists; give another path, or set overwrite`),
-    { code: "EEXIST", path },
-  );
+  if (!taken || (overwrite && !taken.isDirectory())) return;
+  const mend = taken.isDirectory()
+    ? "is a directory; give another path"
+    : "exists; give another path, or set overwrite";
+  throw Object.assign(new Error(`EEXIST: ${path} ${mend}`), { code: "EEXIST", path });
+}
+
+/** What stands before and after the generation in the name of a partial file. */
+function around(
+  target: string,
+  { jobId, part }: Omit<Identity, "generation">,
+): { readonly prefix: string; readonly suffix: string } {
+  const name = basename(target);
+  const short =
+    Buffer.byteLength(name) <= LONGEST_NAME
+      ? name
+      : createHash("sha256").update(name).digest("hex");
+  return {
+    prefix: `.${short}.${jobId.replace(/[^\w-]/g, "_")}-`,
+    suffix: `${part === undefined ? "" : `-${String(part)}`}.part`,
+  };
 }
 
 async function syncDirectory(directory: string): Promise<void> {
@@ -143,6 +177,6 @@ function ignoreAbsence(error: unknown): undefined {
 }
 
 /** What Node calls an error of the system, such as `ENOSPC`; empty for other errors. */
-export function codeOf(error: unknown): string {
+function codeOf(error: unknown): string {
   return error instanceof Error && "code" in error ? String(error.code) : "";
 }

@@ -1,11 +1,8 @@
 import type { Manifest, Part } from "./gen/exportd/v1/job.js";
+import type { Identity } from "./partial.js";
 
 /** The bytes of one file at the server. */
-export interface Source {
-  readonly jobId: string;
-  readonly generation: bigint;
-  /** Index of the part; undefined: all parts joined. */
-  readonly part: number | undefined;
+export interface Source extends Identity {
   readonly bytes: number;
   readonly crc32c: number;
   readonly pieces: readonly Piece[];

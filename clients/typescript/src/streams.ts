@@ -18,6 +18,7 @@ export async function* messages<T>(
   let stall = setTimeout(cancel, STALL_MS);
   signal?.addEventListener("abort", cancel);
   try {
+    signal?.throwIfAborted(); // an event that has been is not heard of
     for await (const message of stream as AsyncIterable<T>) {
       signal?.throwIfAborted(); // what has come already would hold it up
       clearTimeout(stall); // the reader may take its time

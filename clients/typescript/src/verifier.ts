@@ -2,7 +2,7 @@ import { createHash, type Hash } from "node:crypto";
 
 import { crc32c } from "@node-rs/crc32";
 
-import { VerificationError } from "./errors.js";
+import { Spoiled } from "./errors.js";
 import type { PartialFile } from "./partial.js";
 import type { Piece, Source } from "./pieces.js";
 
@@ -40,7 +40,7 @@ export class Verifier {
     }
   }
 
-  /** Compare, once every byte was given and is in the file. Throws `VerificationError`. */
+  /** Compare, once every byte was given and is in the file. Throws `Spoiled`. */
   async finish(): Promise<VerifiedBy> {
     const { pieces, bytes, crc32c: expected } = this.#source;
     while (this.#begun.length < pieces.length) this.#begin();
@@ -52,14 +52,14 @@ export class Verifier {
       proven = holds(piece, hash.digest()) && proven;
     }
     if (this.#crc !== expected) {
-      throw new VerificationError("the file does not match its CRC32C");
+      throw new Spoiled("the file does not match its CRC32C");
     }
     return proven ? "sha256" : "crc32c";
   }
 
   #begin(): void {
     const piece = this.#source.pieces[this.#begun.length];
-    if (!piece) throw new VerificationError("more bytes came than the file has");
+    if (!piece) throw new Spoiled("more bytes came than the file has");
     const hash = createHash("sha256").update(this.#start.subarray(0, piece.head));
     this.#begun.push({ piece, hash });
     this.#left = piece.bytes;
@@ -69,7 +69,7 @@ export class Verifier {
 function holds(piece: Piece, digest: Buffer): boolean {
   if (piece.sha256.length > 0 && digest.equals(piece.sha256)) return true;
   if (piece.sha256.length > 0 && piece.head === 0 && piece.tail === 0) {
-    throw new VerificationError(`${piece.name} does not match its SHA-256`);
+    throw new Spoiled(`${piece.name} does not match its SHA-256`);
   }
   return false;
 }

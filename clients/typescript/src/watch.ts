@@ -12,12 +12,19 @@ export interface WatchOptions {
   readonly signal?: AbortSignal;
 }
 
+/** Milliseconds after which a stream was a good one. */
+const LASTED_MS = 10_000;
+
 const FINAL = new Set([JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED]);
 
 /**
  * The job now, at every change and at least every few seconds, until its state is final.
  *
  * Rides out a server that is away for some 15 seconds. Throws gRPC's `ServiceError`.
+ *
+ * Failures in a row are those between which there was no news of the job and no stream that
+ * lasted. That every new stream begins with the job as it stands does not count: against a
+ * server that breaks each one off, a watch would go on for ever.
  */
 export async function* watch(
   client: Client,
@@ -30,12 +37,14 @@ export async function* watch(
   for (;;) {
     let problem: unknown = new Error(`the watch of job ${jobId} ended before the job did`);
     let ended = false;
+    let began = Infinity; // with its first message: before that it may just be dialling
     try {
       signal?.throwIfAborted();
       const stream = client.watchJob({ jobId, untilDelivered });
       for await (const { job } of messages(stream, signal)) {
         if (!job) continue;
-        if (job.revision > revision) attempts.progress();
+        began = Math.min(began, performance.now());
+        if (job.revision !== revision) attempts.progress();
         revision = job.revision;
         ended = FINAL.has(job.state);
         yield job;
@@ -46,6 +55,7 @@ export async function* watch(
       if (!isCut(error)) throw error;
       problem = error;
     }
+    if (performance.now() - began >= LASTED_MS) attempts.progress();
     await attempts.next(problem, signal);
   }
 }

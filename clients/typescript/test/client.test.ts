@@ -1,7 +1,8 @@
 import assert from "node:assert/strict";
+import { spawnSync } from "node:child_process";
 import { randomBytes } from "node:crypto";
 import { rmSync, writeFileSync } from "node:fs";
-import { mkdtemp, readdir, readFile, rm, writeFile } from "node:fs/promises";
+import { mkdir, mkdtemp, readdir, readFile, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join as joined } from "node:path";
 import { afterEach, beforeEach, test } from "node:test";
@@ -21,7 +22,7 @@ import {
   watch,
 } from "exportd";
 
-import { failure, join, jobOf, type PartOf, ScriptedServer } from "./server.js";
+import { failure, join, jobOf, type Message, type PartOf, ScriptedServer } from "./server.js";
 
 const HEADER = Buffer.from("id,name\n");
 
@@ -32,7 +33,8 @@ let path: string;
 
 beforeEach(async () => {
   server = new ScriptedServer();
-  client = connect(await server.start());
+  await server.start();
+  client = connect(server.address);
   directory = await mkdtemp(joined(tmpdir(), "exportd-"));
   path = joined(directory, "out.csv");
 });
@@ -56,6 +58,9 @@ const csv = (rows: number, header = HEADER): PartOf => ({
   data: Buffer.concat([header, randomBytes(rows)]),
   prefix: header.length,
 });
+
+/** Milliseconds after which what should come at once never does. */
+const STUCK_MS = 60_000;
 
 const offsets = () => server.seen.streamDownload.map(({ readOffset }) => Number(readOffset));
 
@@ -89,6 +94,9 @@ await test("a token goes in plaintext to this machine only, unless that is allow
     "localhost:1",
     "[::1]:1",
     "dns:///localhost:1",
+    "dns:127.0.0.1:1",
+    "ipv4:127.0.0.1:1",
+    "ipv6:[::1]:1",
     "unix:/s",
   ])
     connect(address, { token }).close();
@@ -97,11 +105,87 @@ await test("a token goes in plaintext to this machine only, unless that is allow
     "localhost.example.com:1",
     "127.example.com:1",
     "[::2]:1",
+    "::1:5005", // an address without a port
+    "127.0.0.256:1", // a name
+    "dns://192.0.2.1/localhost", // what that server says
+    "dns:///unix:50051",
+    "unix-abstract:s", // a name to this gRPC
   ]) {
     assert.throws(() => connect(address, { token }), /token: would be sent to/);
     connect(address, { token, tls: true }).close();
     connect(address, { token, allowPlaintextToken: true }).close();
   }
+});
+
+await test("a token that cannot be one is refused at once, and not told", () => {
+  for (const token of ["", "secret\n", "two secrets", "s\u00e9cret"]) {
+    assert.throws(
+      () => connect("127.0.0.1:1", { token }),
+      (error) => error instanceof TypeError && !error.message.includes("secret"),
+    );
+  }
+});
+
+await test("a call with one answer has a deadline, by the stub as well", async () => {
+  server.silent = true;
+  const hasty = connect(server.address, { timeout: 100 });
+  const { jobId } = server.job;
+  const late = { code: status.DEADLINE_EXCEEDED };
+  await assert.rejects(hasty.getJob({ jobId }), late);
+  await assert.rejects(new Promise((_, reject) => hasty.stub.getJob({ jobId }, reject)), late);
+  await assert.rejects(download(hasty, jobId, path), late);
+  hasty.close();
+  const patient = client.getJob({ jobId }, { deadline: Date.now() + 100 });
+  await assert.rejects(patient, late);
+});
+
+await test("nothing of a call that ended early holds the process", () => {
+  const program = `
+    import { connect } from "exportd";
+    const client = connect(process.argv[1]); // nobody is there
+    await client.getJob({ jobId: "?" }, { signal: AbortSignal.timeout(500) }).catch(() => {});
+    try { connect("127.0.0.1:1", { token: "\\n" }).getJob({ jobId: "?" }); } catch {}
+    console.log(process.getActiveResourcesInfo().filter((name) => name === "Timeout").length);`;
+  const run = spawnSync(
+    process.execPath,
+    ["--input-type=module", "--eval", program, "127.0.0.1:1"],
+    { encoding: "utf8", timeout: STUCK_MS },
+  );
+  assert.deepEqual([run.stderr, run.stdout], ["", "0\n"]);
+});
+
+await test("a signal ends what waits for an answer", { timeout: STUCK_MS }, async () => {
+  server.silent = true;
+  const { jobId } = server.job;
+  const patient = connect(server.address, { timeout: 10 * STUCK_MS });
+  for (const start of [
+    (signal: AbortSignal) => patient.getJob({ jobId }, { signal }),
+    (signal: AbortSignal) => download(patient, jobId, path, { signal }),
+  ]) {
+    const controller = new AbortController();
+    const call = start(controller.signal);
+    const wanted = assert.rejects(call, { name: "AbortError" });
+    server.heard.once("getJob", () => {
+      controller.abort();
+    });
+    await wanted;
+    await assert.rejects(start(controller.signal), { name: "AbortError" });
+  }
+  assert.equal(server.seen.getJob.length, 2);
+  patient.close();
+});
+
+await test("a watch waits as long as a quota asks for, and goes on", async () => {
+  server.watches.push({
+    jobs: [],
+    error: failure(status.RESOURCE_EXHAUSTED, "QUOTA_EXCEEDED", 300),
+  });
+  const began = performance.now();
+  for await (const { state } of watch(client, server.job.jobId)) {
+    assert.equal(state, JobState.SUCCEEDED);
+  }
+  assert.ok(performance.now() - began >= 295);
+  assert.equal(server.seen.watchJob.length, 2);
 });
 
 await test("a watch goes on after a cut, and ends with the job", async () => {
@@ -168,13 +252,107 @@ await test("a damaged message is asked for again", async () => {
   assert.deepEqual(await readFile(path), server.data);
 });
 
-await test("an answer of the service's ends a download at once, without a trace", async () => {
+await test("a message that stays damaged is asked for three times", async () => {
+  const id = holding(some());
+  const damaged = Array.from({ length: 4 }, () => randomBytes(1000));
+  server.meddle.push(
+    ...damaged.map((data) => (message: Message) => {
+      return message.offset === 1000n ? { ...message, data } : message;
+    }),
+  );
+  await assert.rejects(download(client, id, path), VerificationError);
+  assert.deepEqual(offsets(), [0, 1000, 1000]);
+});
+
+await test("a download waits as long as a quota asks for, and goes on", async () => {
   const id = holding(some());
   server.meddle.push((message) =>
-    message.offset < 2000n ? message : { error: failure(status.INTERNAL, "INTERNAL") },
+    message.offset < 2000n
+      ? message
+      : { error: failure(status.RESOURCE_EXHAUSTED, "QUOTA_EXCEEDED", 300) },
   );
-  await assert.rejects(download(client, id, path), { code: status.INTERNAL });
-  assert.deepEqual(await readdir(directory), []);
+  const began = performance.now();
+  await download(client, id, path);
+  assert.ok(performance.now() - began >= 295);
+  assert.deepEqual(offsets(), [0, 2000]);
+});
+
+for (const [code, why] of [
+  [status.UNAUTHENTICATED, "UNAUTHENTICATED"],
+  [status.PERMISSION_DENIED, "PERMISSION_DENIED"],
+  [status.RESOURCE_EXHAUSTED, "QUOTA_EXCEEDED"],
+  [status.INTERNAL, "INTERNAL"],
+] as const) {
+  await test(`after ${why} the next call goes on with what was fetched`, async () => {
+    const id = holding(some());
+    server.meddle.push((message) =>
+      message.offset < 2000n ? message : { error: failure(code, why) },
+    );
+    await assert.rejects(download(client, id, path), { code });
+    assert.deepEqual(await readdir(directory), [`.out.csv.${id}-1.part`]);
+    await download(client, id, path);
+    assert.deepEqual(offsets(), [0, 2000]);
+    assert.deepEqual(await readFile(path), server.data);
+    assert.deepEqual(await readdir(directory), ["out.csv"]);
+  });
+}
+
+for (const [code, why] of [
+  [status.NOT_FOUND, "OUTPUT_EXPIRED"],
+  [status.FAILED_PRECONDITION, "PARTS_NOT_JOINABLE"],
+] as const) {
+  await test(`after ${why}, which lasts, nothing is left of a download`, async () => {
+    const id = holding(some());
+    server.meddle.push((message) =>
+      message.offset < 2000n ? message : { error: failure(code, why) },
+    );
+    await assert.rejects(download(client, id, path), { code });
+    assert.deepEqual(await readdir(directory), []);
+  });
+}
+
+await test("what was fetched of a job that is gone is cleared away", async () => {
+  const id = holding(some());
+  await writeFile(joined(directory, `.out.csv.${id}-1.part`), randomBytes(3000));
+  await writeFile(joined(directory, `.out.csv.${id}-1-0.part`), "of a part, another download");
+  server.errors.getJob.push(failure(status.NOT_FOUND, "JOB_NOT_FOUND"));
+  await assert.rejects(download(client, id, path), { code: status.NOT_FOUND });
+  assert.deepEqual(await readdir(directory), [`.out.csv.${id}-1-0.part`]);
+});
+
+await test("in a directory a download takes the server's name, made safe", async () => {
+  for (const [name, safe] of [
+    ["a-b.csv", "a-b.csv"],
+    ["../../etc/\u202e.\u0000rc\n", "rc"],
+    ["C:\\Windows\\..", "export"],
+    [`${"\u00e9".repeat(200)}.csv`, `${"\u00e9".repeat(88)}.csv`],
+  ] as const) {
+    const id = holding(some());
+    assert.ok(server.job.manifest);
+    server.job.manifest.fileName = name;
+    const file = await download(client, id, directory);
+    assert.equal(file.path, joined(directory, safe));
+    assert.deepEqual(await readdir(directory), [safe]);
+    await assert.rejects(download(client, id, `${directory}/`), { code: "EEXIST" });
+    await rm(file.path);
+  }
+});
+
+await test("a directory in the file's place is told before anything is fetched", async () => {
+  const id = holding(some());
+  assert.ok(server.job.manifest);
+  server.job.manifest.fileName = "out.csv";
+  await mkdir(path);
+  const call = download(client, id, directory, { overwrite: true });
+  await assert.rejects(call, { code: "EEXIST" });
+  assert.deepEqual(offsets(), []);
+});
+
+await test("a file may have a long name", async () => {
+  const id = holding(some());
+  const name = `${"n".repeat(236)}.csv`;
+  await download(client, id, joined(directory, name), { part: 0 });
+  assert.deepEqual(await readdir(directory), [name]);
 });
 
 await test("output that was made anew is downloaded from its start", async () => {
@@ -208,6 +386,22 @@ await test("an aborted download is gone on with by the next call", async () => {
   await download(client, id, path);
   assert.deepEqual(offsets(), [0, 3000]);
   assert.deepEqual(await readFile(path), server.data);
+});
+
+await test("a signal is heard while an earlier part of the file is read back", async () => {
+  const id = holding(some());
+  const partial = `.out.csv.${id}-1.part`;
+  await writeFile(joined(directory, partial), server.data);
+  const controller = new AbortController();
+  const { signal } = controller;
+  const getJob: Client["getJob"] = async (...call) => {
+    const answer = await client.getJob(...call);
+    controller.abort();
+    return answer;
+  };
+  const aborting: Client = { ...client, getJob };
+  await assert.rejects(download(aborting, id, path, { signal }), { name: "AbortError" });
+  assert.deepEqual(await readdir(directory), [partial]);
 });
 
 await test("a partial file with other bytes in it does no harm", async () => {

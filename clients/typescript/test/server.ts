@@ -1,6 +1,7 @@
 /** A server in this process that holds one finished job and does what a test wants of it. */
 
 import { createHash } from "node:crypto";
+import { EventEmitter } from "node:events";
 
 import {
   type handleServerStreamingCall,
@@ -21,6 +22,7 @@ import {
   GetJobResponse,
   Job,
   JobState,
+  RetryInfo,
   Status,
   type StreamDownloadRequest,
   StreamDownloadResponse,
@@ -30,17 +32,26 @@ import {
 
 const CHUNK = 1000;
 
-/** The error of a call: a code of gRPC's and, if it is an answer, a reason of exportd's. */
-export function failure(code: status, why = ""): object {
+/**
+ * The error of a call: a code of gRPC's and, if it is an answer, a reason of exportd's and the
+ * milliseconds after which to ask again.
+ */
+export function failure(code: status, why = "", retryAfter?: number): object {
   const metadata = new Metadata();
+  const details: Any[] = [];
+  const add = (name: string, value: Uint8Array) =>
+    details.push(Any.fromPartial({ typeUrl: `type.googleapis.com/google.rpc.${name}`, value }));
   if (why) {
     const info = ErrorInfo.fromPartial({ reason: why, domain: "exportd" });
-    const detail = Any.fromPartial({
-      typeUrl: "type.googleapis.com/google.rpc.ErrorInfo",
-      value: ErrorInfo.encode(info).finish(),
-    });
-    const details = Status.encode(Status.fromPartial({ code, details: [detail] })).finish();
-    metadata.set("grpc-status-details-bin", Buffer.from(details));
+    add("ErrorInfo", ErrorInfo.encode(info).finish());
+  }
+  if (retryAfter !== undefined) {
+    const info = RetryInfo.fromPartial({ retryDelay: { nanos: retryAfter * 1_000_000 } });
+    add("RetryInfo", RetryInfo.encode(info).finish());
+  }
+  if (details.length > 0) {
+    const encoded = Status.encode(Status.fromPartial({ code, details })).finish();
+    metadata.set("grpc-status-details-bin", Buffer.from(encoded));
   }
   return { code, details: why ? `[${why}] so it is` : "so it is", metadata };
 }
@@ -81,7 +92,7 @@ export function join(parts: readonly PartOf[]): Buffer {
   );
 }
 
-type Message = ReturnType<typeof StreamDownloadResponse.fromPartial>;
+export type Message = ReturnType<typeof StreamDownloadResponse.fromPartial>;
 
 export class ScriptedServer {
   job = jobOf([{ data: Buffer.from("nothing") }]);
@@ -95,6 +106,15 @@ export class ScriptedServer {
     watchJob: [] as WatchJobRequest[],
   };
 
+  /** Where it serves, once it is started. */
+  address = "";
+
+  /** Tells of requests: `getJob`. */
+  readonly heard = new EventEmitter();
+
+  /** Whether GetJob never answers. */
+  silent = false;
+
   /** Errors to answer with, one a call, before all goes well. */
   readonly errors = { createExport: [] as object[], getJob: [] as object[] };
 
@@ -106,8 +126,8 @@ export class ScriptedServer {
 
   private readonly server = new Server();
 
-  /** Serve on a port of loopback; resolves to the address. */
-  async start(): Promise<string> {
+  /** Serve on a port of loopback. */
+  async start(): Promise<void> {
     this.server.addService(ExportServiceService, {
       createExport: this.createExport,
       getJob: this.getJob,
@@ -118,7 +138,10 @@ export class ScriptedServer {
     return new Promise((resolve, reject) => {
       this.server.bindAsync("127.0.0.1:0", credentials, (error, port) => {
         if (error) reject(error);
-        else resolve(`127.0.0.1:${String(port)}`);
+        else {
+          this.address = `127.0.0.1:${String(port)}`;
+          resolve();
+        }
       });
     });
   }
@@ -138,6 +161,8 @@ export class ScriptedServer {
 
   private readonly getJob: handleUnaryCall<GetJobRequest, GetJobResponse> = (call, answer) => {
     this.seen.getJob.push(call.request);
+    this.heard.emit("getJob");
+    if (this.silent) return;
     const error = this.errors.getJob.shift();
     answer(error ?? null, GetJobResponse.fromPartial({ job: this.job }));
   };

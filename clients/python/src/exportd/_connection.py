@@ -240,24 +240,27 @@ class WatchProgress:
     breaks each one off, a watch would go on for ever."""
 
     LASTED = 10.0
-    """Seconds after which a stream was a good one."""
+    """Seconds from its first message after which a stream was a good one. Not from its
+    opening: a host that swallows packets takes long to dial."""
 
     def __init__(self, attempts: Attempts) -> None:
         self._attempts = attempts
         self._revision = -1
-        self._opened = 0.0
+        self._first: float | None = None
 
     def opened(self) -> None:
         """A stream begins."""
-        self._opened = time.monotonic()
+        self._first = None
 
     def came(self, revision: int) -> None:
         """The job came, as it is at this revision."""
+        if self._first is None:
+            self._first = time.monotonic()
         if revision != self._revision:
             self._revision = revision
             self._attempts.progress()
 
     def broken(self) -> None:
         """The stream ended too early."""
-        if time.monotonic() - self._opened >= self.LASTED:
+        if self._first is not None and time.monotonic() - self._first >= self.LASTED:
             self._attempts.progress()
