@@ -165,7 +165,7 @@ def test_wheels_run_on_the_locked_requirements_alone(
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
-    """A copy of this one, as if all of it were committed."""
+    """A copy of this one, as if all of it were committed, with news in its changelog."""
     listed = ("git", "ls-files", "--cached", "--others", "--exclude-standard", "-z")
     names = subprocess.run(listed, check=True, capture_output=True, cwd=ROOT).stdout
     copy = tmp_path / "repository"
@@ -173,6 +173,11 @@ def repository(tmp_path: Path) -> Path:
         if (ROOT / name).is_file():
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, copy / name)
+    changelog = copy / "CHANGELOG.md"
+    notes = changelog.read_text(encoding="utf-8")
+    told = notes.replace("## Unreleased\n\n", "## Unreleased\n\n- News.\n\n", 1)
+    assert told != notes
+    changelog.write_text(told, encoding="utf-8")
     git(copy, "init", "--quiet")
     commit(copy)
     return copy
