@@ -26,22 +26,26 @@ SHOWN_ROWS = 5
 
 @contextlib.contextmanager
 def server(data_dir: Path, rows: int) -> Iterator[str]:
-    """Run a server; gives its address."""
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "exportd_server.cli", "serve"),
-            *("--listen", "127.0.0.1:0", "--data-dir", str(data_dir)),
-            *("--sample-rows", str(rows)),
-            *("--log-level", "warning", "--log-style", "console"),
-        ],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    """Run a server; gives its address. Its log goes to a file in its directory."""
+    data_dir.mkdir(parents=True, exist_ok=True)
+    log = data_dir / "server.log"
+    with log.open("w", encoding="utf-8") as stream:
+        process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "exportd_server.cli", "serve"),
+                *("--listen", "127.0.0.1:0", "--data-dir", str(data_dir)),
+                *("--sample-rows", str(rows)),
+                *("--log-level", "warning", "--log-style", "console"),
+            ],
+            stdout=subprocess.PIPE,
+            stderr=stream,
+            text=True,
+        )
     try:
         assert process.stdout is not None  # noqa: S101 - it is a pipe
         address = process.stdout.readline().strip()
         if not address:
-            sys.exit("the server did not start")
+            sys.exit(f"the server did not start:\n{log.read_text(encoding='utf-8')}")
         yield address
         process.terminate()
         if process.wait(30) != 0:
