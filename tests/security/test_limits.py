@@ -950,6 +950,6 @@ def test_memory_that_is_lent_is_nobody_elses() -> None:
 
 
 async def test_a_reader_that_takes_nothing_costs_little(tmp_path: Path) -> None:
-    figures = await measure(tmp_path, readers=30, idle=30, asks=100, rows=100_000)
+    figures = await measure(tmp_path, readers=60, idle=30, asks=100, rows=100_000)
     # 3 MiB when each held its own read buffer and 1 MiB messages.
     assert figures.per_reader < 1.5
