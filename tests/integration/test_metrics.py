@@ -321,7 +321,6 @@ async def test_names_that_callers_invent_make_no_series(
         await it.until_moved(40, "grpc_server_started_total", grpc_service="unknown")
         after = await scrape(it.address)
         # How long something takes, and how it ended, is not the callers' to name.
-        assert {key for key in after.series if "evil" in str(key)} == set()
         assert after.series.keys() == before.series.keys()
 
 
