@@ -46,6 +46,8 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+# The first test of a class builds, which on a new machine fetches a language's libraries.
+@pytest.mark.timeout(1200)
 @pytest.mark.usefixtures("built")
 class ClientSuite:
     """A language's tests are a class that inherits this one and names the language."""
