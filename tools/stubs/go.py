@@ -7,13 +7,9 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from tools.stubs.base import Generator
+from tools.stubs.base import PROTO, ROOT, Generator, contract
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-PROTO = ROOT / "proto"
 MODULE = ROOT / "clients/go"
 PACKAGE = "exportd.internal/go/exportd/v1"
 PLUGINS = (
@@ -49,7 +45,7 @@ class Go:
                     *(f"--plugin={Path(directory) / Path(p).name}" for p in PLUGINS),
                     *(f"--go_out={target}", f"--go_opt=module={PACKAGE}"),
                     *(f"--go-grpc_out={target}", f"--go-grpc_opt=module={PACKAGE}"),
-                    *map(str, sorted(PROTO.glob("exportd/v1/*.proto"))),
+                    *map(str, contract()),
                 ],
                 check=True,
             )

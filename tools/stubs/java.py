@@ -9,13 +9,9 @@ import subprocess
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from tools.stubs.base import Generator
+from tools.stubs.base import PROTO, ROOT, Generator, contract
 
-ROOT = Path(__file__).resolve().parents[2]
-PROTO = ROOT / "proto"
 MODULE = ROOT / "clients/java"
 
 PLATFORM = "linux-x86_64"
@@ -45,7 +41,11 @@ class Java:
         if here != PLATFORM:
             return f"its binaries are pinned for {PLATFORM}, and this is {here}"
         return next(
-            (f"{tool} is not installed" for tool in ("java", "mvn") if not _found(tool)),
+            (
+                f"{tool} is not installed"
+                for tool in ("java", "mvn")
+                if shutil.which(tool) is None
+            ),
             None,
         )
 
@@ -84,14 +84,10 @@ class Java:
                     *(protoc, f"-I{PROTO}", f"-I{tools / 'include'}"),
                     f"--plugin=protoc-gen-grpc-java={plugin}",
                     *(f"--java_out={target}", f"--grpc-java_out=@generated=omit:{target}"),
-                    *sorted(PROTO.glob("exportd/v1/*.proto")),
+                    *contract(),
                 ],
                 check=True,
             )
-
-
-def _found(tool: str) -> bool:
-    return shutil.which(tool) is not None
 
 
 GENERATOR: Generator = Java()
