@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 
-HEAD = "0008"
+HEAD = "0009"
 """The newest version. Told here so that a database that is up to date, the usual case,
 opens without reading the scripts; a test compares it with them."""
 
