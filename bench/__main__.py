@@ -1,24 +1,37 @@
-"""`python -m bench all|NAME ... [--json]` measures and prints."""
+"""`python -m bench all|NAME ... [--json] [--save]` measures and prints."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+import importlib
+from collections.abc import Iterator
 
-from bench import beside, clients, fleet, memory, reap, s3, sinks, small
 from bench.machine import CACHE
 from bench.report import Result
+from bench.saved import save
 
-BENCHES: dict[str, Callable[[], Iterator[Result]]] = {
-    "small": small.results,
-    "beside": beside.results,
-    "memory": memory.results,
-    "fleet": fleet.results,
-    "s3": s3.results,
-    "reap": reap.results,
-    "sinks": sinks.results,
-    "clients": clients.results,
-}
+BENCHES = (
+    "export",
+    "download",
+    "small",
+    "unary",
+    "beside",
+    "memory",
+    "store",
+    "delivery",
+    "sinks",
+    "scale",
+    "fleet",
+    "reap",
+    "start",
+    "clients",
+)
+
+
+def results(name: str) -> Iterator[Result]:
+    """Measure. A bench is imported when it is its turn: what it needs may not be there."""
+    measured: Iterator[Result] = importlib.import_module(f"bench.{name}").results()
+    return measured
 
 
 def main() -> None:
@@ -26,12 +39,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench")
     parser.add_argument("names", nargs="+", choices=["all", *BENCHES])
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument(
+        "--save", action="store_true", help="keep the figures in bench/results, too"
+    )
     options = parser.parse_args()
     CACHE.mkdir(parents=True, exist_ok=True)
-    names = list(BENCHES) if "all" in options.names else options.names
-    for name in names:
-        for result in BENCHES[name]():
+    for name in BENCHES if "all" in options.names else options.names:
+        found = []
+        for result in results(name):
             print(result.line(as_json=options.json), flush=True)
+            found.append(result)
+        if options.save:
+            save(name, found)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.contest import peak_mib
+
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".data" / "bench"
 """Sample data that is kept between runs."""
@@ -25,11 +27,7 @@ class Measured:
 
     def memory_mib(self) -> float:
         """Peak resident memory of the process since it began, in MiB."""
-        status = Path(f"/proc/{self.pid}/status").read_text(encoding="ascii")
-        kib = next(
-            line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")
-        )
-        return int(kib) / 1024
+        return peak_mib(self.pid)
 
 
 @contextlib.contextmanager

@@ -24,9 +24,9 @@ class Result:
         """The figure as text."""
         if as_json:
             return json.dumps(dataclasses.asdict(self))
-        text = f"{self.name:<44} {self.value:>10.1f} {self.unit}"
+        text = f"{self.name:<44} {figure(self.value):>10} {self.unit}"
         if self.peer_value is not None:
-            text += f"   {self.peer}: {self.peer_value:.1f}"
+            text += f"   {self.peer}: {figure(self.peer_value)}"
         if self.ratio is not None:
             text += f"   ratio {self.ratio:.2f}"
         if self.goal:
@@ -34,8 +34,20 @@ class Result:
         return text
 
 
+def figure(value: float) -> str:
+    """Three digits, or as many as stand before the point."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
 def smaller_is_better(
     name: str, value: float, unit: str, *, peer: str, peer_value: float, goal: str
 ) -> Result:
     """A figure of time or memory beside its peer's."""
     return Result(name, value, unit, peer, peer_value, peer_value / value, goal)
+
+
+def larger_is_better(
+    name: str, value: float, unit: str, *, peer: str, peer_value: float, goal: str
+) -> Result:
+    """A figure of throughput beside its peer's."""
+    return Result(name, value, unit, peer, peer_value, value / peer_value, goal)
