@@ -103,8 +103,16 @@ gen: $(VENV)/.dev ## Generate the stubs, the API and the configuration page
 	$(BIN)/python tools/api_reference.py
 	$(BIN)/python tools/metrics.py
 
-bench: $(VENV)/.dev ## Measure memory, latency and throughput (minutes)
-	$(BIN)/python -m bench all
+BENCH ?= all
+
+bench: $(VENV)/.bench ## Measure exportd beside its peers: BENCH="export download" (an hour)
+	$(BIN)/python -m bench $(BENCH) $(ARGS)
+
+# Peers that cannot be installed are left out of the benches, which say so.
+$(VENV)/.bench: requirements/bench.txt $(VENV)/.dev
+	$(PIP) install --quiet --require-hashes --requirement requirements/bench.txt \
+		|| echo "the peers could not be installed"
+	@touch $@
 
 lock: $(VENV)/.dev ## Resolve the requirements anew
 	$(BIN)/uv pip compile pyproject.toml --group build $(LOCK) \
@@ -113,6 +121,8 @@ lock: $(VENV)/.dev ## Resolve the requirements anew
 		--constraint requirements/runtime.txt --output-file requirements/dev.txt
 	$(BIN)/uv pip compile --group fuzz $(LOCK) \
 		--constraint requirements/dev.txt --output-file requirements/fuzz.txt
+	$(BIN)/uv pip compile --group bench $(LOCK) \
+		--constraint requirements/dev.txt --output-file requirements/bench.txt
 
 LOCK := --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --no-emit-package exportd --no-header
