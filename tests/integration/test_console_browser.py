@@ -48,7 +48,7 @@ async def test_progress_moves_without_loading_the_page_anew(
     await here.running(job_id)
     await sign_in(here, browser, f"/jobs/{job_id}")
     await browser.run("(() => { window.loaded = 'once'; return 1 })()")
-    assert (await browser.text(".state")) == "running"
+    await browser.reads(".state", "running")
     here.held.allow(1)
     await browser.holds(f"{ROWS}.startsWith('1\u202f000')")
     here.held.allow(2)
@@ -108,7 +108,7 @@ async def test_a_job_is_cancelled_with_two_clicks_or_by_keyboard_alone(
     await sign_in(here, browser, f"/jobs/{job_id}")
     await browser.click(".confirm summary")
     await browser.click(".confirm button")
-    assert await browser.text(".notice") == "The job is cancelled."
+    await browser.reads(".notice", "The job is cancelled.")
     assert await here.state(job_id) == "CANCELLED"
 
     job_id = await here.create("held")
@@ -132,9 +132,9 @@ async def test_a_dead_letter_is_sent_again(here: World, browser: Browser) -> Non
     here.sink.behaviour.clear()
     await sign_in(here, browser)
     await browser.click("nav a[href*='DEAD_LETTERED']")
-    assert await browser.text("h1") == "Dead letters"
+    await browser.reads("h1", "Dead letters")
     await browser.click("tbody tr:last-child button")
-    assert await browser.text(".notice") == "1 delivery is sent again."
+    await browser.reads(".notice", "1 delivery is sent again.")
     await here.sink.arrived("a", 1)
     await browser.open(f"{here.base}/console/deliveries?job={job_id}")
     await browser.click("form.actions button")
@@ -253,6 +253,4 @@ async def test_whoever_is_signed_out_meanwhile_is_asked_to_sign_in(
     job_id = await here.create("held")
     await sign_in(here, browser, f"/jobs/{job_id}")
     await browser.emulate("Network.clearBrowserCookies")
-    async with asyncio.timeout(60):
-        while await browser.text("h1") != "Sign in":
-            await asyncio.sleep(0.1)
+    await browser.reads("h1", "Sign in")

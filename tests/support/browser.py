@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import json
 import os
 import re
@@ -76,6 +77,17 @@ class Browser:
         return str(
             await self.run(f"document.querySelector({json.dumps(css)})?.innerText ?? ''")
         )
+
+    async def reads(self, css: str, text: str) -> None:
+        """Wait until the first such element reads so: a click may return before the page
+        has begun to change."""
+        read = await self.text(css)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_SECONDS / 3):
+                while read != text:
+                    await asyncio.sleep(0.02)
+                    read = await self.text(css)
+        assert read == text
 
     async def source(self) -> str:
         """The page's markup; it takes no script in the page."""
