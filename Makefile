@@ -87,6 +87,13 @@ check: $(VENV)/.dev ## Format, lint, types, imports, contract, stubs, audit, lic
 	$(BIN)/python tools/audit.py $(ADVISORIES)
 	$(BIN)/python tools/licences.py --check
 
+long: $(VENV)/.dev ## Run the tests that take minutes: hurt fleets, models, wheels
+	EXPORTD_MODEL_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest --numprocesses 2 \
+		--dist loadfile -m minutes --ignore tests/clients $(ARGS)
+
+# Of each model of the ledger.
+EXAMPLES ?= 100
+
 wheels: $(VENV)/.dev ## Install the wheels on the locked requirements alone, run the demo
 	$(BIN)/python -m pytest -m minutes tests/integration/test_release.py $(ARGS)
 
@@ -130,4 +137,4 @@ LOCK := --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
 clean: ## Remove what the targets made, the virtual environment included
 	rm -rf $(VENV) $(DATA) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-.PHONY: help demo run test torture fuzz stalled check format gen wheels release bench lock clean clients
+.PHONY: help demo run test long torture fuzz stalled check format gen wheels release bench lock clean clients

@@ -1,7 +1,7 @@
 """The ledger against a small model of it, under whatever Hypothesis comes up with.
 
-The model is lists and loops, without SQL, indexes or threads. `EXPORTD_MODEL_EXAMPLES`
-sets how many histories are tried.
+The model is lists and loops, without SQL, indexes or threads. `make long` tries
+more histories, and as many as `EXAMPLES` says.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from hypothesis.stateful import (
     invariant,
     multiple,
     rule,
+    run_state_machine_as_test,
 )
 
 from exportd_server.errors import ErrorReason, ErrorRecord
@@ -1358,13 +1359,26 @@ def database(ledger_database: LedgerDatabase) -> None:
     PostgresMachine.database = ledger_database
 
 
-_SETTINGS = settings(
-    max_examples=int(os.environ.get("EXPORTD_MODEL_EXAMPLES", "40")),
-    stateful_step_count=50,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow],
-)
+def _settings(examples: int) -> settings:
+    return settings(
+        max_examples=examples,
+        stateful_step_count=50,
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+
+
 TestSqliteLedger = SqliteMachine.TestCase
-TestSqliteLedger.settings = _SETTINGS
+TestSqliteLedger.settings = _settings(12)
 TestPostgresLedger = PostgresMachine.TestCase
-TestPostgresLedger.settings = _SETTINGS
+TestPostgresLedger.settings = _settings(12)
+
+
+@pytest.mark.minutes
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("machine", [SqliteMachine, PostgresMachine])
+def test_the_ledger_does_what_the_model_does_for_longer(
+    machine: type[LedgerMachine],
+) -> None:
+    examples = int(os.environ.get("EXPORTD_MODEL_EXAMPLES", "100"))
+    run_state_machine_as_test(machine, settings=_settings(examples))

@@ -1,6 +1,6 @@
 """A fleet that is hurt loses nothing; and whoever looks for losses would find them.
 
-`make torture` does the same for minutes, with many more faults.
+What hurts a fleet is in `make long`; `make torture` does the same with many more faults.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from tests.torture.options import Options
 SHORT = Options(seed=3, seconds=10.0, kills=6, workers=2, apis=2, clients=4, lease=1.5)
 
 
+@pytest.mark.minutes
 @pytest.mark.timeout(240)
 async def test_a_fleet_that_is_hurt_in_every_way_loses_nothing() -> None:
     with running_postgres(durable=True) as server:
@@ -44,6 +45,7 @@ async def test_a_fleet_that_is_hurt_in_every_way_loses_nothing() -> None:
     assert report.claims > report.states["SUCCEEDED"]
 
 
+@pytest.mark.minutes
 @pytest.mark.timeout(240)
 async def test_a_dataset_that_kills_its_worker_fails_and_the_others_go_on() -> None:
     with running_postgres(durable=True) as server:
