@@ -563,6 +563,7 @@ async def test_a_claim_of_a_delivery_takes_no_longer_at_twenty_thousand_queued(
     assert not await on.ledger.has_room(lease)
 
 
+@pytest.mark.minutes
 async def test_a_claim_takes_no_longer_at_a_hundred_thousand_queued_jobs(
     world: World,
 ) -> None:

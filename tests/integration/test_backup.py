@@ -18,6 +18,8 @@ import pytest
 import exportd
 from tests.support.server import ROOT, server_process
 
+pytestmark = pytest.mark.minutes
+
 WAIT = 60.0
 
 

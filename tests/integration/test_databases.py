@@ -20,6 +20,8 @@ from tests.support.flights import ROWS
 from tests.support.postgres import PostgresServer, running_postgres
 from tests.support.server import Server, serve, settings, until
 
+pytestmark = pytest.mark.minutes
+
 CATALOGUE = """
 [connections.lite]
 url = "sqlite:///{sqlite}"

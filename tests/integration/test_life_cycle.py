@@ -263,6 +263,7 @@ async def jobs_of(stand: Stand) -> list[job_pb2.Job]:
     return list(answer.jobs)
 
 
+@pytest.mark.minutes
 async def test_exports_cancelled_at_random_moments_leave_nothing(
     tmp_path: Path, place: Place, stores: list[HoldingStore]
 ) -> None:

@@ -69,6 +69,7 @@ def read(dataset: Dataset, *filters: Filter, columns: tuple[str, ...] = ()) -> p
     return pa.Table.from_batches(batches, stream.schema)
 
 
+@pytest.mark.minutes
 def test_every_flight_comes_back(catalogue_path: Path, flights: pd.DataFrame) -> None:
     table = read(get(catalogue_path, "flights"))
     assert table.num_rows == len(flights) == ROWS

@@ -545,6 +545,7 @@ def next_ones(operation: str, answer: Answer, times: int | None) -> Answers:
     return plan
 
 
+@pytest.mark.minutes
 @pytest.mark.parametrize("call", ["create", "part", "complete"])
 async def test_s3_that_answers_an_upload_amiss_is_asked_again_then_the_attempt_then_the_job(
     tmp_path: Path, s3: Place, proxy: S3Proxy, call: str

@@ -47,6 +47,7 @@ print(json.dumps({"warm": max(resident[:8]), "peak": max(resident),
 """
 
 
+@pytest.mark.minutes
 @pytest.mark.parametrize(
     ("form", "compression"),
     [
