@@ -15,9 +15,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from exportd import AsyncClient, CancelOutcome, Client, JobInfo, JobState, Retry
+from exportd import (
+    SERVICE_CONFIG,
+    AsyncClient,
+    CancelOutcome,
+    Client,
+    JobInfo,
+    JobState,
+    Retry,
+)
 from exportd import errors as e
-from exportd.v1 import dataset_pb2, error_pb2
+from exportd.v1 import (
+    dataset_pb2,
+    error_pb2,
+    export_service_pb2,
+    export_service_pb2_grpc,
+)
 from tests.support.scripted_server import (
     JOB,
     Script,
@@ -80,6 +93,34 @@ def test_a_create_whose_server_is_away_for_a_moment_is_one_job(
     assert job.id == JOB
     assert server.calls["CreateExport"] == 3
     assert len(server.created) == 1  # the same request_id each time
+
+
+def test_what_a_server_that_ends_has_not_begun_is_asked_again(
+    server: ScriptedServer, client: Client
+) -> None:
+    calls = ("CreateExport", "GetJob", "WatchJob")
+    server.script.cancelled = Counter(calls)
+    client.export("token_transfers", format="csv", columns=["a"]).wait()
+    assert client.job(JOB).state is JobState.SUCCEEDED
+    options = [("grpc.service_config", SERVICE_CONFIG)]
+    server.script.cancelled = Counter(("GetJob",))
+    with grpc.insecure_channel(server.address, options=options) as channel:
+        stub = export_service_pb2_grpc.ExportServiceStub(channel)
+        answer = stub.GetJob(export_service_pb2.GetJobRequest(job_id=JOB), timeout=60)
+        assert answer.job.job_id == JOB
+    assert not +server.script.cancelled
+
+
+def test_a_call_whose_client_is_closed_is_not_asked_again(
+    server: ScriptedServer, client: Client
+) -> None:
+    server.script.watch_stays = True
+    server.script.watch = ["RUNNING"]
+    watch = client.job(JOB).watch()
+    next(watch)
+    client.close()
+    with pytest.raises(e.ServerError, match="Channel closed"):
+        next(watch)
 
 
 def test_retries_are_bounded_by_number_and_by_time(server: ScriptedServer) -> None:

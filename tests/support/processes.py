@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import subprocess
@@ -53,6 +54,7 @@ class Processes:
     directory: Path
     environment: dict[str, str]
     members: list[Member] = field(default_factory=list)
+    _numbers: Iterator[int] = field(default_factory=itertools.count)
 
     def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run `exportd-server` to its end."""
@@ -69,7 +71,7 @@ class Processes:
     def start(self, *arguments: str, **settings: Any) -> Member:
         """Start `exportd-server` and wait until it is up; settings are named
         `worker__lease`."""
-        log = self.directory / f"log-{len(self.members)}"
+        log = self.directory / f"log-{next(self._numbers)}"
         own = {f"EXPORTD_{name.upper()}": str(value) for name, value in settings.items()}
         with log.open("w") as stream:
             process = subprocess.Popen(

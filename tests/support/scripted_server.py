@@ -69,6 +69,8 @@ class Script:
         hang_after: Stop sending after so many messages of the first stream.
         pause: Held before each message when given; a test lets it go.
         unavailable: Answer so many calls of a method with UNAVAILABLE, by its name.
+        cancelled: Answer so many with CANCELLED, as one that ends does with what it has
+            not begun.
         download_error: Answer every download with (code, reason, message).
         error_after_cut: Answer every download but the first with (code, reason, message).
         refuse_once: Answer the second download stream with QUOTA_EXCEEDED and a time to
@@ -95,6 +97,7 @@ class Script:
     hang_after: int | None = None
     pause: threading.Semaphore | None = None
     unavailable: Counter[str] = field(default_factory=Counter)
+    cancelled: Counter[str] = field(default_factory=Counter)
     lose_answers: Counter[str] = field(default_factory=Counter)
     download_error: tuple[grpc.StatusCode, str, str] | None = None
     error_after_cut: tuple[grpc.StatusCode, str, str] | None = None
@@ -536,8 +539,12 @@ class ScriptedServer(export_service_pb2_grpc.ExportServiceServicer):
             self.peers.add(context.peer())
             refuse = self.script.unavailable[method] > 0
             self.script.unavailable[method] -= refuse
+            cancel = self.script.cancelled[method] > 0
+            self.script.cancelled[method] -= cancel
         if refuse:
             context.abort(grpc.StatusCode.UNAVAILABLE, "connection refused")
+        if cancel:
+            context.abort(grpc.StatusCode.CANCELLED, "CANCELLED")
 
     def _known(self, job_id: str, context: Any) -> None:
         if self.script.deleted or not job_id.startswith(JOB[:-3]):

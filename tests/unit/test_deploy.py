@@ -26,6 +26,7 @@ from deploy import make_secrets
 from exportd_server.cli import main as command_line
 from exportd_server.platform.metrics import REGISTRY
 from exportd_server.settings import Settings, host_and_port, keys, load_settings, variable
+from tests.support.command_line import parsed
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
@@ -131,21 +132,6 @@ def commands() -> Iterator[tuple[str, list[str]]]:
 COMMANDS = list(commands())
 
 
-def parsed(arguments: Sequence[str]) -> click.Context:
-    """As the command line itself reads them, without running anything."""
-    command: click.Command = command_line
-    name, *rest = arguments
-    context = command.make_context(name, list(rest))
-    while isinstance(command, click.Group):
-        found, sub, rest = command.resolve_command(
-            context, [*context._protected_args, *context.args]
-        )
-        assert sub is not None
-        command = sub
-        context = command.make_context(found, list(rest), parent=context)
-    return context
-
-
 # --- names
 
 
@@ -165,14 +151,14 @@ def test_every_variable_is_a_setting(path: Path) -> None:
 
 @pytest.mark.parametrize(("where", "arguments"), COMMANDS, ids=str)
 def test_every_command_line_is_one(where: str, arguments: list[str]) -> None:
-    assert parsed(arguments).command.name in arguments
+    assert parsed(command_line, arguments).command.name in arguments
 
 
 def test_a_command_line_that_is_none_is_found() -> None:
     with pytest.raises(click.UsageError):
-        parsed(["exportd-server", "serve", "--no-worker"])
+        parsed(command_line, ["exportd-server", "serve", "--no-worker"])
     with pytest.raises(click.UsageError):
-        parsed(["exportd-server", "keys", "make"])
+        parsed(command_line, ["exportd-server", "keys", "make"])
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -238,7 +224,7 @@ def given(
             monkeypatch.delenv(name)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    context = parsed(["exportd-server", *arguments])
+    context = parsed(command_line, ["exportd-server", *arguments])
     flags = {k: v for k, v in context.params.items() if k not in _NOT_SETTINGS}
     serves = context.command.name == "serve"
     return load_settings(file, flags, serves=serves)

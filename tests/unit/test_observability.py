@@ -124,13 +124,15 @@ def test_every_alert_says_how_bad_it_is_and_where_to_read_on() -> None:
         assert rule["annotations"]["summary"].endswith("."), rule
         anchor = f"docs/runbook.md#{rule['alert'].lower()}"
         assert rule["annotations"]["runbook"] == anchor
+        assert rule["annotations"]["see"], rule
     names = [rule["alert"] for rule in alerts()]
     assert len(set(names)) == len(names)
 
 
-def test_summaries_tell_labels_that_the_expression_leaves() -> None:
+def test_annotations_tell_labels_that_the_expression_leaves() -> None:
     for rule in alerts():
-        told = set(re.findall(r"\$labels\.(\w+)", rule["annotations"]["summary"]))
+        texts = " ".join(rule["annotations"].values())
+        told = set(re.findall(r"\$labels\.(\w+)", texts))
         found = named(rule["expr"])
         left = found.grouped or frozenset({"instance"})
         assert told <= left, rule

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 from pathlib import Path
 
@@ -12,14 +11,6 @@ from tools.audit import LOCKS, lock_faults
 from tools.configuration import TARGET, page
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = sorted(
-    path
-    for path in (
-        *ROOT.glob("*.md"),
-        *ROOT.glob("docs/**/*.md"),
-        *ROOT.glob("clients/*/README.md"),
-    )
-)
 
 
 def test_one_command_makes_every_check() -> None:
@@ -54,14 +45,6 @@ def test_one_command_makes_every_check() -> None:
 
 def test_the_configuration_page_is_current() -> None:
     assert TARGET.read_text(encoding="utf-8") == page()
-
-
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_link_in_the_documentation_leads_somewhere(path: Path) -> None:
-    text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
-    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text):
-        if "://" not in target:
-            assert (path.parent / target).exists(), target
 
 
 def test_the_locks_are_complete_and_name_no_place() -> None:

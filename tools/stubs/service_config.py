@@ -19,7 +19,9 @@ RETRY_POLICY = {
     "initialBackoff": "1s",
     "maxBackoff": "5s",
     "backoffMultiplier": 2,
-    "retryableStatusCodes": ["UNAVAILABLE"],
+    # A server that ends cancels the calls that came in just then and that it has not begun.
+    # What the caller cancels itself is never tried again.
+    "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
 }
 
 

@@ -15,6 +15,7 @@ from grpc_reflection.v1alpha import reflection_pb2
 
 from exportd.v1 import export_service_pb2
 from exportd_server.api.interceptors.audit import AuditInterceptor, noting
+from exportd_server.api.interceptors.draining import DrainInterceptor
 from exportd_server.api.interceptors.errors import ErrorInterceptor
 from exportd_server.api.interceptors.identity import IdentityInterceptor
 from exportd_server.api.interceptors.limits import (
@@ -23,15 +24,20 @@ from exportd_server.api.interceptors.limits import (
 )
 from exportd_server.api.interceptors.metrics import MethodDescription, MetricsInterceptor
 from exportd_server.api.interceptors.open_streams import OpenStreamsInterceptor
+from exportd_server.api.interceptors.tracing import TracingInterceptor
 from exportd_server.api.limits import CallerLimits
 from exportd_server.api.reflection import V1_SERVICE, V1ALPHA_SERVICE, add_reflection
 from exportd_server.api.servicer import ExportService
 from exportd_server.identity.authenticator import Authenticator
 from exportd_server.jobs.audit_log import AuditLog
+from exportd_server.platform.tracing import NO_TRACER, Tracer
 
 SERVICE = export_service_pb2.DESCRIPTOR.services_by_name["ExportService"]
 _HANDSHAKE_MS = 10_000
 """In which a new connection must have made TLS and HTTP/2 ready."""
+_LAST_CALLS = 2.0
+"""Seconds in which new calls are refused one by one, while they come, before the
+connections are closed."""
 _LAST_WORDS = 0.5
 """Seconds in which answers that were given are sent, when nothing else is left."""
 _LAST_CHANGES = 5.0
@@ -101,14 +107,18 @@ class GrpcServer:
         limits: ServerLimits,
         caller_limits: CallerLimits,
         audit: AuditLog,
+        tracer: Tracer = NO_TRACER,
     ) -> None:
         services = frozenset({SERVICE.full_name})
         errors = ErrorInterceptor(services)
         self._active = errors.active
+        self._drain = DrainInterceptor(services)
         # The first is the outermost.
         self._server = grpc.aio.server(
             interceptors=(
                 MetricsInterceptor(_measured()),
+                TracingInterceptor(services, tracer),
+                self._drain,
                 CapacityInterceptor(services, limits.max_calls, limits.request_timeout),
                 OpenStreamsInterceptor(
                     services, limits.max_calls // 10, limits.max_open_seconds
@@ -148,9 +158,14 @@ class GrpcServer:
     async def stop(self, grace: float) -> None:
         """Refuse new calls; those under way have `grace` seconds to end. Of those that are
         cut then, changes that have begun are waited for."""
-        stopping = asyncio.create_task(self._server.stop(grace))
+        end = asyncio.get_running_loop().time() + grace
         with suppress(TimeoutError):
-            async with asyncio.timeout(grace):
+            async with asyncio.timeout(min(grace, _LAST_CALLS)):
+                await self._drain.refuse()
+        left = max(0.0, end - asyncio.get_running_loop().time())
+        stopping = asyncio.create_task(self._server.stop(left))
+        with suppress(TimeoutError):
+            async with asyncio.timeout_at(end):
                 await self._active.none()
                 # Those who watch health would stay until the end of the grace.
                 await self._server.stop(_LAST_WORDS)

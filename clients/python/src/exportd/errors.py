@@ -297,10 +297,15 @@ _BY_CODE: Mapping[grpc.StatusCode, type[ExportdError]] = {
     grpc.StatusCode.RESOURCE_EXHAUSTED: QuotaExceeded,
     grpc.StatusCode.DATA_LOSS: DataLoss,
     grpc.StatusCode.UNAVAILABLE: Unavailable,
+    # Of a server that ended before it began the call.
+    grpc.StatusCode.CANCELLED: Unavailable,
     grpc.StatusCode.DEADLINE_EXCEEDED: TimedOut,
     grpc.StatusCode.UNAUTHENTICATED: AccessDenied,
     grpc.StatusCode.PERMISSION_DENIED: AccessDenied,
 }
+
+_CLOSED = "Channel closed!"
+"""What gRPC tells of a call whose channel was closed on this side."""
 
 
 class _FailedCall(Protocol):
@@ -417,6 +422,8 @@ def _make(
     details: _Details,
 ) -> ExportdError:
     kind = _BY_REASON.get(reason) or _BY_CODE.get(code, ServerError)
+    if _CLOSED in message:
+        kind = ServerError
     if kind is Unavailable and not reason:
         message = (
             f"cannot reach exportd at {address}: {message or 'no answer'}; "

@@ -171,6 +171,8 @@ def _require_version(connection: Connection, where: object, mend: str) -> None:
     if found is None:
         raise ConfigurationError(f"ledger {where}: there are no tables yet; {mend}")
     if found not in schema.known():
+        if schema.is_compatible(connection.scalar(sa.text(schema.COMPATIBLE))):
+            return
         raise ConfigurationError(schema.too_new(where, found))
     raise ConfigurationError(
         f"ledger {where}: its tables have version {found} and this release needs "

@@ -97,9 +97,9 @@ class Address:
         async with asyncio.timeout(2 * _CONNECT_SECONDS):
             return await psycopg.AsyncConnection.connect(**self.parameters, autocommit=True)
 
-    def check(self) -> None:
-        """Make sure that a ledger of this release is there and may be used; blocks.
-        Raises `ConfigurationError`."""
+    def check(self) -> str:
+        """Make sure that a ledger that this release works on is there and may be used;
+        blocks. Returns the version of its tables. Raises `ConfigurationError`."""
         with self._told(), self._reach() as connection:
             self._require_server(connection)
             if not _has_ledger(connection):
@@ -108,14 +108,22 @@ class Address:
                     "`exportd-server migrate`"
                 )
             self._require_rights(connection)
-            version = _one(connection, "SELECT version_num FROM alembic_version")
-            if version != schema.HEAD:
-                if version not in schema.known():
-                    raise ConfigurationError(schema.too_new(self.shown, version))
-                raise ConfigurationError(
-                    f"ledger {self.shown}: its tables have version {version} and this "
-                    f"release needs {schema.HEAD}; run `exportd-server migrate`"
-                )
+            version = str(_one(connection, "SELECT version_num FROM alembic_version"))
+            if version == schema.HEAD:
+                return version
+            if version not in schema.known():
+                if schema.is_compatible(_one(connection, schema.COMPATIBLE)):
+                    return version
+                raise ConfigurationError(schema.too_new(self.shown, version))
+            pause = (
+                "processes that run may go on meanwhile"
+                if version >= schema.COMPATIBLE_FROM
+                else "end all processes of the release before first"
+            )
+            raise ConfigurationError(
+                f"ledger {self.shown}: its tables have version {version} and this release "
+                f"needs {schema.HEAD}; run `exportd-server migrate`; {pause}"
+            )
 
     def migrate(self) -> tuple[str | None, str]:
         """Bring the tables to this release's version; blocks. Returns the version before,

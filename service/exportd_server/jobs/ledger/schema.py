@@ -15,9 +15,18 @@ if TYPE_CHECKING:
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 
-HEAD = "0009"
+HEAD = "0010"
 """The newest version. Told here so that a database that is up to date, the usual case,
 opens without reading the scripts; a test compares it with them."""
+
+COMPATIBLE_FROM = "0009"
+"""The oldest version whose release works on tables of `HEAD`, because the migrations since
+only added what that release need not know. It is written beside the tables, where a release
+of before reads it. Set it to `HEAD` with a migration that takes away or changes what such a
+release uses, or whose rows it could not read; a test holds it to the scripts."""
+
+COMPATIBLE = "SELECT value FROM counters WHERE name = 'compatible_from'"
+"""Asks tables of a later version for the oldest one whose release works on them."""
 
 
 def upgrade(connection: Connection, where: object) -> None:
@@ -35,6 +44,11 @@ def upgrade(connection: Connection, where: object) -> None:
     config = _config()
     config.attributes["connection"] = connection
     command.upgrade(config, "head")
+    connection.execute(sa.text("DELETE FROM counters WHERE name = 'compatible_from'"))
+    connection.execute(
+        sa.text("INSERT INTO counters (name, value) VALUES ('compatible_from', :oldest)"),
+        {"oldest": int(COMPATIBLE_FROM)},
+    )
 
 
 def version(connection: Connection, where: object) -> str | None:
@@ -59,6 +73,12 @@ def known() -> set[str]:
 
     scripts = ScriptDirectory.from_config(_config())
     return {script.revision for script in scripts.walk_revisions()}
+
+
+def is_compatible(compatible_from: int | None) -> bool:
+    """Whether this release works on tables of a version that it does not know, by what
+    `COMPATIBLE` tells of them; None when they tell nothing."""
+    return compatible_from is not None and compatible_from <= int(HEAD)
 
 
 def too_new(where: object, found: str) -> str:
