@@ -124,7 +124,7 @@ $(VENV)/.bench: requirements/bench.txt $(VENV)/.dev
 lock: $(VENV)/.dev ## Resolve the requirements anew
 	$(BIN)/uv pip compile pyproject.toml --group build $(LOCK) \
 		--output-file requirements/runtime.txt
-	$(BIN)/uv pip compile pyproject.toml --group build --group dev $(LOCK) \
+	$(BIN)/uv pip compile pyproject.toml --extra tracing --group build --group dev $(LOCK) \
 		--constraint requirements/runtime.txt --output-file requirements/dev.txt
 	$(BIN)/uv pip compile --group fuzz $(LOCK) \
 		--constraint requirements/dev.txt --output-file requirements/fuzz.txt

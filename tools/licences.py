@@ -10,12 +10,22 @@ from __future__ import annotations
 
 import re
 import sys
-from importlib.metadata import Distribution, PackageNotFoundError, distribution
+import tomllib
+from importlib.metadata import (
+    Distribution,
+    PackageNotFoundError,
+    distribution,
+    requires,
+)
 from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "requirements/runtime.txt"
 PAGE = ROOT / "docs/licences.md"
+PROJECT = ROOT / "pyproject.toml"
 
 ALLOWED = {
     *("MIT", "Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "PSF-2.0", "MPL-2.0", "CC0-1.0"),
@@ -41,6 +51,22 @@ def locked() -> list[str]:
     return sorted(re.findall(r"^([A-Za-z0-9._-]+)==", LOCK.read_text(), re.MULTILINE))
 
 
+def added() -> list[str]:
+    """What the extras of the server bring besides."""
+    project = tomllib.loads(PROJECT.read_text())["project"]
+    extras = project["optional-dependencies"].values()
+    left = [Requirement(each).name for extra in extras for each in extra]
+    found: set[str] = set()
+    while left:
+        name = canonicalize_name(left.pop())
+        if name in found or name in locked():
+            continue
+        found.add(name)
+        needed = [Requirement(each) for each in requires(name) or ()]
+        left += [n.name for n in needed if not n.marker or n.marker.evaluate({"extra": ""})]
+    return sorted(found)
+
+
 def licence_of(package: Distribution) -> str:
     """What the package says, as an SPDX expression; empty when it says nothing."""
     said = package.metadata.json
@@ -57,7 +83,7 @@ def faults_and_page() -> tuple[list[str], str]:
     """What is not allowed, and the list."""
     faults = []
     lines = []
-    for name in locked():
+    for name in sorted([*locked(), *added()]):
         try:
             found = licence_of(distribution(name))
         except PackageNotFoundError:
@@ -68,7 +94,8 @@ def faults_and_page() -> tuple[list[str], str]:
             faults.append(f"{name}: licence {found!r} is not among those allowed")
         lines.append(f"| {name} | {found} |\n")
     head = (
-        "# Licences\n\nOf the packages that a server runs on, as each of them states it. "
+        "# Licences\n\nOf the packages that a server runs on, those of its extras among "
+        "them, as each of them states it. "
         "`python tools/licences.py` makes this page, and `make check` holds it to the "
         "truth.\n\n| Package | Licence |\n|---|---|\n"
     )

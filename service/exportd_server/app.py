@@ -16,24 +16,18 @@ from prometheus_client import start_http_server
 
 from exportd_server import samples
 from exportd_server.api.chunks import ChunkMemory
-from exportd_server.api.console.reading import MOST_FORM
 from exportd_server.api.download import DownloadOptions, Downloads
-from exportd_server.api.http import AddRoutes, HttpServer
-from exportd_server.api.http_audit import HttpAudit
-from exportd_server.api.http_download import HttpDownloads
 from exportd_server.api.interceptors.identity import caller
 from exportd_server.api.limits import CallerLimits, RequestRates, Slots
 from exportd_server.api.link import LinkKeys
 from exportd_server.api.server import GrpcServer, ServerLimits
 from exportd_server.api.servicer import ExportService
-from exportd_server.api.tls import ServerTls, TlsFiles
 from exportd_server.api.urls import DownloadUrls, HttpLinks, UrlOptions
 from exportd_server.delivery.sinks import Sinks
 from exportd_server.encoders.base import Format
 from exportd_server.errors import ConfigurationError, StoreFailed
 from exportd_server.identity.authenticator import Authenticator
 from exportd_server.identity.base import KeyStore, Scope
-from exportd_server.identity.certificates import CertificateCallers, CertificateName
 from exportd_server.identity.file import FileKeyStore
 from exportd_server.identity.keys import KeyRing
 from exportd_server.jobs.audit_keys import AuditedKeyStore
@@ -42,10 +36,6 @@ from exportd_server.jobs.audit_spool import AuditSpool
 from exportd_server.jobs.exporting import ExportOptions
 from exportd_server.jobs.housekeeping import Housekeeping
 from exportd_server.jobs.ledger.base import Ledger
-from exportd_server.jobs.ledger.postgres import (
-    migrate_postgres_ledger,
-    open_postgres_ledger,
-)
 from exportd_server.jobs.ledger.sql import SqlLedger
 from exportd_server.jobs.ledger.sqlite import open_sqlite_ledger
 from exportd_server.jobs.manager import JobManager, Policy
@@ -66,11 +56,14 @@ from exportd_server.platform.clock import Clock, SystemClock
 from exportd_server.platform.malloc import release_free_memory
 from exportd_server.platform.sealing import Fingerprints, Sealer
 from exportd_server.platform.secrets import kept_key
+from exportd_server.platform.tracing import NO_TRACER, Tracer
 from exportd_server.settings import (
     IdentitySettings,
     JwtSettings,
     Settings,
+    TracingSettings,
     host_and_port,
+    read_headers,
 )
 from exportd_server.sinks.connections import Connections, load_connections
 from exportd_server.sinks.registry import SinkTypes
@@ -79,13 +72,26 @@ from exportd_server.store.base import OutputStore, UrlSigner
 from exportd_server.store.local import LocalStore
 from exportd_server.store.measured import measured
 
+# What not every server needs is imported by the function that needs it: the PostgreSQL
+# driver, the HTTP server and the reader of certificates cost each start 0.2 s and 25 MiB.
 if TYPE_CHECKING:
+    from exportd_server.api.http import AddRoutes, HttpServer
+    from exportd_server.api.tls import ServerTls
+    from exportd_server.identity.certificates import CertificateName
     from exportd_server.identity.tokens import TokenVerifier
 
 log = structlog.get_logger(__name__)
 
+_TRACES_SECONDS = 2.0
+"""In which spans that still wait are sent, once everything else has ended."""
 _AUDIT_SECONDS = 5.0
 """In which audit records that still wait are kept, once everything else has ended."""
+
+
+NO_TRACING = (
+    "tracing.endpoint: needs what the extra `tracing` brings, and it is not installed; run "
+    "pip install 'exportd-server[tracing]', or remove the setting"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +132,7 @@ async def serving(
     stop = asyncio.Event()
     tls = await asyncio.to_thread(_open_tls, settings)
     async with (
+        _tracing(settings.tracing) as tracer,
         _wired(settings, catalogue, sink_types) as parts,
         _identifying(settings, parts.keys) as authenticator,
         _auditing(parts) as audit,
@@ -143,7 +150,9 @@ async def serving(
             tenant=lambda _context: caller().tenant,
             fingerprints=parts.fingerprints,
         )
-        server = GrpcServer(service, authenticator, _server_limits(settings), limits, audit)
+        server = GrpcServer(
+            service, authenticator, _server_limits(settings), limits, audit, tracer
+        )
         try:
             port, certificate_port = _listen(server, settings, tls)
         except ConfigurationError:
@@ -151,7 +160,8 @@ async def serving(
                 await http.server.stop(0)
             raise
         await server.start()
-        worker = _Background(parts, stop, urls) if settings.worker.enabled else None
+        enabled = settings.worker.enabled
+        worker = _Background(parts, stop, urls, tracer) if enabled else None
         log.info(
             "serving",
             listen=f"{settings.listen.rpartition(':')[0]}:{port}",
@@ -191,9 +201,12 @@ async def working(
     that has it end. See `serving`."""
     refuse_embedded(settings, "workers alone")
     stop = asyncio.Event()
-    async with _wired(settings, catalogue, sink_types) as parts:
+    async with (
+        _tracing(settings.tracing) as tracer,
+        _wired(settings, catalogue, sink_types) as parts,
+    ):
         manager = _manager(parts)
-        worker = _Background(parts, stop, _download_urls(parts, manager, None))
+        worker = _Background(parts, stop, _download_urls(parts, manager, None), tracer)
         log.info("working", workers=settings.worker.concurrency)
         try:
             yield stop
@@ -207,7 +220,9 @@ async def working(
 class _Background:
     """A worker at work. One that ends by itself sets `stop`."""
 
-    def __init__(self, parts: _Parts, stop: asyncio.Event, urls: DownloadUrls) -> None:
+    def __init__(
+        self, parts: _Parts, stop: asyncio.Event, urls: DownloadUrls, tracer: Tracer
+    ) -> None:
         self._worker = Worker(
             parts.ledger,
             parts.store,
@@ -223,6 +238,7 @@ class _Background:
             parts.sinks,
             _worker_options(parts.settings),
             links=urls.for_delivery if urls.available else None,
+            tracer=tracer,
         )
         self._running = asyncio.create_task(self._worker.run())
         self._running.add_done_callback(lambda _task: stop.set())
@@ -307,6 +323,10 @@ async def key_store(settings: Settings) -> AsyncIterator[KeyStore]:
         spool = AuditSpool(settings.data_dir)
         yield AuditedKeyStore(FileKeyStore(settings.data_dir), spool.append, clock)
         return
+    from exportd_server.jobs.ledger.postgres import (  # noqa: PLC0415 - see above
+        open_postgres_ledger,
+    )
+
     ledger = await open_postgres_ledger(ledger_url(settings), connections=1)
     try:
         yield AuditedKeyStore(
@@ -314,6 +334,27 @@ async def key_store(settings: Settings) -> AsyncIterator[KeyStore]:
         )
     finally:
         await ledger.close()
+
+
+@contextlib.asynccontextmanager
+async def _tracing(settings: TracingSettings) -> AsyncIterator[Tracer]:
+    """What records traces, if the settings say where they go."""
+    if not settings.endpoint:
+        yield NO_TRACER
+        return
+    try:
+        from exportd_server.platform.otel import (  # noqa: PLC0415 - an extra
+            OtelTracer,
+        )
+    except ModuleNotFoundError as error:
+        raise ConfigurationError(NO_TRACING) from error
+    tracer = OtelTracer(
+        settings.endpoint, settings.sample_ratio, read_headers(settings.headers)
+    )
+    try:
+        yield tracer
+    finally:
+        await tracer.close(_TRACES_SECONDS)
 
 
 @contextlib.asynccontextmanager
@@ -347,6 +388,10 @@ async def _identifying(settings: Settings, keys: KeyStore) -> AsyncIterator[Auth
         if identity.jwt.issuer:
             tokens = await _open_tokens(identity.jwt, stack)
         if identity.mtls:
+            from exportd_server.identity.certificates import (  # noqa: PLC0415 - see above
+                CertificateCallers,
+            )
+
             callers = CertificateCallers(certificate_callers(identity), SystemClock())
         yield Authenticator(ring, tokens, callers)
 
@@ -393,6 +438,10 @@ def certificate_callers(
     identity: IdentitySettings,
 ) -> dict[CertificateName, tuple[str, list[Scope]]]:
     """Whom names in certificates stand for. Raises `ConfigurationError`."""
+    from exportd_server.identity.certificates import (  # noqa: PLC0415 - see above
+        CertificateName,
+    )
+
     callers: dict[CertificateName, tuple[str, list[Scope]]] = {}
     for each in identity.mtls:
         ((kind, text),) = (
@@ -411,6 +460,8 @@ def _open_tls(settings: Settings) -> ServerTls | None:
     tls = settings.tls
     if tls.cert_file is None or tls.key_file is None:
         return None
+    from exportd_server.api.tls import ServerTls, TlsFiles  # noqa: PLC0415 - see above
+
     return ServerTls(TlsFiles(tls.cert_file, tls.key_file, tls.client_ca_file))
 
 
@@ -563,6 +614,12 @@ async def _open_http(
     settings = parts.settings
     if not settings.http.listen:
         return None
+    from exportd_server.api.http import HttpServer  # noqa: PLC0415 - see above
+    from exportd_server.api.http_audit import HttpAudit  # noqa: PLC0415 - see above
+    from exportd_server.api.http_download import (  # noqa: PLC0415 - see above
+        HttpDownloads,
+    )
+
     host, port = host_and_port("http.listen", settings.http.listen)
     secrets = await asyncio.to_thread(_http_keys, settings)
     keys = LinkKeys(secrets)
@@ -576,12 +633,18 @@ async def _open_http(
         limits,
     )
     routes: list[AddRoutes] = [HttpAudit(audit).add_to, downloads.add_routes]
+    max_form = 0
     if settings.http.console:
+        from exportd_server.api.console.reading import (  # noqa: PLC0415 - see above
+            MOST_FORM,
+        )
+
         routes.append(_console(settings, manager, limits, audit, authenticator, secrets))
+        max_form = MOST_FORM
     server = HttpServer(
         *routes,
         max_connections=settings.limits.max_http_connections,
-        max_form=MOST_FORM if settings.http.console else 0,
+        max_form=max_form,
     )
     try:
         port = await server.start(host, port)
@@ -666,11 +729,19 @@ def migrate(settings: Settings) -> tuple[str | None, str]:
             "ledger.url: the embedded ledger is brought up to date when it is opened; "
             "migrate is for EXPORTD_LEDGER__URL=postgresql://..."
         )
+    from exportd_server.jobs.ledger.postgres import (  # noqa: PLC0415 - see above
+        migrate_postgres_ledger,
+    )
+
     return migrate_postgres_ledger(ledger_url(settings))
 
 
 async def _open_ledger(settings: Settings, clock: Clock) -> SqlLedger:
     if not is_embedded(settings):
+        from exportd_server.jobs.ledger.postgres import (  # noqa: PLC0415 - see above
+            open_postgres_ledger,
+        )
+
         return await open_postgres_ledger(
             ledger_url(settings),
             max_attempts=settings.worker.max_attempts,

@@ -7,12 +7,13 @@ import difflib
 import ipaddress
 import json
 import os
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from pydantic import (
     BaseModel,
@@ -488,6 +489,75 @@ class MetricsSettings(Section):
     )
 
 
+class TracingSettings(Section):
+    """Where traces go, by OpenTelemetry. Needs the extra `tracing`."""
+
+    endpoint: str = Field(
+        "",
+        description="`http://HOST:PORT` or `https://HOST:PORT` of what takes OTLP over "
+        "gRPC, usually at port 4317; empty: nothing is traced",
+    )
+    sample_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
+        1.0,
+        description="share of calls that are traced, of those that come without a trace; "
+        "of others the caller has decided",
+    )
+    headers: SecretStr = Field(
+        SecretStr(""),
+        description="`name=value` with commas between, sent along with traces, such as "
+        "`authorization=Bearer%20TOKEN`; values are percent-encoded",
+    )
+
+    @field_validator("endpoint")
+    @classmethod
+    def _is_an_endpoint(cls, text: str) -> str:
+        if not text:
+            return text
+        try:
+            url = parse_url(text, {"https", "http"})
+        except BadUrl as error:
+            raise ValueError(f"is no URL: it {error}") from None
+        ((_, port),) = url.hosts
+        if url.user or url.password or url.path or "?" in text or port is None:
+            raise ValueError(
+                "must be http://HOST:PORT or https://HOST:PORT and no more; credentials go "
+                "to tracing.headers"
+            )
+        return text
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if not self.headers.get_secret_value():
+            return self
+        read_headers(self.headers)
+        if not self.endpoint:
+            raise ValueError("endpoint is missing; without it headers go nowhere")
+        url = parse_url(self.endpoint, {"https", "http"})
+        ((host, _),) = url.hosts
+        if url.scheme == "http" and not is_loopback(host.strip("[]")):
+            raise ValueError(
+                "headers could be read on the way; give an endpoint of https://..., or of "
+                "http:// on this very machine"
+            )
+        return self
+
+
+def read_headers(text: SecretStr) -> dict[str, str]:
+    """The pairs of `tracing.headers`. Raises `ValueError`, which repeats no value."""
+    read: dict[str, str] = {}
+    for pair in filter(None, map(str.strip, text.get_secret_value().split(","))):
+        name, equals, value = (part.strip() for part in pair.partition("="))
+        value = unquote(value)
+        # What metadata of gRPC may be; names ending in -bin have bytes.
+        known = re.fullmatch(r"[0-9a-z_.-]+(?<!-bin)", name.lower())
+        if not (equals and known and re.fullmatch(r"[ -~]+", value)):
+            raise ValueError(
+                "headers must be name=value with commas between, each value percent-encoded"
+            )
+        read[name.lower()] = value
+    return read
+
+
 class DownloadSettings(Section):
     """How downloads are sent."""
 
@@ -627,6 +697,7 @@ class Settings(BaseSettings):
     identity: IdentitySettings = IdentitySettings()
     tls: TlsSettings = TlsSettings()
     metrics: MetricsSettings = MetricsSettings()
+    tracing: TracingSettings = TracingSettings()
     log: LogSettings = LogSettings()
 
     @classmethod

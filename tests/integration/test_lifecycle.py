@@ -632,6 +632,27 @@ async def test_a_clean_stop_gives_the_work_back_uncounted(tmp_path: Path) -> Non
         assert gate.skipped == [0, 3 * BATCH_ROWS]
 
 
+async def test_a_part_that_is_gone_before_the_output_is_published_begins_it_anew(
+    tmp_path: Path,
+) -> None:
+    """A ledger that was restored may name parts that were deleted since."""
+    gate = GateSource()
+    options = {"drain_timeout": 0.2}
+    async with serve(settings(tmp_path, **options), catalogue_of(gated=gate)) as server:
+        job = await rpc.create(server.stub, "gated", max_part_rows=BATCH_ROWS)
+        gate.allow(3)
+        await rows_of(server, job.job_id, 3 * BATCH_ROWS)
+    server.files()[0].unlink()
+    gate.open_wide()
+    async with serve(settings(tmp_path, **options), catalogue_of(gated=gate)) as server:
+        job = await rpc.finish(server.stub, job.job_id)
+        assert job.state == job_pb2.JOB_STATE_SUCCEEDED
+        assert job.generation == 2
+        assert gate.skipped == [0, 3 * BATCH_ROWS, 0]
+        data = await rpc.download(server.stub, job.job_id)
+        assert data.decode().split()[1:] == [f"{n},{n}" for n in range(10 * BATCH_ROWS)]
+
+
 async def test_a_full_disk_fails_the_job_cleanly_and_the_server_lives_on(
     tmp_path: Path,
 ) -> None:

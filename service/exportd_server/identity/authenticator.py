@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from exportd_server.errors import Unauthenticated
 from exportd_server.identity.base import ANYBODY, Principal
-from exportd_server.identity.certificates import CertificateCallers
 from exportd_server.identity.keys import PREFIX, KeyRing
+
+if TYPE_CHECKING:
+    # What it is made of takes a while to load, and most do without.
+    from exportd_server.identity.certificates import CertificateCallers
 
 
 class Tokens(Protocol):

@@ -116,6 +116,15 @@ class Deliverer:
             with structlog.contextvars.bound_contextvars(
                 sink=work.sink.name, queue=work.sink.queue, delivery_id=work.delivery_id
             ):
+                held.span.set(
+                    {
+                        "exportd.sink": work.sink.name,
+                        "exportd.dataset": work.job.spec.dataset,
+                        "exportd.format": work.job.spec.output.format.value,
+                        "exportd.attempt": work.attempt,
+                        "exportd.delivers": _what(work),
+                    }
+                )
                 limits = self._sinks.limits(work.sink.type, work.sink.connection)
                 if work.disabled:
                     await self._failed(held, work, _DISABLED)
@@ -216,6 +225,7 @@ class Deliverer:
         labels = (work.sink.type, work.sink.connection)
         limits = self._sinks.limits(*labels)
         record = ErrorRecord.of(error)
+        held.span.fail(record.reason.value)
         retry_in: timedelta | None = None
         disable_after: timedelta | None = None
         gone = False

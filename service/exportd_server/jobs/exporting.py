@@ -7,7 +7,7 @@ import secrets
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -27,7 +27,7 @@ from exportd_server.jobs.leases import GivenBack, Held, Leases
 from exportd_server.jobs.ledger.base import Lease, LeaseLost, Ledger, TaskKind, Totals
 from exportd_server.jobs.lower import output_columns, to_query
 from exportd_server.jobs.manager import Policy
-from exportd_server.jobs.manifest import store_manifest
+from exportd_server.jobs.manifest import missing_parts, store_manifest
 from exportd_server.jobs.model import Job, Manifest, PartRecord
 from exportd_server.jobs.planning import make_plan
 from exportd_server.jobs.strays import Strayable, Strays
@@ -40,6 +40,7 @@ from exportd_server.pipeline.run import (
 )
 from exportd_server.platform import metrics, metrics_exports
 from exportd_server.platform.threads import in_daemon_thread
+from exportd_server.platform.tracing import NO_TRACER, Attributes, Span, Tracer
 from exportd_server.platform.waits import Backoff, first
 from exportd_server.sinks.base import Takes
 from exportd_server.sources.base import Query, SourceChanged
@@ -70,6 +71,14 @@ class ExportOptions:
     retry: Backoff = _RETRY
 
 
+class PartsLost(Exception):
+    """So many parts that the ledger has recorded are not in the store."""
+
+    def __init__(self, parts: int) -> None:
+        self.parts = parts
+        super().__init__(f"{parts} parts")
+
+
 @dataclass(slots=True)
 class _Patience:
     """Seconds that a task may yet wait for room in queues."""
@@ -90,6 +99,7 @@ class Exporter:
         leases: Leases,
         anchors: Anchors,
         options: ExportOptions,
+        tracer: Tracer = NO_TRACER,
     ) -> None:
         self._ledger = ledger
         self._store = store
@@ -98,11 +108,14 @@ class Exporter:
         self._leases = leases
         self._anchors = anchors
         self._options = options
+        self._tracer = tracer
         self._strays = Strays()
+        self._first_token = 2**63
 
     async def export(self, held: Held) -> str:
         """Work on a task until its end is recorded; returns what it came to, as
         `exportd_attempts_total` has it. Raises `LeaseLost` or `GivenBack`."""
+        self._first_token = min(self._first_token, held.lease.token)
         try:
             async with self._leases.fenced(held):
                 await self._plan_and_run(held)
@@ -119,8 +132,13 @@ class Exporter:
 
     async def _record_failure(self, held: Held, error: Exception) -> str:
         lease = held.lease
-        if isinstance(error, SourceChanged):
-            log.info("source changed, output begins anew")
+        if isinstance(error, SourceChanged | PartsLost):
+            if isinstance(error, PartsLost):
+                log.warning(
+                    "recorded parts are gone, output begins anew", parts=error.parts
+                )
+            else:
+                log.info("source changed, output begins anew")
             await held.insist(lambda: self._ledger.restart_output(lease))
             return "restarted"
         record, retry_in = self._judge(lease, error)
@@ -161,7 +179,8 @@ class Exporter:
         done: list[PartRecord] = []
         if lease.kind is TaskKind.PLAN:
             # A plan that was just recorded has no parts of an earlier attempt.
-            await self._plan(held, dataset, query, time_cap)
+            with self._step("plan", held, job):
+                await self._plan(held, dataset, query, time_cap)
         else:
             done = await held.insist(lambda: self._ledger.shard_parts(lease))
         await self._run_shard(held, job, dataset, query, done, time_cap)
@@ -256,13 +275,32 @@ class Exporter:
             check=caps.check,
             max_bytes_in_flight=self._options.max_bytes_in_flight,
         )
-        async with self._progress(held, run, caps):
-            await _run_in_thread(held, run, self._strays, self._overdue(run, time_cap))
-        await self._settle_caps(held, run, caps)
-        last = await held.insist(lambda: self._ledger.complete_unless_last(lease))
+        with self._step("shard", held, job) as span:
+            span.set({"exportd.shard": lease.shard.index})
+            async with self._progress(held, run, caps):
+                await _run_in_thread(held, run, self._strays, self._overdue(run, time_cap))
+            await self._settle_caps(held, run, caps)
+            last = await held.insist(lambda: self._ledger.complete_unless_last(lease))
+            span.set({"exportd.rows": run.rows})
         if last is not None:
-            await self._publish(held, job, last)
+            # All shards together may have more than each of them by itself.
+            check_parts(len(last.all_parts))
+            with self._step("publish", held, job):
+                await self._publish(held, job, last)
             log.info("job succeeded", rows=run.rows, bytes=run.bytes)
+
+    def _step(self, name: str, held: Held, job: Job) -> AbstractContextManager[Span]:
+        """A span for a step of a job. Steps stand side by side in the job's trace, because
+        one around them might be lost with its process."""
+        return self._tracer.span(
+            name,
+            attributes={
+                **traced_as(held.lease),
+                "exportd.dataset": job.spec.dataset,
+                "exportd.format": job.spec.output.format.value,
+            },
+            expected=(LeaseLost, GivenBack),
+        )
 
     async def _overdue(self, run: ShardRun, time_cap: TimeCap) -> ExportFailed:
         """Wait until the run has taken too long; returns what that makes of it."""
@@ -275,14 +313,22 @@ class Exporter:
             await asyncio.sleep(_least(left, time_cap.left))
 
     async def _publish(self, held: Held, job: Job, manifest: Manifest) -> None:
-        """Store the manifest, and only then have the job succeed."""
+        """Store the manifest, and only then have the job succeed. Raises `PartsLost`."""
         lease = held.lease
+        # A restored ledger may name parts that were deleted since the backup. A fleet is
+        # stopped to be restored, so they are older than all that this process has held.
+        if any(part.token < self._first_token for part in manifest.all_parts):
+            missing = await held.unless_stopped(missing_parts(self._store, job, manifest))
+            if missing:
+                raise PartsLost(len(missing))
         await held.unless_stopped(
             in_daemon_thread(
                 lambda: store_manifest(self._store, job, manifest, lease.token), "manifest"
             )
         )
-        await held.insist(lambda: self._ledger.complete_shard(lease, manifest=True))
+        # With the job its leases end, this one too, which is no news to anybody here.
+        with held.changing():
+            await held.insist(lambda: self._ledger.complete_shard(lease, manifest=True))
 
     async def _record(
         self,
@@ -358,9 +404,6 @@ class Exporter:
             own = Totals(run.rows, run.bytes, run.row_errors)
             caps.others(total, own)
             caps.check(*own)
-        job = await held.insist(lambda: self._ledger.get_job(lease.tenant, lease.job_id))
-        if job is not None:
-            check_parts(_parts(job))
 
     # --- progress
 
@@ -464,6 +507,15 @@ async def _run_in_thread(
             if not late:
                 raise
             raise late[0] from None
+
+
+def traced_as(lease: Lease) -> Attributes:
+    """What spans of the work on a lease are told of it."""
+    told: dict[str, str | int | bool] = {
+        "exportd.job_id": lease.job_id,
+        "exportd.attempt": lease.attempt,
+    }
+    return told | {"exportd.takeover": True} if lease.takeover else told
 
 
 def unforeseen(error: Exception) -> ErrorRecord:

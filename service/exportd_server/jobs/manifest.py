@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 
 from exportd_server.jobs.housekeeping import manifest_key, part_key
-from exportd_server.jobs.model import Job, Manifest
+from exportd_server.jobs.model import Job, Manifest, PartRecord
 from exportd_server.jobs.output import error_part_file_name, part_file_name
 from exportd_server.store.base import OutputStore
 from exportd_server.store.key import JobPrefix
@@ -67,6 +67,15 @@ def manifest_json(job: Job, manifest: Manifest) -> bytes:
         ],
     }
     return json.dumps(told, ensure_ascii=False, indent=1).encode() + b"\n"
+
+
+async def missing_parts(
+    store: OutputStore, job: Job, manifest: Manifest
+) -> list[PartRecord]:
+    """What the manifest names and the store has not. Raises `StoreFailed`."""
+    prefix = JobPrefix(job.tenant, job.job_id)
+    there = {key async for key in store.list_job(prefix)}
+    return [part for part in manifest.all_parts if part_key(prefix, part) not in there]
 
 
 def store_manifest(store: OutputStore, job: Job, manifest: Manifest, token: int) -> None:

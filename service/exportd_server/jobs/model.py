@@ -196,6 +196,11 @@ class Manifest:
     error_parts: tuple[PartRecord, ...] = ()
     """The rows that were left out, likewise in the order of the output."""
 
+    @property
+    def all_parts(self) -> tuple[PartRecord, ...]:
+        """Both."""
+        return (*self.parts, *self.error_parts)
+
 
 @dataclass(frozen=True, slots=True)
 class Progress:

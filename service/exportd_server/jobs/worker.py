@@ -11,7 +11,7 @@ import os
 import secrets
 import socket
 import time
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -21,7 +21,12 @@ from exportd_server.delivery.sinks import Sinks
 from exportd_server.errors import LedgerUnavailable
 from exportd_server.jobs.anchors import Anchors
 from exportd_server.jobs.delivering import Deliverer, LinkMaker
-from exportd_server.jobs.exporting import Exporter, ExportOptions, unforeseen
+from exportd_server.jobs.exporting import (
+    Exporter,
+    ExportOptions,
+    traced_as,
+    unforeseen,
+)
 from exportd_server.jobs.housekeeping import Housekeeping
 from exportd_server.jobs.leases import GivenBack, Held, Leases
 from exportd_server.jobs.ledger.base import (
@@ -34,7 +39,9 @@ from exportd_server.jobs.ledger.base import (
 from exportd_server.jobs.manager import Policy
 from exportd_server.jobs.model import JobState
 from exportd_server.platform import metrics_exports as metrics
+from exportd_server.platform import tracing
 from exportd_server.platform.shares import Shares
+from exportd_server.platform.tracing import NO_TRACER, Kind, Span, TraceContext, Tracer
 from exportd_server.platform.waits import Backoff, first
 from exportd_server.sources.catalogue import Catalogue
 from exportd_server.store.base import OutputStore
@@ -87,8 +94,10 @@ class Worker:
         options: WorkerOptions,
         *,
         links: LinkMaker | None = None,
+        tracer: Tracer = NO_TRACER,
     ) -> None:
         self._ledger = ledger
+        self._tracer = tracer
         self._housekeeping = housekeeping
         self._options = options
         self._owner = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
@@ -116,6 +125,7 @@ class Worker:
             self._leases,
             self._anchors,
             options.export,
+            tracer,
         )
 
     async def run(self) -> None:
@@ -225,12 +235,13 @@ class Worker:
         metrics.claims.labels("nothing" if lease is None else "claimed").inc()
         if lease is not None and lease.takeover:
             metrics.takeovers.labels(lease.kind.value).inc()
-            log.warning(
-                "lease taken over",
-                job_id=lease.job_id,
-                task=lease.kind.value,
-                attempt=lease.attempt,
-            )
+            with tracing.continued(TraceContext.of_text(lease.trace_context)):
+                log.warning(
+                    "lease taken over",
+                    job_id=lease.job_id,
+                    task=lease.kind.value,
+                    attempt=lease.attempt,
+                )
         return lease
 
     def _start(self, lease: Lease) -> None:
@@ -260,8 +271,10 @@ class Worker:
         }
         with (
             structlog.contextvars.bound_contextvars(**context),
+            self._traced(lease) as span,
             self._leases.hold(lease) as held,
         ):
+            held.span = span
             try:
                 outcome = await self._do(held)
             except LeaseLost:
@@ -271,9 +284,25 @@ class Worker:
                 log.info("lease lost", cause=cause)
             except Exception:
                 outcome = "broken_off"
+                span.fail(outcome)
                 log.exception("work broke off; its lease runs out")
             if lease.kind not in _DELIVERY_KINDS:
                 metrics.attempts.labels(lease.kind.value, outcome).inc()
+            if outcome in ("lost", "given_back"):
+                span.set({"exportd.outcome": outcome})
+
+    def _traced(self, lease: Lease) -> AbstractContextManager[Span]:
+        """Work on a lease within its job's trace. An export is several steps, which have a
+        span each; anything else is one."""
+        job = TraceContext.of_text(lease.trace_context)
+        if not lease.job_id or lease.kind in _EXPORT_KINDS:
+            return tracing.continued(job)
+        return self._tracer.span(
+            lease.kind.value,
+            parent=job,
+            kind=Kind.CLIENT if lease.kind in _DELIVERY_KINDS else Kind.INTERNAL,
+            attributes=traced_as(lease),
+        )
 
     async def _why_lost(self, lease: Lease) -> str:
         """Whether the job ended under a lease, or somebody else has its task."""
@@ -322,6 +351,7 @@ class Worker:
             raise
         except Exception as error:  # noqa: BLE001 - housekeeping is tried again
             record = unforeseen(error)
+            held.span.fail(record.reason.value)
             retry_in = timedelta(seconds=self._options.export.retry.pause(lease.attempt))
             await held.insist(
                 lambda: self._ledger.fail_attempt(lease, record, retry_in=retry_in)

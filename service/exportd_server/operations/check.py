@@ -19,7 +19,12 @@ from exportd_server.operations.checking import (
     warning,
 )
 from exportd_server.operations.data import catalogue_checks, sink_checks
-from exportd_server.operations.doors import identity_checks, port_checks, tls_checks
+from exportd_server.operations.doors import (
+    identity_checks,
+    port_checks,
+    tls_checks,
+    tracing_checks,
+)
 from exportd_server.operations.keeping import (
     data_dir_checks,
     key_checks,
@@ -52,6 +57,7 @@ _AREAS = (
     _Area("tls", tls_checks, ("tls",)),
     _Area("identity", identity_checks, ("identity", "listen", "ledger", "data_dir")),
     _Area("ports", port_checks, ("listen", "tls", "http", "metrics")),
+    _Area("tracing", tracing_checks, ("tracing",)),
 )
 
 

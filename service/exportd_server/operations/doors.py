@@ -1,11 +1,11 @@
-"""Checks of how callers come in: certificates, identity, ports."""
+"""Checks of how callers come in, and traces go out: certificates, identity, ports."""
 
 from __future__ import annotations
 
 import errno
 import socket
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from pathlib import Path
 from cryptography import x509
 
 from exportd_server.api.tls import TlsFiles
-from exportd_server.app import certificate_callers
+from exportd_server.app import NO_TRACING, certificate_callers
 from exportd_server.errors import ConfigurationError
 from exportd_server.identity.base import KeysUnreadable
 from exportd_server.identity.file import FileKeyStore
@@ -29,10 +29,18 @@ from exportd_server.operations.checking import (
 )
 from exportd_server.operations.standing import look
 from exportd_server.places import is_embedded
-from exportd_server.settings import JwtSettings, Settings, host_and_port, is_loopback
+from exportd_server.settings import (
+    JwtSettings,
+    Settings,
+    host_and_port,
+    is_loopback,
+    read_headers,
+)
 
 _SOON = timedelta(days=14)
 """Before that a certificate that is renewed by itself has been."""
+_CONNECT_SECONDS = 5.0
+"""In which what takes traces must accept a connection."""
 
 
 # --- TLS
@@ -223,3 +231,38 @@ def _mend(error: OSError) -> str:
     if error.errno == errno.EACCES:
         return "name a port above 1023, or let this user take it (CAP_NET_BIND_SERVICE)"
     return "name an address of this machine"
+
+
+# --- tracing
+
+
+def tracing_checks(settings: Settings, _serves: bool) -> Iterator[Check]:
+    """Whether somebody takes traces."""
+    endpoint = settings.tracing.endpoint
+    if endpoint:
+        headers = read_headers(settings.tracing.headers)
+        yield Check(
+            "tracing", endpoint, lambda: blocking(partial(_sent, endpoint, headers))
+        )
+
+
+def _sent(endpoint: str, headers: Mapping[str, str]) -> Outcome:
+    """A server starts, and works, without."""
+    try:
+        from exportd_server.platform.otel import takes_traces  # noqa: PLC0415 - an extra
+    except ModuleNotFoundError:
+        raise ConfigurationError(NO_TRACING) from None
+    host, port = host_and_port("tracing.endpoint", endpoint.partition("://")[2].strip("/"))
+    try:
+        socket.create_connection((host, port), _CONNECT_SECONDS).close()
+    except OSError as error:
+        return warning(
+            f"cannot be reached ({error.strerror or error}), and traces are dropped; start "
+            "the receiver, or mend tracing.endpoint"
+        )
+    if not takes_traces(endpoint, headers):
+        return warning(
+            "takes no traces, and they are dropped; tracing.endpoint must be a port for "
+            "OTLP over gRPC, usually 4317, and tracing.headers what it asks for"
+        )
+    return ok("takes traces")

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Literal, TextIO
 
 import structlog
 
+from exportd_server.platform import tracing
+
 if TYPE_CHECKING:
     from sys import UnraisableHookArgs
 
@@ -28,6 +30,7 @@ def configure_logging(
     target = stream or sys.stderr
     shared: list[structlog.types.Processor] = [
         structlog.contextvars.merge_contextvars,
+        _add_trace,
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
@@ -72,6 +75,17 @@ def configure_logging(
     root.setLevel(logging.WARNING)
     logging.getLogger("exportd_server").setLevel(level.upper())
     logging.getLogger(AUDIT).setLevel(logging.INFO)
+
+
+def _add_trace(
+    _logger: object, _method: str, event: structlog.types.EventDict
+) -> structlog.types.EventDict:
+    """Tell within which span the line was written, by the names that OpenTelemetry has."""
+    context = tracing.current().context
+    if context is not None:
+        event["trace_id"] = context.trace_id
+        event["span_id"] = context.span_id
+    return event
 
 
 def log_everything() -> None:

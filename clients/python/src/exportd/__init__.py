@@ -13,7 +13,9 @@ generated contract in `exportd.v1`.
 
 from __future__ import annotations
 
-from exportd._aio import AsyncClient, AsyncJob
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from exportd._audit import AuditOutcome, AuditRecord
 from exportd._client import Client, Job
 from exportd._connection import SERVICE_CONFIG, Retry, tls_from_files
@@ -24,7 +26,6 @@ from exportd._deliveries import (
     SinkDelivery,
     SinkQueue,
 )
-from exportd._download import Download, DownloadProgress
 from exportd._model import (
     CancelOutcome,
     Column,
@@ -49,6 +50,10 @@ from exportd._sinks import (
     to_webhook,
 )
 from exportd.errors import ExportdError
+
+if TYPE_CHECKING:
+    from exportd._aio import AsyncClient, AsyncJob
+    from exportd._download import Download, DownloadProgress
 
 __all__ = [
     "SERVICE_CONFIG",
@@ -90,3 +95,22 @@ __all__ = [
     "to_s3",
     "to_webhook",
 ]
+
+_LATER = {
+    "AsyncClient": "exportd._aio",
+    "AsyncJob": "exportd._aio",
+    "Download": "exportd._download",
+    "DownloadProgress": "exportd._download",
+}
+"""What not every program needs is loaded when it is first asked for: it would be a fifth
+of what the import takes."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_LATER[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

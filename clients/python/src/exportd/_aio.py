@@ -201,6 +201,7 @@ class AsyncClient:
         stall_timeout: float = 60.0,
         options: Sequence[tuple[str, OptionValue]] = (),
         allow_plaintext_token: bool = False,
+        metadata: Callable[[], Sequence[tuple[str, str]]] | None = None,
     ) -> None:
         self._connection = Connection(
             address,
@@ -212,6 +213,7 @@ class AsyncClient:
             stall_timeout,
             options,
             allow_plaintext_token,
+            metadata,
         )
         self._channel = self._connection.aio_channel()
         self._stub = export_service_pb2_grpc.ExportServiceStub(self._channel)

@@ -23,13 +23,6 @@ from exportd._connection import (
     is_passing,
 )
 from exportd._deliveries import Delivery, DeliveryState, SinkQueue
-from exportd._download import (
-    Download,
-    Downloader,
-    DownloadProgress,
-    Plan,
-    Stop,
-)
 from exportd._handle import JobHandle
 from exportd._model import (
     CancelOutcome,
@@ -51,6 +44,8 @@ from exportd.v1 import export_service_pb2, export_service_pb2_grpc, job_pb2
 
 if TYPE_CHECKING:
     import polars as pl
+
+    from exportd._download import Download, DownloadProgress, Plan
 
 _Request_contra = TypeVar("_Request_contra", contravariant=True)
 _Response_co = TypeVar("_Response_co", covariant=True)
@@ -165,6 +160,8 @@ class Job(JobHandle):
             LocalFileError: The disk is full or refuses; what is there is kept.
             Unavailable: The server stayed away; what is there is kept.
         """
+        from exportd._download import Plan  # noqa: PLC0415 - many never download
+
         plan = Plan(path, part, parallel, overwrite, follow)
         return self._client._download(self.id, plan, on_progress)  # noqa: SLF001 - one unit
 
@@ -182,6 +179,8 @@ class Job(JobHandle):
             PartNotFound: No row was left out; see `row_errors`.
             ExportdError: As `download`.
         """
+        from exportd._download import Plan  # noqa: PLC0415 - many never download
+
         plan = Plan(path, overwrite=overwrite, errors=True)
         return self._client._download(self.id, plan, on_progress)  # noqa: SLF001 - one unit
 
@@ -240,6 +239,9 @@ class Client:
         options: gRPC channel options, added to the client's own.
         allow_plaintext_token: Send the token without TLS to other machines, too, where
             everybody on the way can read it.
+        metadata: Asked at each call for metadata that goes with it, such as a
+            `traceparent`. Without, that of the current span goes with it where the
+            program uses OpenTelemetry.
 
     Raises:
         InvalidRequest: The address is empty, or the token would travel in plain text.
@@ -257,6 +259,7 @@ class Client:
         stall_timeout: float = 60.0,
         options: Sequence[tuple[str, OptionValue]] = (),
         allow_plaintext_token: bool = False,
+        metadata: Callable[[], Sequence[tuple[str, str]]] | None = None,
     ) -> None:
         self._connection = Connection(
             address,
@@ -268,6 +271,7 @@ class Client:
             stall_timeout,
             options,
             allow_plaintext_token,
+            metadata,
         )
         self._channel = self._connection.channel()
         self._stub = export_service_pb2_grpc.ExportServiceStub(self._channel)
@@ -487,6 +491,8 @@ class Client:
         plan: Plan,
         on_progress: Callable[[DownloadProgress], object] | None,
     ) -> Download:
+        from exportd._download import Downloader, Stop  # noqa: PLC0415 - as above
+
         downloader = Downloader(self._connection, self._get_job, Stop())
         return downloader.download(job_id, plan, on_progress)
 

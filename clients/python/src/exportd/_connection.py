@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from importlib import resources
@@ -14,6 +14,7 @@ from pathlib import Path
 import grpc
 import grpc.aio
 
+from exportd._tracing import Metadata, current_trace
 from exportd.errors import ExportdError, InvalidRequest, QuotaExceeded, Unavailable
 
 DEFAULT_ADDRESS = "localhost:50051"
@@ -92,6 +93,7 @@ class Connection:
             them.
         allow_plaintext_token: Send the token without TLS to other machines, too, where
             everybody on the way can read it.
+        own_metadata: Asked at each call for metadata that goes with it.
     """
 
     address: str = DEFAULT_ADDRESS
@@ -103,6 +105,7 @@ class Connection:
     stall_timeout: float = 60.0
     options: Sequence[tuple[str, OptionValue]] = ()
     allow_plaintext_token: bool = False
+    own_metadata: Callable[[], Sequence[tuple[str, str]]] | None = None
 
     def __post_init__(self) -> None:
         """Refuse what would only fail later, and less clearly."""
@@ -122,9 +125,11 @@ class Connection:
             )
 
     @property
-    def metadata(self) -> tuple[tuple[str, str], ...]:
-        """Metadata that goes with every call."""
-        return (("authorization", f"Bearer {self.token}"),) if self.token else ()
+    def metadata(self) -> Metadata:
+        """Metadata that goes with a call that is made now."""
+        token = (("authorization", f"Bearer {self.token}"),) if self.token else ()
+        own = self.own_metadata() if self.own_metadata else current_trace()
+        return (*token, *own)
 
     def channel(self) -> grpc.Channel:
         """Open a blocking channel; nothing is dialled yet."""

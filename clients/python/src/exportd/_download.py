@@ -412,6 +412,8 @@ class _Transfer:
     ) -> None:
         self._verifier = verifier
         self._connection = connection
+        # Streams have threads of their own, which know of no span.
+        self._metadata = connection.metadata
         self._source = source
         self._file = file
         self._ranges = ranges
@@ -579,7 +581,7 @@ class _Transfer:
             follow=wanted.end is None,
         )
         ended = False
-        call = stub.StreamDownload(request, metadata=self._connection.metadata)
+        call = stub.StreamDownload(request, metadata=self._metadata)
         try:
             for message in self._messages(call):
                 if message.HasField("metadata"):

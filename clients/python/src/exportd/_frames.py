@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import importlib
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from exportd._download import Download
 from exportd._model import JobInfo
 from exportd.errors import InvalidRequest, MissingExtra
 
-Fetch = Callable[[Path], Download]
+if TYPE_CHECKING:
+    from exportd._download import Download
+
+Fetch: TypeAlias = "Callable[[Path], Download]"
 
 
 def to_arrow(job: JobInfo, fetch: Fetch) -> Any:
@@ -24,6 +25,8 @@ def to_arrow(job: JobInfo, fetch: Fetch) -> Any:
             f"a {job.format} file does not carry the columns' types; export as parquet "
             "or arrow, or download() the file and read it as you need",
         )
+    import tempfile  # noqa: PLC0415 - rarely wanted
+
     with tempfile.TemporaryDirectory(prefix="exportd-") as directory:
         download = fetch(Path(directory))
         if job.format == "arrow":

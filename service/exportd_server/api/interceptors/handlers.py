@@ -16,6 +16,17 @@ Wrap = Callable[[Behaviour], Behaviour]
 Write = Callable[[Any, Any], Awaitable[None]]
 
 
+_CODES = frozenset(code.value[0] for code in grpc.StatusCode)
+
+
+def code_number(context: Any) -> int:
+    """The number of the status that a call has come to, whichever way the library tells
+    it; None is that nobody set one."""
+    code = context.code()
+    number = code.value[0] if isinstance(code, grpc.StatusCode) else code or 0
+    return number if number in _CODES else int(grpc.StatusCode.UNKNOWN.value[0])
+
+
 def split(details: grpc.HandlerCallDetails) -> tuple[str, str]:
     """The service and the method that a call names."""
     service, _, method = details.method[1:].partition("/")

@@ -13,6 +13,7 @@ import grpc
 from exportd_server.api.interceptors.handlers import (
     Behaviour,
     Continuation,
+    code_number,
     wrapped,
 )
 from exportd_server.platform import metrics_service as metrics
@@ -105,19 +106,13 @@ class _Method:
                 code = grpc.StatusCode.CANCELLED.value[0]
                 raise
             except grpc.aio.AbortError:
-                code = _number(context.code())
+                code = code_number(context)
                 raise
             else:
-                code = _number(context.code())
+                code = code_number(context)
                 return answer
             finally:
                 self._seconds.observe(time.perf_counter() - begun)
                 self._handled[code].inc()
 
         return call
-
-
-def _number(code: Any) -> int:
-    """A code's number, whichever way the library tells it; None is that nobody set one."""
-    number = code.value[0] if isinstance(code, grpc.StatusCode) else code or 0
-    return number if number in _NAMES else int(grpc.StatusCode.UNKNOWN.value[0])

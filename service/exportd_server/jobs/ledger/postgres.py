@@ -49,9 +49,10 @@ _CLOCK = "SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint"
 _NOTIFY = "SELECT pg_notify(%s, piece) FROM unnest(%s::text[]) AS piece"
 _TAKEOVER = """SELECT claimed.*, EXISTS (
     SELECT FROM tasks WHERE task_id = claimed.o_task_id AND state = 'leased'
-) AS takeover FROM """
+) AS takeover, trace_context_of(claimed.o_job_id) AS trace_context FROM """
 """What goes around a claim. The outer statement sees what was there before it began, and
-there a task that is taken over was leased."""
+there a task that is taken over was leased. A job may not have been there yet, so a
+function looks for its trace, which sees what is there by then."""
 _CLAIM = _TAKEOVER + "claim_task(%s, %s, %s, %s, %s, %s, %s, %s, %s) AS claimed"
 _CLAIM_DELIVERY = _TAKEOVER + "claim_delivery(%s, %s, %s, %s, %s, %s::text[]) AS claimed"
 
@@ -364,4 +365,5 @@ def _to_lease(row: Any, owner: str) -> Lease | None:
         shard=None if row.o_shard is None else Shard(row.o_shard, row.o_shard_state),
         forget=bool(row.o_forget),
         takeover=row.takeover,
+        trace_context=row.trace_context or "",
     )

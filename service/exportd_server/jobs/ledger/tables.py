@@ -94,6 +94,8 @@ jobs = sa.Table(
     sa.Column("sinks", sa.SmallInteger, nullable=False, server_default="0"),
     # When the output was dropped because every sink had it.
     sa.Column("drop_time", sa.BigInteger),
+    # The trace that the job was created in, as `TraceContext.text` writes it.
+    sa.Column("trace_context", sa.Text),
 )
 sa.Index("jobs_request", jobs.c.tenant, jobs.c.request_id, unique=True)
 sa.Index("jobs_created", jobs.c.tenant, jobs.c.create_time, jobs.c.job_id)

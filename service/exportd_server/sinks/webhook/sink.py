@@ -6,6 +6,7 @@ import asyncio
 from contextlib import aclosing
 
 from exportd_server.errors import ConfigurationError, DeliveryFailed
+from exportd_server.platform import tracing
 from exportd_server.platform.clock import Clock, SystemClock
 from exportd_server.platform.egress import GuardedBackend, Resolver, system_resolver
 from exportd_server.sinks.base import (
@@ -170,8 +171,10 @@ def _headers(
     target: Target, delivery: Delivery, signer: Signer, content_type: str, length: int
 ) -> dict[str, str]:
     """Those of the caller come first, so that they change none of the others."""
+    within = tracing.current().context
     return (
         {"user-agent": "exportd", "accept": "*/*", "content-type": content_type}
+        | ({} if within is None else within.headers)
         | target.headers
         | {"content-length": str(length)}
         | export_headers(delivery.export)

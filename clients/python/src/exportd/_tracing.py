@@ -1,0 +1,24 @@
+"""The trace that calls belong to, where the caller's program has OpenTelemetry."""
+
+from __future__ import annotations
+
+import sys
+
+Metadata = tuple[tuple[str, str], ...]
+
+
+def current_trace() -> Metadata:
+    """`traceparent` and `tracestate` of the span that is current; nothing without one.
+
+    A program that has a span has loaded the library by itself, so that others neither need
+    it nor wait for it.
+    """
+    if "opentelemetry.trace" not in sys.modules:
+        return ()
+    from opentelemetry.trace.propagation.tracecontext import (  # noqa: PLC0415 - see above
+        TraceContextTextMapPropagator,
+    )
+
+    headers: dict[str, str] = {}
+    TraceContextTextMapPropagator().inject(headers)
+    return tuple(headers.items())
