@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from datetime import timedelta
 from pathlib import Path
+from uuid import UUID
 
 import pytest
+from sqlalchemy.dialects import postgresql
 
 from exportd_server.errors import ErrorReason, ErrorRecord
-from exportd_server.jobs.ledger.base import TaskKind
+from exportd_server.jobs.ledger.base import NewJob, TaskKind
+from exportd_server.jobs.ledger.postgres import open_postgres_ledger
+from exportd_server.jobs.ledger.statements import measuring, standing
 from exportd_server.jobs.model import JobState
 from exportd_server.platform import metrics_exports as metrics
-from tests.support.ledger import BACKENDS, World, spec
+from tests.support.ledger import BACKENDS, LedgerDatabase, World, pages_read, spec
 
 FAILED = ErrorRecord(ErrorReason.SOURCE_FAILED, "the source failed")
 
@@ -75,6 +79,55 @@ async def test_what_was_given_back_or_failed_is_no_takeover(world: World) -> Non
     await world.ledger.fail_attempt(again, FAILED, retry_in=timedelta(seconds=1))
     world.clock.advance(2)
     assert not (await world.lease()).takeover
+
+
+_QUESTIONS = {
+    "open tasks": measuring._open_tasks(),
+    "unfinished jobs": measuring._unfinished_jobs(),
+    "holders": standing.holders(),
+    "late leases": standing.late_leases(0),
+    "jobs by dataset": standing.unfinished_jobs(),
+    "tasks by kind": standing.open_tasks(),
+    "sink queues": standing.standing_deliveries(),
+}
+"""What metrics ask every few seconds, and `exportd-server status`."""
+
+
+@pytest.mark.parametrize("question", _QUESTIONS)
+async def test_how_the_ledger_stands_costs_nothing_for_what_has_ended(
+    ledger_database: LedgerDatabase, question: str
+) -> None:
+    ledger_database.reset()
+    ledger = await open_postgres_ledger(ledger_database.url, connections=1)
+    await ledger.create_job(NewJob(str(UUID(int=1)), "acme", spec()))
+    await ledger.close()
+    dialect = postgresql.dialect()  # type: ignore[no-untyped-call]
+    ask = str(
+        _QUESTIONS[question].compile(
+            dialect=dialect, compile_kwargs={"literal_binds": True}
+        )
+    )
+    columns = ", ".join(
+        name
+        for (name,) in ledger_database.ask(
+            "SELECT column_name FROM information_schema.columns "
+            "WHERE table_schema = 'exportd' AND table_name = 'jobs' "
+            "AND column_name NOT IN ('job_id', 'state')"
+        )
+    )
+    ledger_database.execute(
+        f"INSERT INTO jobs (job_id, state, {columns}) SELECT n::text, 'SUCCEEDED', "
+        f"{columns} FROM jobs, generate_series(1, 20000) n"
+    )
+    columns = "kind, tenant, generation, priority, since, run_at"
+    ledger_database.execute(
+        f"INSERT INTO tasks (state, job_id, {columns}) SELECT 'done', j.job_id, "
+        "t.kind, t.tenant, t.generation, t.priority, t.since, t.run_at "
+        "FROM jobs j, tasks t WHERE t.kind = 'plan' AND j.state = 'SUCCEEDED'"
+    )
+    ledger_database.execute("ANALYZE jobs; ANALYZE tasks")
+    assert pages_read(ledger_database, "SELECT sum(length(spec)) FROM jobs") > 500
+    assert pages_read(ledger_database, ask) < 50
 
 
 def counting() -> Callable[[], dict[str, float]]:

@@ -44,7 +44,7 @@ class Faults:
         if name == "fence":
             deaf = name in self.cut_off
             return (lambda _lease: nullcontext(asyncio.Event())) if deaf else real
-        if name == "on_cut":
+        if name in ("on_cut", "watching"):  # they ask the ledger nothing
             return real
 
         async def call(*args: Any, **kwargs: Any) -> Any:

@@ -235,6 +235,21 @@ class LedgerDatabase:
         self._connection.close()
 
 
+def pages_read(database: LedgerDatabase, ask: str) -> int:
+    """How many pages PostgreSQL reads to answer a question, from the cache or not."""
+    explain = f"EXPLAIN (ANALYZE, BUFFERS, TIMING OFF, FORMAT JSON) {ask}"
+    with psycopg.connect(database.url, options="-c search_path=exportd") as connection:
+        rows = []
+        for _ in range(8):
+            rows.append(connection.execute(explain.encode()).fetchone())
+            connection.rollback()
+    tops = [row[0][0]["Plan"] for row in rows if row is not None]
+    # Now and then the server puts its own house in order meanwhile.
+    return min(
+        int(top["Shared Hit Blocks"]) + int(top["Shared Read Blocks"]) for top in tops
+    )
+
+
 @pytest.fixture(scope="session")
 def ledger_database(postgres: PostgresServer) -> Iterator[LedgerDatabase]:
     """A ledger in PostgreSQL, with whatever the last test left in it."""

@@ -9,13 +9,13 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 import grpc
-from crc32c import crc32c
 
 from exportd.v1 import export_service_pb2
 from exportd_server.api.chunks import ChunkBuffer, ChunkMemory
 from exportd_server.api.framing import data_message
 from exportd_server.api.reading import (
     OutputReader,
+    Piece,
     check_generation,
     choose_error_part,
     choose_file,
@@ -132,8 +132,8 @@ class Downloads:
         async with aclosing(
             self._output.pieces(job, segments, offset, end, sender.room, base)
         ) as pieces:
-            async for position, data in pieces:
-                await sender.data(position, data)
+            async for piece in pieces:
+                await sender.data(piece)
         return base + sum(segment.length for segment in segments)
 
     async def _follow(
@@ -202,14 +202,14 @@ class _Sender:
         await self._write(response.SerializeToString())
         audit.note_sent(0)
 
-    async def data(self, offset: int, data: memoryview) -> None:
+    async def data(self, piece: Piece) -> None:
         """Send a chunk."""
         self.before_each()
-        message = data_message(offset, crc32c(data), data)
+        message = data_message(piece.position, piece.crc32c, piece.data)
         self._buffer.release()
         await self._write(message)
-        metrics.grpc_bytes.inc(len(data))
-        audit.note_sent(len(data))
+        metrics.grpc_bytes.inc(len(piece.data))
+        audit.note_sent(len(piece.data))
 
     async def _write(self, message: bytes) -> None:
         try:

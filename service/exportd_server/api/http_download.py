@@ -23,6 +23,7 @@ from exportd_server.api.limits import CallerLimits
 from exportd_server.api.link import BadLink, Link, LinkKeys
 from exportd_server.api.reading import (
     OutputReader,
+    Piece,
     check_generation,
     choose_file,
 )
@@ -182,7 +183,7 @@ class HttpDownloads:
         self,
         request: web.Request,
         response: web.StreamResponse,
-        pieces: AsyncGenerator[tuple[int, memoryview]],
+        pieces: AsyncGenerator[Piece],
         buffer: ChunkBuffer,
     ) -> None:
         # The first bytes are read before the answer begins, so that what is wrong with
@@ -196,11 +197,11 @@ class HttpDownloads:
         while piece is not None:
             # A copy, for the transport may hold on to it while the memory is read into.
             # Nobody else does.
-            writing = _write(request, response, bytes(piece[1]))
+            writing = _write(request, response, bytes(piece.data))
             buffer.release()
             await self._taken(request, writing)
-            metrics.http_bytes.inc(len(piece[1]))
-            audit.note_sent(len(piece[1]))
+            metrics.http_bytes.inc(len(piece.data))
+            audit.note_sent(len(piece.data))
             piece = await anext(pieces, None)
         await response.write_eof()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import NamedTuple
 
 import structlog
 from crc32c import crc32c
@@ -20,6 +21,7 @@ from exportd_server.jobs.output import (
     part_file_name,
     part_layout,
 )
+from exportd_server.platform.checksum import crc32c_combine
 from exportd_server.store.base import OutputStore, PartReader
 from exportd_server.store.key import JobPrefix, OutputKey
 
@@ -27,6 +29,14 @@ log = structlog.get_logger(__name__)
 
 Room = Callable[[int], memoryview]
 """Gives memory for at most so many bytes, at least one."""
+
+
+class Piece(NamedTuple):
+    """Some bytes of an output, where they stand in it, and their CRC32C."""
+
+    position: int
+    data: memoryview
+    crc32c: int
 
 
 def choose_file(job: Job, part_index: int | None) -> tuple[Layout, str]:
@@ -92,9 +102,9 @@ class OutputReader:
         end: int,
         room: Room,
         base: int = 0,
-    ) -> AsyncGenerator[tuple[int, memoryview]]:
-        """The bytes from `offset` to `end` of segments that begin at `base`: each piece
-        with where it stands, in the memory that `room` gave for it.
+    ) -> AsyncGenerator[Piece]:
+        """The bytes from `offset` to `end` of segments that begin at `base`, in pieces, in
+        the memory that `room` gave for each.
 
         The last piece of a segment read whole comes only when the segment's checksum is
         right. Raises CHECKSUM_MISMATCH, or why the output is gone meanwhile. Close it.
@@ -110,9 +120,10 @@ class OutputReader:
                 checked = _Checked(reader, key, last - first, whole)
                 try:
                     position = first
-                    while piece := await checked.next(room):
-                        yield position, piece
-                        position += len(piece)
+                    while position < last:
+                        data, checksum = await checked.next(room)
+                        yield Piece(position, data, checksum)
+                        position += len(data)
                 finally:
                     await reader.close()
             base = after
@@ -141,10 +152,8 @@ class _Checked:
         self._expected = expected
         self._checksum = 0
 
-    async def next(self, room: Room) -> memoryview:
-        """The next bytes; none at the end."""
-        if not self._left:
-            return memoryview(b"")
+    async def next(self, room: Room) -> tuple[memoryview, int]:
+        """The next bytes and their CRC32C; for as long as some are left."""
         view = room(self._left)
         count = await self._reader.readinto(view)
         if count == 0:
@@ -152,9 +161,15 @@ class _Checked:
             raise ExportdError(ErrorReason.CHECKSUM_MISMATCH)
         piece = view[:count]
         self._left -= count
+        checksum = crc32c(piece)
         if self._expected is not None:
-            self._checksum = crc32c(piece, self._checksum)
+            # Where that is cheaper than to read the bytes a second time.
+            self._checksum = (
+                crc32c_combine(self._checksum, checksum, count)
+                if count.bit_count() == 1
+                else crc32c(piece, self._checksum)
+            )
             if not self._left and self._checksum != self._expected:
                 log.error("stored bytes do not match their checksum", key=str(self._key))
                 raise ExportdError(ErrorReason.CHECKSUM_MISMATCH)
-        return piece
+        return piece, checksum

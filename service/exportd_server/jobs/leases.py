@@ -20,6 +20,7 @@ import structlog
 from exportd_server.errors import LedgerUnavailable
 from exportd_server.jobs.ledger.base import Lease, LeaseLost, Ledger
 from exportd_server.platform.threads import in_daemon_thread
+from exportd_server.platform.tracing import NO_SPAN, Span
 from exportd_server.platform.waits import Backoff, first
 
 log = structlog.get_logger(__name__)
@@ -51,6 +52,8 @@ class Held:
         self._given_back = asyncio.Event()
         self.outages = 0
         """How many calls met a ledger that was out of reach."""
+        self.span: Span = NO_SPAN
+        """What the work is traced by, where all of it is one step."""
 
     @property
     def lease(self) -> Lease:
@@ -118,13 +121,14 @@ class Held:
         """What it means that the work was told to stop."""
         return LeaseLost() if self._lost else GivenBack()
 
-    async def unless_stopped(self, work: Awaitable[object]) -> None:
-        """Wait for `work`, but only until it is to stop, and then cancel it and raise
-        `LeaseLost` or `GivenBack`."""
+    async def unless_stopped(self, work: Awaitable[T]) -> T:
+        """What `work` comes to; but once it is to stop, cancel it and raise `LeaseLost` or
+        `GivenBack`."""
         task = asyncio.ensure_future(work)
         await first(task, self._stopped.wait())
         if task.cancelled():
             self.check()
+        return task.result()
 
     async def given_back(self) -> None:
         """Wait until the lease is to be given back."""
@@ -135,7 +139,7 @@ class Held:
     @contextmanager
     def changing(self) -> Iterator[Callable[[Lease], None]]:
         """For a call that exchanges the lease for the next one, to be told through what
-        this gives. In between the ledger may call the old one lost already."""
+        this gives, or that ends it. In between the ledger may call it lost already."""
         with self._lock:
             self._steady.clear()
         try:

@@ -59,6 +59,7 @@ from exportd_server.jobs.model import (
     SinkSpec,
 )
 from exportd_server.jobs.readers import Readers
+from exportd_server.platform import tracing
 from exportd_server.platform.shares import Shares
 from exportd_server.platform.threads import in_daemon_thread
 from exportd_server.platform.waits import first
@@ -229,7 +230,7 @@ class JobManager:
     ) -> Job:
         """Record an export. The first of the fingerprints is kept, and each of them is one
         of the same payload."""
-        spec = accepted.spec
+        spec, within = accepted.spec, tracing.current().context
         new = NewJob(
             job_id=str(uuid_utils.uuid7()),
             tenant=tenant,
@@ -238,6 +239,7 @@ class JobManager:
             fingerprint=fingerprints[0],
             older_fingerprints=frozenset(fingerprints[1:]),
             queues=accepted.queues,
+            trace_context="" if within is None else within.text,
         )
         try:
             job, created = await self._ledger.create_job(
@@ -270,6 +272,13 @@ class JobManager:
                 RETRY_AFTER,
             ) from None
         audit.note_job(job)
+        tracing.current().set(
+            {
+                "exportd.job_id": job.job_id,
+                "exportd.dataset": spec.dataset,
+                "exportd.format": spec.output.format.value,
+            }
+        )
         if created:
             log.info(
                 "job created",
@@ -472,18 +481,18 @@ class JobManager:
         """The job now, at every change and every few seconds, until it has ended, and if
         asked its deliveries too. Raises DRAINING when this process is about to end
         before."""
-        while True:
-            job = await self.get(tenant, job_id)
-            yield job
-            if job.settled if until_delivered else job.state.terminal:
-                return
-            await first(
-                self._ledger.wait_for_change(
-                    job_id, job.revision, self.policy.watch_interval
-                ),
-                self._draining.wait(),
-            )
-            self.refuse_while_draining()
+        with self._ledger.watching(job_id) as changes:
+            while True:
+                job = await self.get(tenant, job_id)
+                yield job
+                if job.settled if until_delivered else job.state.terminal:
+                    return
+                await first(
+                    changes.passed(job.revision),
+                    asyncio.sleep(self.policy.watch_interval),
+                    self._draining.wait(),
+                )
+                self.refuse_while_draining()
 
     # --- ending
 

@@ -2,7 +2,8 @@
 
 The one file that knows DuckDB. Each stream has an engine of its own with one thread
 and a memory limit, so that an export costs what it costs and no more, and an interrupt
-reaches nobody else. The engine may open the dataset's files and nothing else.
+reaches nobody else. The engine may open the dataset's files and nothing else. One whose
+stream came to its end waits a while for the next stream over the same files.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ _JSON_FILE_MB = 34
 """What the engine sets aside for each JSON file that it is told of, and hardly touches:
 reading twelve large files takes no more memory than three."""
 
+_MOST_IDLE = 2
 _ENGINE_ROWS = 8_192
 """Rows the engine hands over at a time; `gather` joins them up to a bound in bytes."""
 
@@ -123,6 +125,40 @@ def _engine(
         engine.execute("SET parquet_metadata_cache = true")
     engine.execute("SET lock_configuration = true")
     return engine
+
+
+class _Idle:
+    """Engines whose stream came to its end, for whoever reads the same files next: making
+    and closing one takes more than a small export does besides. The last few are kept;
+    one takes some 5 MiB, and holds no file open. From any thread."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._lock = threading.Lock()
+        self._engines: list[tuple[_Reads, duckdb.DuckDBPyConnection]] = []
+
+    def take(self, reads: _Reads) -> duckdb.DuckDBPyConnection | None:
+        """One that may read just that; None when there is none."""
+        with self._lock:
+            for place, (can_read, engine) in enumerate(self._engines):
+                if can_read == reads:
+                    del self._engines[place]
+                    return engine
+        return None
+
+    def keep(self, reads: _Reads, engine: duckdb.DuckDBPyConnection) -> None:
+        """Have one wait that nobody uses any more."""
+        with self._lock:
+            self._engines.append((reads, engine))
+            gone = self._engines[: -self._most]
+            del self._engines[: -self._most]
+        for _, old in gone:
+            old.close()
+
+
+_Reads = tuple[FileFormat, tuple[str, ...]]
+"""What an engine can read."""
+_idle = _Idle(_MOST_IDLE)
 
 
 class FileSource:
@@ -489,6 +525,7 @@ class FileStream:
         )
         self._stop = Stop()
         self._open = contextlib.ExitStack()
+        self._ended = False
 
     @property
     def schema(self) -> pa.Schema:
@@ -521,15 +558,27 @@ class FileStream:
         for batch in gather(self._read(self._statement(loose=True))):
             yield LooseBatch(batch, shape)
 
+    def _engine(self) -> duckdb.DuckDBPyConnection:
+        """An engine for as long as the stream is open."""
+        reads = (self._format, tuple(file.path for file in self._files))
+        engine = None if self._keep_footers else _idle.take(reads)
+        if engine is None:
+            engine = _engine(reads[1], self._format, keep_footers=self._keep_footers)
+
+        def leave() -> None:
+            # One that failed or was interrupted may be in any state.
+            if self._ended and not (self._keep_footers or self._stop.stopped):
+                _idle.keep(reads, engine)
+            else:
+                engine.close()
+
+        self._open.callback(leave)
+        return engine
+
     def _read(self, text: str) -> Iterator[pa.RecordBatch]:
         try:
             with _translated():
-                paths = [file.path for file in self._files]
-                engine = self._open.enter_context(
-                    contextlib.closing(
-                        _engine(paths, self._format, keep_footers=self._keep_footers)
-                    )
-                )
+                engine = self._engine()
                 reader: Any = None
             while True:
                 with self._stop.interrupting(engine.interrupt), _translated():
@@ -540,6 +589,7 @@ class FileStream:
                     try:
                         batch = reader.read_next_batch()
                     except StopIteration:
+                        self._ended = True
                         break
                 yield self._masks.hashed_batch(batch, self._schema.names)
         except _Misfit as error:

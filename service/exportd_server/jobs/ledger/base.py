@@ -64,6 +64,8 @@ class NewJob:
     """What the operator allows for the queues of its sinks."""
     older_fingerprints: frozenset[str] = frozenset()
     """What earlier releases and keys made of the same payload."""
+    trace_context: str = ""
+    """The trace that it is created in, as `TraceContext.text` writes it; empty: none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +98,8 @@ class Lease:
     """Of a cleanup: forget the job once its output is gone."""
     takeover: bool = field(default=False, compare=False)
     """Another lease of the task had run out."""
+    trace_context: str = field(default="", compare=False)
+    """The one that the job was created with; see `NewJob`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +228,14 @@ class TooManyActiveJobs(Exception):
 
 class TooManyQueuedJobs(Exception):
     """The tenant has as many pending jobs as it may."""
+
+
+class JobWatch(Protocol):
+    """Hears of the changes of one job."""
+
+    async def passed(self, revision: int) -> None:
+        """Return once the job is past `revision`, is gone, or may be either."""
+        ...
 
 
 class Ledger(Protocol):
@@ -587,6 +599,11 @@ class Ledger(Protocol):
     async def wait_for_change(self, job_id: str, revision: int, timeout: float) -> None:
         """Return when the job's revision passes `revision` or the job is gone, or after
         `timeout` seconds."""
+        ...
+
+    def watching(self, job_id: str) -> AbstractContextManager[JobWatch]:
+        """Hear of a job's changes for as long as the context is open. A job that is read
+        after it was opened, and passed on to `passed`, is never waited for in vain."""
         ...
 
     def fence(self, lease: Lease) -> AbstractContextManager[asyncio.Event]:

@@ -70,15 +70,18 @@ class Watcher:
         self._told = asyncio.Event()
 
     def tell(self, revision: float) -> None:
-        """The job has reached this revision; infinity: it is gone."""
+        """The job has reached this revision; infinity: it is gone, or nobody knows."""
         self.revision = max(self.revision, revision)
         self._told.set()
 
     async def passed(self, revision: int) -> None:
-        """Return once the job is past `revision`."""
+        """Return once the job is past `revision`, or may be: then somebody has to look,
+        and is woken by what comes after that."""
         while self.revision <= revision:
             self._told.clear()
             await self._told.wait()
+        if self.revision == math.inf:
+            self.revision = 0
 
 
 class Signals:

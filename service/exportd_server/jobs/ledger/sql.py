@@ -20,6 +20,7 @@ from exportd_server.jobs.ledger.base import (
     DeliveryWork,
     HeldLease,
     JobQuery,
+    JobWatch,
     Kept,
     Lease,
     LeaseLost,
@@ -510,6 +511,10 @@ class SqlLedger:
                 )
                 if reached is not None and reached <= revision:
                     await watcher.passed(revision)
+
+    def watching(self, job_id: str) -> AbstractContextManager[JobWatch]:
+        """See `Ledger`."""
+        return self._database.signals.watch(job_id)
 
     def fence(self, lease: Lease) -> AbstractContextManager[asyncio.Event]:
         """See `Ledger`."""

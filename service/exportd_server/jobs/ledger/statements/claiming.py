@@ -35,6 +35,33 @@ _EXHAUSTED = ErrorRecord(
     ErrorReason.ATTEMPTS_EXHAUSTED, TABLE[ErrorReason.ATTEMPTS_EXHAUSTED].text
 )
 
+# Built once, as in `reading` and `lifecycle`.
+_TAKE = (
+    sa.update(tasks)
+    .where(tasks.c.task_id == sa.bindparam("chosen"), tasks.c.token == sa.bindparam("seen"))
+    .values(
+        state=TaskState.LEASED.value,
+        attempts=tasks.c.attempts + 1,
+        # What an earlier attempt had begun is done again.
+        rows=tasks.c.part_rows,
+        bytes=tasks.c.part_bytes,
+        rows_per_second=None,
+    )
+    .returning(tasks)
+)
+_PROMOTE = (
+    sa.update(tasks)
+    .where(tasks.c.state == TaskState.SCHEDULED.sql, tasks.c.run_at <= sa.bindparam("now"))
+    .values(state=TaskState.READY.value)
+)
+_EXHAUSTED_JOBS = sa.select(tasks.c.job_id).where(
+    tasks.c.state == TaskState.LEASED.sql,
+    tasks.c.lease_expires <= sa.bindparam("now"),
+    tasks.c.kind.in_(lifecycle.literals(EXPORT_KINDS)),
+    tasks.c.attempts >= sa.bindparam("most"),
+)
+_CHANGE_TENANT = sa.update(tenants).where(tenants.c.tenant == sa.bindparam("of_tenant"))
+
 
 def claim(
     tx: Transaction,
@@ -54,30 +81,22 @@ def claim(
     job = lifecycle.lock_job(tx, chosen.job_id) if chosen.job_id else None
     token = tx.dialect.next_token(tx.connection)
     taken = tx.connection.execute(
-        sa.update(tasks)
-        .where(tasks.c.task_id == chosen.task_id, tasks.c.token == chosen.token)
-        .values(
-            state=TaskState.LEASED.value,
-            owner=owner,
-            token=token,
-            lease_expires=tx.now + lease,
-            attempts=tasks.c.attempts + 1,
-            # What an earlier attempt had begun is done again.
-            rows=tasks.c.part_rows,
-            bytes=tasks.c.part_bytes,
-            rows_per_second=None,
-        )
-        .returning(tasks)
+        _TAKE,
+        {
+            "chosen": chosen.task_id,
+            "seen": chosen.token,
+            "owner": owner,
+            "token": token,
+            "lease_expires": tx.now + lease,
+        },
     ).one()
     if job is not None and taken.kind in EXPORT_KINDS:
         _take_up(tx, job, token, takeover=chosen.state == TaskState.LEASED)
     elif taken.kind == TaskKind.DELIVER:
         tx.connection.execute(
-            sa.update(tenants)
-            .where(tenants.c.tenant == taken.tenant)
-            .values(delivered=token)
+            _CHANGE_TENANT, {"of_tenant": taken.tenant, "delivered": token}
         )
-    return replace(to_lease(taken), takeover=chosen.state == TaskState.LEASED)
+    return replace(to_lease(taken, job), takeover=chosen.state == TaskState.LEASED)
 
 
 def _choose(
@@ -102,9 +121,7 @@ def _choose(
 
 def _take_up(tx: Transaction, job: Row[Any], token: int, *, takeover: bool) -> None:
     """Note on the job and its tenant that a worker is at it."""
-    tx.connection.execute(
-        sa.update(tenants).where(tenants.c.tenant == job.tenant).values(served=token)
-    )
+    tx.connection.execute(_CHANGE_TENANT, {"of_tenant": job.tenant, "served": token})
     values: dict[str, Any] = {"start_time": job.start_time or tx.now}
     if takeover:
         # The former holder may have stored parts that it never recorded, and may be at
@@ -119,8 +136,8 @@ def _take_up(tx: Transaction, job: Row[Any], token: int, *, takeover: bool) -> N
         lifecycle.move(tx, job.job_id, JobState.RUNNING, **values)
 
 
-def to_lease(task: Row[Any]) -> Lease:
-    """The lease that a leased task's row stands for."""
+def to_lease(task: Row[Any], job: Row[Any] | None) -> Lease:
+    """The lease that a leased task's row stands for, and its job's, if it has one."""
     return Lease(
         task_id=task.task_id,
         kind=TaskKind(task.kind),
@@ -133,17 +150,13 @@ def to_lease(task: Row[Any]) -> Lease:
         generation=task.generation,
         shard=None if task.shard is None else Shard(task.shard, task.shard_state),
         forget=bool(task.forget),
+        trace_context="" if job is None else job.trace_context or "",
     )
 
 
 def _promote(tx: Transaction) -> None:
     """Make the tasks ready whose time has come. Others may be waiting for them too."""
-    promoted = tx.connection.execute(
-        sa.update(tasks)
-        .where(tasks.c.state == TaskState.SCHEDULED.sql, tasks.c.run_at <= tx.now)
-        .values(state=TaskState.READY.value)
-    ).rowcount
-    if promoted:
+    if tx.connection.execute(_PROMOTE, {"now": tx.now}).rowcount:
         tx.changes.work = True
 
 
@@ -155,25 +168,18 @@ def fail_exhausted(tx: Transaction) -> None:
 
 def exhausted_jobs(tx: Transaction) -> list[str]:
     """The jobs whose last attempt was lost."""
-    return sorted(set(tx.connection.scalars(_exhausted(tx))))
+    which = {"now": tx.now, "most": tx.max_attempts}
+    return sorted(set(tx.connection.scalars(_EXHAUSTED_JOBS, which)))
 
 
 def bury(tx: Transaction, job_id: str) -> None:
     """Fail such a job, unless that has changed or somebody else is at it."""
     job = lifecycle.lock_job(tx, job_id, wait=False)
     # Now that nothing changes any more: the lease may have been renewed meanwhile.
-    again = _exhausted(tx).where(tasks.c.job_id == job_id).limit(1)
-    if job is not None and tx.connection.execute(again).first() is not None:
+    again = _EXHAUSTED_JOBS.where(tasks.c.job_id == job_id).limit(1)
+    which = {"now": tx.now, "most": tx.max_attempts}
+    if job is not None and tx.connection.execute(again, which).first() is not None:
         fail_exhausted_job(tx, job)
-
-
-def _exhausted(tx: Transaction) -> sa.Select[tuple[str]]:
-    return sa.select(tasks.c.job_id).where(
-        tasks.c.state == TaskState.LEASED.sql,
-        tasks.c.lease_expires <= tx.now,
-        tasks.c.kind.in_(EXPORT_KINDS),
-        tasks.c.attempts >= tx.max_attempts,
-    )
 
 
 def fail_exhausted_job(tx: Transaction, job: Row[Any]) -> None:

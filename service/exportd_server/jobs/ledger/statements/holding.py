@@ -12,6 +12,17 @@ from exportd_server.jobs.ledger.statements import lifecycle
 from exportd_server.jobs.ledger.tables import TaskState, tasks
 from exportd_server.jobs.ledger.transaction import Transaction
 
+_HELD = (
+    sa.select(tasks)
+    .where(
+        tasks.c.task_id == sa.bindparam("task_id"),
+        tasks.c.token == sa.bindparam("token"),
+        tasks.c.kind == sa.bindparam("kind"),
+        tasks.c.state == TaskState.LEASED.sql,
+    )
+    .with_for_update()
+)
+
 
 def holding(
     tx: Transaction, lease: Lease, *kinds: TaskKind
@@ -22,14 +33,8 @@ def holding(
         raise ValueError(f"not for a task of kind {lease.kind}")
     job = lifecycle.lock_job(tx, lease.job_id) if lease.job_id else None
     task = tx.connection.execute(
-        sa.select(tasks)
-        .where(
-            tasks.c.task_id == lease.task_id,
-            tasks.c.token == lease.token,
-            tasks.c.kind == lease.kind.value,
-            tasks.c.state == TaskState.LEASED.sql,
-        )
-        .with_for_update()
+        _HELD,
+        {"task_id": lease.task_id, "token": lease.token, "kind": lease.kind.value},
     ).first()
     if task is None or (task.job_id or "") != lease.job_id:
         raise LeaseLost

@@ -1,10 +1,15 @@
-"""Changes to a job's state. Nothing else writes `jobs.state`."""
+"""Changes to a job's state. Nothing else writes `jobs.state`.
+
+Statements are built once, as in `reading`. One that updates sets, besides what it says
+itself, the columns that its parameters name.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
+from functools import lru_cache
 from typing import Any
 
 import sqlalchemy as sa
@@ -31,6 +36,52 @@ _WAITED = 0.01
 _OPEN = (TaskState.READY.sql, TaskState.SCHEDULED.sql, TaskState.LEASED.sql)
 
 
+def literals(values: Iterable[str]) -> list[sa.ColumnClause[str]]:
+    """Words of ours as they stand in a statement: a list of parameters would be spelled
+    out anew each time."""
+    return [sa.literal_column(f"'{value}'", sa.Text) for value in values]
+
+
+_OF_JOB: sa.BindParameter[str] = sa.bindparam("of_job")
+_LOCK = sa.select(jobs).where(jobs.c.job_id == _OF_JOB).with_for_update()
+_LOCK_OR_NOT = _LOCK.with_for_update(skip_locked=True)
+_BUMP = (
+    sa.update(jobs)
+    .where(jobs.c.job_id == _OF_JOB)
+    .values(revision=jobs.c.revision + 1)
+    .returning(jobs.c.revision)
+)
+_TOUCH = _BUMP.where(
+    jobs.c.state.in_(literals(state for state in JobState if not state.terminal))
+)
+_MOVE = {
+    to: _BUMP.where(
+        jobs.c.state.in_(literals(state for state in JobState if to in TRANSITIONS[state]))
+    )
+    for to in JobState
+    if any(to in TRANSITIONS[state] for state in JobState)
+}
+
+_OF_JOB_AT_WORK = (
+    tasks.c.job_id == _OF_JOB,
+    tasks.c.state == TaskState.LEASED.sql,
+    tasks.c.kind.in_(literals(EXPORT_KINDS)),
+)
+_AT_WORK = sa.select(tasks.c.task_id).where(*_OF_JOB_AT_WORK).limit(1)
+_LEASES = (
+    sa.select(tasks.c.lease_expires)
+    .where(*_OF_JOB_AT_WORK)
+    .order_by(tasks.c.task_id)
+    .with_for_update()
+)
+_DUE = sa.select(sa.func.min(tasks.c.run_at)).where(
+    tasks.c.job_id == _OF_JOB,
+    tasks.c.state.in_((TaskState.READY.sql, TaskState.SCHEDULED.sql)),
+    tasks.c.kind.in_(literals(EXPORT_KINDS)),
+)
+_ADD_TASKS = sa.insert(tasks)
+
+
 class IllegalTransition(RuntimeError):
     """A state change that `TRANSITIONS` does not have; the transaction is undone."""
 
@@ -39,9 +90,8 @@ def lock_job(tx: Transaction, job_id: str, *, wait: bool = True) -> Row[Any] | N
     """The job's row, ours until the transaction ends; without `wait` None as well when
     somebody else has it."""
     began = time.monotonic()
-    job = tx.connection.execute(
-        sa.select(jobs).where(jobs.c.job_id == job_id).with_for_update(skip_locked=not wait)
-    ).first()
+    lock = _LOCK if wait else _LOCK_OR_NOT
+    job = tx.connection.execute(lock, {"of_job": job_id}).first()
     if time.monotonic() - began > _WAITED:
         # What is decided now is decided now, not when the wait began.
         tx.now = tx.dialect.now(tx.connection)
@@ -50,12 +100,8 @@ def lock_job(tx: Transaction, job_id: str, *, wait: bool = True) -> Row[Any] | N
 
 def move(tx: Transaction, job_id: str, to: JobState, **values: Any) -> None:
     """Change a job's state, and other columns with it."""
-    sources = [state.value for state in JobState if to in TRANSITIONS[state]]
     revision = tx.connection.execute(
-        sa.update(jobs)
-        .where(jobs.c.job_id == job_id, jobs.c.state.in_(sources))
-        .values(state=to.value, revision=jobs.c.revision + 1, **values)
-        .returning(jobs.c.revision)
+        _MOVE[to], {"of_job": job_id, "state": to.value, **values}
     ).scalar_one_or_none()
     if revision is None:
         raise IllegalTransition(f"job {job_id} cannot become {to}")
@@ -64,12 +110,8 @@ def move(tx: Transaction, job_id: str, to: JobState, **values: Any) -> None:
 
 def touch(tx: Transaction, job_id: str, **values: Any) -> None:
     """Change an unfinished job without changing its state."""
-    unfinished = [state.value for state in JobState if not state.terminal]
     revision = tx.connection.execute(
-        sa.update(jobs)
-        .where(jobs.c.job_id == job_id, jobs.c.state.in_(unfinished))
-        .values(revision=jobs.c.revision + 1, **values)
-        .returning(jobs.c.revision)
+        _TOUCH, {"of_job": job_id, **values}
     ).scalar_one_or_none()
     if revision is None:
         raise IllegalTransition(f"job {job_id} has ended and cannot change")
@@ -78,36 +120,17 @@ def touch(tx: Transaction, job_id: str, **values: Any) -> None:
 
 def bump(tx: Transaction, job_id: str) -> None:
     """Tell those who watch a job of a change beside it, whatever its state."""
-    revision = tx.connection.execute(
-        sa.update(jobs)
-        .where(jobs.c.job_id == job_id)
-        .values(revision=jobs.c.revision + 1)
-        .returning(jobs.c.revision)
-    ).scalar_one()
+    revision = tx.connection.execute(_BUMP, {"of_job": job_id}).scalar_one()
     tx.changes.revisions[job_id] = revision
 
 
 def settle(tx: Transaction, job_id: str, **values: Any) -> None:
     """After a task was given up: the job waits again unless a worker is left on it."""
-    leased = tx.connection.execute(
-        sa.select(tasks.c.task_id)
-        .where(
-            tasks.c.job_id == job_id,
-            tasks.c.state == TaskState.LEASED.sql,
-            tasks.c.kind.in_(EXPORT_KINDS),
-        )
-        .limit(1)
-    ).first()
+    leased = tx.connection.execute(_AT_WORK, {"of_job": job_id}).first()
     if leased is not None:
         touch(tx, job_id, **values)
     else:
-        due = tx.connection.execute(
-            sa.select(sa.func.min(tasks.c.run_at)).where(
-                tasks.c.job_id == job_id,
-                tasks.c.state.in_((TaskState.READY.sql, TaskState.SCHEDULED.sql)),
-                tasks.c.kind.in_(EXPORT_KINDS),
-            )
-        ).scalar_one()
+        due = tx.connection.execute(_DUE, {"of_job": job_id}).scalar_one()
         move(tx, job_id, JobState.PENDING, due_time=due, **values)
     tx.changes.work = True
 
@@ -115,16 +138,7 @@ def settle(tx: Transaction, job_id: str, **values: Any) -> None:
 def last_writer(tx: Transaction, job: Row[Any]) -> int:
     """Until when a worker of the job may still write, its leases lost just now."""
     # Locked, so that none of them is renewed any more.
-    leased: Sequence[int] = tx.connection.scalars(
-        sa.select(tasks.c.lease_expires)
-        .where(
-            tasks.c.job_id == job.job_id,
-            tasks.c.state == TaskState.LEASED.sql,
-            tasks.c.kind.in_(EXPORT_KINDS),
-        )
-        .order_by(tasks.c.task_id)
-        .with_for_update()
-    ).all()
+    leased: Sequence[int] = tx.connection.scalars(_LEASES, {"of_job": job.job_id}).all()
     if not leased:
         return int(job.writers_until)
     # A lease that has run out says nothing about when its holder will notice.
@@ -207,14 +221,23 @@ def _seconds(begin: int, end: int) -> float:
 
 def _close_tasks(tx: Transaction, job_ids: Sequence[str], kinds: Sequence[str]) -> None:
     """End what is left of them: the job goes on without."""
+    closed = {
+        "state": TaskState.CLOSED.value,
+        "owner": "",
+        "lease_expires": None,
+        "rows_per_second": None,
+    }
     tx.connection.execute(
-        sa.update(tasks)
-        .where(
-            tasks.c.job_id.in_(job_ids), tasks.c.state.in_(_OPEN), tasks.c.kind.in_(kinds)
-        )
-        .values(
-            state=TaskState.CLOSED.value, owner="", lease_expires=None, rows_per_second=None
-        )
+        _closing(tuple(kinds)), [{"of_job": job_id, **closed} for job_id in job_ids]
+    )
+
+
+@lru_cache
+def _closing(kinds: tuple[str, ...]) -> sa.Update:
+    return sa.update(tasks).where(
+        tasks.c.job_id == _OF_JOB,
+        tasks.c.state.in_(_OPEN),
+        tasks.c.kind.in_(literals(kinds)),
     )
 
 
@@ -271,7 +294,7 @@ def _cleanup(
 
 def _add_tasks(tx: Transaction, rows: Sequence[dict[str, Any]]) -> None:
     if rows:
-        tx.connection.execute(sa.insert(tasks), rows)
+        tx.connection.execute(_ADD_TASKS, rows)
         tx.changes.work = True
 
 

@@ -1,10 +1,15 @@
-"""Jobs as callers see them."""
+"""Jobs as callers see them.
+
+Statements that calls run all the time are built once: building one takes the library
+several times as long as the database takes to run it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from datetime import datetime
+from functools import lru_cache
 from itertools import chain
 from typing import Any
 
@@ -13,7 +18,7 @@ from sqlalchemy.engine import Row, RowMapping
 
 from exportd_server.jobs.ledger import codec
 from exportd_server.jobs.ledger.base import JobQuery
-from exportd_server.jobs.ledger.statements.lifecycle import EXPORT_KINDS
+from exportd_server.jobs.ledger.statements.lifecycle import EXPORT_KINDS, literals
 from exportd_server.jobs.ledger.tables import (
     PENDING,
     TaskState,
@@ -58,7 +63,24 @@ _PART_COLUMNS = tuple(
     )
 )
 
-_TASK_SUMS = (
+_PARTS = sa.select(*_PART_COLUMNS).order_by(parts.c.shard, parts.c.sequence, parts.c.kind)
+_BEGINNING = _PARTS.where(
+    parts.c.job_id == sa.bindparam("job_id"),
+    parts.c.generation == sa.bindparam("generation"),
+    parts.c.shard <= sa.bindparam("last"),
+    parts.c.kind == OutputKind.OUTPUT.value,
+)
+
+_VISIBLE_JOB = sa.select(jobs).where(
+    jobs.c.job_id == sa.bindparam("job_id"),
+    jobs.c.tenant == sa.bindparam("tenant"),
+    jobs.c.hidden_time.is_(None),
+)
+_REVISION = sa.select(jobs.c.revision).where(
+    jobs.c.job_id == sa.bindparam("job_id"), jobs.c.hidden_time.is_(None)
+)
+
+_SUMS = (
     sa.select(
         tasks.c.job_id,
         sa.func.sum(tasks.c.rows).label("rows"),
@@ -69,13 +91,12 @@ _TASK_SUMS = (
         sa.func.sum(tasks.c.rows_per_second).label("rows_per_second"),
         sa.func.max(tasks.c.attempts).label("attempts"),
     )
-    .where(
-        tasks.c.job_id.in_(sa.bindparam("job_ids", expanding=True)),
-        tasks.c.kind.in_(EXPORT_KINDS),
-    )
+    .where(tasks.c.kind.in_(literals(EXPORT_KINDS)))
     .group_by(tasks.c.job_id)
 )
 """A restart drops the tasks of the generation before, so these are the current ones."""
+_SUMS_OF_ONE = _SUMS.where(tasks.c.job_id == sa.bindparam("job_id"))
+_SUMS_OF_MANY = _SUMS.where(tasks.c.job_id.in_(sa.bindparam("job_ids", expanding=True)))
 
 _SENT = (
     sa.select(
@@ -131,15 +152,22 @@ _POSITIONS = sa.select(_RANKED.c.job_id, (_RANKED.c.place - 1).label("position")
 )
 
 
+_NEXT_DUE = sa.select(
+    sa.select(sa.func.min(tasks.c.run_at))
+    .where(tasks.c.state == TaskState.SCHEDULED.sql, tasks.c.run_at > sa.bindparam("since"))
+    .scalar_subquery(),
+    sa.select(sa.func.min(tasks.c.lease_expires))
+    .where(
+        tasks.c.state == TaskState.LEASED.sql,
+        tasks.c.lease_expires > sa.bindparam("since"),
+    )
+    .scalar_subquery(),
+)
+
+
 def visible_job(tx: Transaction, tenant: str, job_id: str) -> Row[Any] | None:
     """The job's row unless it is another tenant's or hidden."""
-    return tx.connection.execute(
-        sa.select(jobs).where(
-            jobs.c.job_id == job_id,
-            jobs.c.tenant == tenant,
-            jobs.c.hidden_time.is_(None),
-        )
-    ).first()
+    return tx.connection.execute(_VISIBLE_JOB, {"job_id": job_id, "tenant": tenant}).first()
 
 
 def get_job(tx: Transaction, tenant: str, job_id: str) -> Job | None:
@@ -173,7 +201,11 @@ def manifest_of(tx: Transaction, row: Row[Any]) -> Manifest:
 def _to_jobs(
     tx: Transaction, tenant: str, rows: Sequence[Row[Any]], manifest: Manifest | None
 ) -> list[Job]:
-    found = tx.connection.execute(_TASK_SUMS, {"job_ids": [row.job_id for row in rows]})
+    job_ids = [row.job_id for row in rows]
+    if len(job_ids) == 1:
+        found = tx.connection.execute(_SUMS_OF_ONE, {"job_id": job_ids[0]})
+    else:
+        found = tx.connection.execute(_SUMS_OF_MANY, {"job_ids": job_ids})
     sums = {row["job_id"]: row for row in found.mappings()}
     places = _places(tx, tenant, [row for row in rows if row.state == JobState.PENDING])
     sent = _deliveries(tx, [row.job_id for row in rows if row.sinks])
@@ -382,40 +414,34 @@ def _page(
 
 def parts_of(tx: Transaction, job_id: str, generation: int) -> list[PartRecord]:
     """Every part of a generation, error parts too, in the order of the output."""
-    return _parts(tx, parts.c.job_id == job_id, parts.c.generation == generation)
+    return _parts(tx, job_id=job_id, generation=generation)
 
 
 def parts_of_shard(
     tx: Transaction, job_id: str, generation: int, shard: int
 ) -> list[PartRecord]:
     """The parts of one shard, error parts too, by sequence."""
-    return _parts(
-        tx,
-        parts.c.job_id == job_id,
-        parts.c.generation == generation,
-        parts.c.shard == shard,
-    )
+    return _parts(tx, job_id=job_id, generation=generation, shard=shard)
 
 
 def parts_of_place(
     tx: Transaction, job_id: str, generation: int, shard: int, sequence: int
 ) -> list[PartRecord]:
     """The part at a place, and its error part if it has one."""
-    return _parts(
-        tx,
-        parts.c.job_id == job_id,
-        parts.c.generation == generation,
-        parts.c.shard == shard,
-        parts.c.sequence == sequence,
-    )
+    return _parts(tx, job_id=job_id, generation=generation, shard=shard, sequence=sequence)
 
 
-def _parts(tx: Transaction, *conditions: sa.ColumnElement[bool]) -> list[PartRecord]:
-    rows = tx.connection.execute(
-        sa.select(*_PART_COLUMNS)
-        .where(*conditions)
-        .order_by(parts.c.shard, parts.c.sequence, parts.c.kind)
-    )
+def _parts(tx: Transaction, **values: str | int) -> list[PartRecord]:
+    """The parts with these values in these columns."""
+    return _part_records(tx.connection.execute(_parts_by(tuple(values)), values))
+
+
+@lru_cache
+def _parts_by(names: tuple[str, ...]) -> sa.Select[Any]:
+    return _PARTS.where(*(parts.c[name] == sa.bindparam(name) for name in names))
+
+
+def _part_records(rows: sa.CursorResult[Any]) -> list[PartRecord]:
     return [
         PartRecord(**{**row, "kind": OutputKind(row["kind"])}) for row in rows.mappings()
     ]
@@ -438,13 +464,8 @@ def finished_parts(tx: Transaction, tenant: str, job_id: str) -> list[PartRecord
     ).scalar_one()
     if first_open is None:
         return []
-    return _parts(
-        tx,
-        parts.c.job_id == job_id,
-        parts.c.generation == job.generation,
-        parts.c.shard <= first_open,
-        parts.c.kind == OutputKind.OUTPUT.value,
-    )
+    place = {"job_id": job_id, "generation": job.generation, "last": first_open}
+    return _part_records(tx.connection.execute(_BEGINNING, place))
 
 
 def known_jobs(tx: Transaction, job_ids: Sequence[str]) -> set[str]:
@@ -466,25 +487,12 @@ def ledger_id(tx: Transaction) -> str:
 
 def revision_of(tx: Transaction, job_id: str) -> int | None:
     """The job's revision; None when it is missing or hidden."""
-    return tx.connection.execute(
-        sa.select(jobs.c.revision).where(
-            jobs.c.job_id == job_id, jobs.c.hidden_time.is_(None)
-        )
-    ).scalar_one_or_none()
+    return tx.connection.execute(_REVISION, {"job_id": job_id}).scalar_one_or_none()
 
 
 def next_due(tx: Transaction, since: int) -> int | None:
     """Microseconds until the first task comes due after `since`, by its time or because
     its lease runs out; None when there is none."""
-    moments = tx.connection.execute(
-        sa.select(
-            sa.select(sa.func.min(tasks.c.run_at))
-            .where(tasks.c.state == TaskState.SCHEDULED.sql, tasks.c.run_at > since)
-            .scalar_subquery(),
-            sa.select(sa.func.min(tasks.c.lease_expires))
-            .where(tasks.c.state == TaskState.LEASED.sql, tasks.c.lease_expires > since)
-            .scalar_subquery(),
-        )
-    ).one()
+    moments = tx.connection.execute(_NEXT_DUE, {"since": since}).one()
     found = [moment for moment in moments if moment is not None]
     return min(found) - tx.now if found else None

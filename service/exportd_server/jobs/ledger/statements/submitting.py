@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import Any
+
 import sqlalchemy as sa
 
 from exportd_server.jobs.ledger import codec
@@ -26,6 +29,10 @@ from exportd_server.jobs.model import CancelOutcome, Job, JobState
 
 _UNFINISHED = [state.value for state in JobState if not state.terminal]
 _QUEUED = [JobState.PENDING.value]
+
+# Built once, as in `reading` and `lifecycle`.
+_ADD_JOB = sa.insert(jobs).returning(jobs)
+_ADD_TASK = sa.insert(tasks)
 
 
 def create_job(
@@ -54,26 +61,26 @@ def create_job(
     if disabled is not None:
         raise EndpointDisabled(disabled, new.queues[disabled].queue)
     row = tx.connection.execute(
-        sa.insert(jobs)
-        .values(
-            job_id=new.job_id,
-            tenant=new.tenant,
-            state=JobState.PENDING.value,
-            dataset=spec.dataset,
-            spec=codec.dump_spec(spec),
-            priority=spec.priority,
-            ttl=codec.span_to_micros(spec.ttl),
-            request_id=new.request_id or None,
-            fingerprint=new.fingerprint,
-            create_time=tx.now,
-            due_time=tx.now,
-            generation=1,
-            revision=1,
-            untidy=0,
-            writers_until=0,
-            sinks=len(spec.sinks),
-        )
-        .returning(jobs)
+        _ADD_JOB,
+        {
+            "job_id": new.job_id,
+            "tenant": new.tenant,
+            "state": JobState.PENDING.value,
+            "dataset": spec.dataset,
+            "spec": codec.dump_spec(spec),
+            "priority": spec.priority,
+            "ttl": codec.span_to_micros(spec.ttl),
+            "request_id": new.request_id or None,
+            "fingerprint": new.fingerprint,
+            "create_time": tx.now,
+            "due_time": tx.now,
+            "generation": 1,
+            "revision": 1,
+            "untidy": 0,
+            "writers_until": 0,
+            "sinks": len(spec.sinks),
+            "trace_context": new.trace_context or None,
+        },
     ).one()
     if spec.labels:
         tx.connection.execute(
@@ -90,16 +97,17 @@ def create_job(
             ],
         )
     tx.connection.execute(
-        sa.insert(tasks).values(
-            kind=TaskKind.PLAN.value,
-            tenant=new.tenant,
-            job_id=new.job_id,
-            generation=1,
-            state=TaskState.READY.value,
-            priority=spec.priority,
-            since=tx.now,
-            run_at=tx.now,
-        )
+        _ADD_TASK,
+        {
+            "kind": TaskKind.PLAN.value,
+            "tenant": new.tenant,
+            "job_id": new.job_id,
+            "generation": 1,
+            "state": TaskState.READY.value,
+            "priority": spec.priority,
+            "since": tx.now,
+            "run_at": tx.now,
+        },
     )
     tx.changes.work = True
     tx.changes.created.append(Created(spec.dataset, spec.output.format.value))
@@ -108,13 +116,22 @@ def create_job(
 
 def _count(tx: Transaction, tenant: str, states: list[str], enough: int) -> int:
     """Jobs of the tenant in these states, counted no further than `enough`."""
+    counting = _counting(tuple(states), enough)
+    return int(tx.connection.execute(counting, {"tenant": tenant}).scalar_one())
+
+
+@lru_cache
+def _counting(states: tuple[str, ...], enough: int) -> sa.Select[Any]:
     some = (
         sa.select(jobs.c.job_id)
-        .where(jobs.c.tenant == tenant, jobs.c.state.in_(states))
+        .where(
+            jobs.c.tenant == sa.bindparam("tenant"),
+            jobs.c.state.in_(lifecycle.literals(states)),
+        )
         .limit(enough)
         .subquery()
     )
-    return tx.connection.execute(sa.select(sa.func.count()).select_from(some)).scalar_one()
+    return sa.select(sa.func.count()).select_from(some)
 
 
 def cancel_job(

@@ -30,6 +30,32 @@ _HOUSEKEEPING_RETRY = 10_000_000
 
 _UNFINISHED = (TaskState.READY.sql, TaskState.SCHEDULED.sql, TaskState.LEASED.sql)
 
+# Built once, as in `reading` and `lifecycle`.
+_GOOD = sa.select(tasks.c.task_id).where(
+    tasks.c.task_id == sa.bindparam("task_id"),
+    tasks.c.token == sa.bindparam("token"),
+    tasks.c.state == TaskState.LEASED.sql,
+)
+_GOOD_UNLOCKED = _GOOD.with_for_update(skip_locked=True)
+_CHANGE = sa.update(tasks).where(tasks.c.task_id == sa.bindparam("of_task"))
+_ADD_AND_TELL = sa.insert(tasks).returning(tasks)
+_ADD_PARTS = sa.insert(parts)
+_TOTALS = sa.select(
+    sa.func.sum(tasks.c.rows),
+    sa.func.sum(tasks.c.bytes),
+    sa.func.sum(tasks.c.row_errors),
+).where(tasks.c.job_id == sa.bindparam("job_id"), tasks.c.kind == TaskKind.SHARD.value)
+_OTHERS = (
+    sa.select(tasks.c.task_id)
+    .where(
+        tasks.c.job_id == sa.bindparam("job_id"),
+        tasks.c.task_id != sa.bindparam("task_id"),
+        tasks.c.state.in_(_UNFINISHED),
+        tasks.c.kind.in_(lifecycle.literals(EXPORT_KINDS)),
+    )
+    .limit(1)
+)
+
 _GIVEN_UP: dict[str, Any] = {"owner": "", "lease_expires": None, "rows_per_second": None}
 
 
@@ -45,18 +71,10 @@ def _exporting(
 def renew(tx: Transaction, held: Lease, lease: int) -> bool | None:
     """Extend to `lease` microseconds from now; False when it is lost, None when the task
     is locked by somebody, who must not hold up the other leases."""
-    good = sa.select(tasks.c.task_id).where(
-        tasks.c.task_id == held.task_id,
-        tasks.c.token == held.token,
-        tasks.c.state == TaskState.LEASED.sql,
-    )
-    if tx.connection.execute(good.with_for_update(skip_locked=True)).first() is None:
-        return False if tx.connection.execute(good).first() is None else None
-    tx.connection.execute(
-        sa.update(tasks)
-        .where(tasks.c.task_id == held.task_id)
-        .values(lease_expires=tx.now + lease)
-    )
+    which = {"task_id": held.task_id, "token": held.token}
+    if tx.connection.execute(_GOOD_UNLOCKED, which).first() is None:
+        return False if tx.connection.execute(_GOOD, which).first() is None else None
+    _change(tx, held.task_id, lease_expires=tx.now + lease)
     return True
 
 
@@ -71,11 +89,11 @@ def release(tx: Transaction, lease: Lease) -> None:
 
 
 def _give_up(tx: Transaction, task: Row[Any], *, at: int, attempts: int) -> None:
-    tx.connection.execute(
-        sa.update(tasks)
-        .where(tasks.c.task_id == task.task_id)
-        .values(attempts=attempts, **_GIVEN_UP, **due(tx, at))
-    )
+    _change(tx, task.task_id, attempts=attempts, **_GIVEN_UP, **due(tx, at))
+
+
+def _change(tx: Transaction, task_id: int, **values: Any) -> None:
+    tx.connection.execute(_CHANGE, {"of_task": task_id, **values})
 
 
 def record_plan(
@@ -92,11 +110,7 @@ def record_plan(
         raise ValueError("a plan has at least one shard")
     if len({shard.index for shard in shards}) != len(shards):
         raise ValueError("two shards have the same index")
-    tx.connection.execute(
-        sa.update(tasks)
-        .where(tasks.c.task_id == task.task_id)
-        .values(state=TaskState.DONE.value, **_GIVEN_UP)
-    )
+    _change(tx, task.task_id, state=TaskState.DONE.value, **_GIVEN_UP)
     common = {
         "kind": TaskKind.SHARD.value,
         "tenant": task.tenant,
@@ -107,19 +121,18 @@ def record_plan(
         "run_at": tx.now,
     }
     first = tx.connection.execute(
-        sa.insert(tasks)
-        .values(
+        _ADD_AND_TELL,
+        {
             **common,
-            shard=shards[0].index,
-            shard_state=shards[0].state,
-            state=TaskState.LEASED.value,
-            owner=task.owner,
-            token=tx.dialect.next_token(tx.connection),
-            lease_expires=task.lease_expires,
+            "shard": shards[0].index,
+            "shard_state": shards[0].state,
+            "state": TaskState.LEASED.value,
+            "owner": task.owner,
+            "token": tx.dialect.next_token(tx.connection),
+            "lease_expires": task.lease_expires,
             # Going on with what was planned is the same attempt.
-            attempts=task.attempts,
-        )
-        .returning(tasks)
+            "attempts": task.attempts,
+        },
     ).one()
     if len(shards) > 1:
         tx.connection.execute(
@@ -136,7 +149,7 @@ def record_plan(
         columns=codec.dump_columns(columns),
         estimated_rows=estimated_rows,
     )
-    return to_lease(first)
+    return to_lease(first, job)
 
 
 def record_progress(
@@ -149,24 +162,16 @@ def record_progress(
 ) -> Totals:
     """Note how far the shard is; sum up the job."""
     task, job = _exporting(tx, lease, TaskKind.SHARD)
-    tx.connection.execute(
-        sa.update(tasks)
-        .where(tasks.c.task_id == task.task_id)
-        .values(
-            rows=rows,
-            bytes=bytes_,
-            row_errors=row_errors,
-            rows_per_second=rows_per_second,
-        )
+    _change(
+        tx,
+        task.task_id,
+        rows=rows,
+        bytes=bytes_,
+        row_errors=row_errors,
+        rows_per_second=rows_per_second,
     )
     lifecycle.touch(tx, job.job_id)
-    total = tx.connection.execute(
-        sa.select(
-            sa.func.sum(tasks.c.rows),
-            sa.func.sum(tasks.c.bytes),
-            sa.func.sum(tasks.c.row_errors),
-        ).where(tasks.c.job_id == job.job_id, tasks.c.kind == TaskKind.SHARD.value)
-    ).one()
+    total = tx.connection.execute(_TOTALS, {"job_id": job.job_id}).one()
     return Totals(*map(int, total))
 
 
@@ -200,25 +205,23 @@ def add_part(
         )
     common = {"job_id": job.job_id, "generation": task.generation}
     tx.connection.execute(
-        sa.insert(parts),
+        _ADD_PARTS,
         [{**common, **asdict(each), "kind": each.kind.value} for each in new],
     )
     part_rows = task.part_rows + part.rows
     part_bytes = task.part_bytes + sum(each.bytes for each in new)
     part_row_errors = task.part_row_errors + (0 if errors is None else errors.rows)
-    tx.connection.execute(
-        sa.update(tasks)
-        .where(tasks.c.task_id == task.task_id)
-        .values(
-            parts=task.parts + 1,
-            part_rows=part_rows,
-            part_bytes=part_bytes,
-            error_parts=task.error_parts + len(new) - 1,
-            part_row_errors=part_row_errors,
-            rows=max(task.rows, part_rows),
-            bytes=max(task.bytes, part_bytes),
-            row_errors=max(task.row_errors, part_row_errors),
-        )
+    _change(
+        tx,
+        task.task_id,
+        parts=task.parts + 1,
+        part_rows=part_rows,
+        part_bytes=part_bytes,
+        error_parts=task.error_parts + len(new) - 1,
+        part_row_errors=part_row_errors,
+        rows=max(task.rows, part_rows),
+        bytes=max(task.bytes, part_bytes),
+        row_errors=max(task.row_errors, part_row_errors),
     )
     dropped = delivering.add_part(tx, job, part, drop=drop)
     lifecycle.touch(tx, job.job_id)
@@ -240,13 +243,7 @@ def _check_kinds(part: PartRecord, errors: PartRecord | None) -> None:
 def complete_unless_last(tx: Transaction, lease: Lease) -> Manifest | None:
     """End the shard; of the last one only tell what it will publish."""
     task, job = _exporting(tx, lease, TaskKind.SHARD)
-    other = sa.select(tasks.c.task_id).where(
-        tasks.c.job_id == job.job_id,
-        tasks.c.task_id != task.task_id,
-        tasks.c.state.in_(_UNFINISHED),
-        tasks.c.kind.in_(EXPORT_KINDS),
-    )
-    if tx.connection.execute(other.limit(1)).first() is None:
+    if _is_last(tx, task):
         return reading.manifest_of(tx, job)
     complete_shard(tx, lease)
     return None
@@ -255,33 +252,28 @@ def complete_unless_last(tx: Transaction, lease: Lease) -> Manifest | None:
 def complete_shard(tx: Transaction, lease: Lease, *, manifest: bool = False) -> bool:
     """End the shard, and with the last one the job."""
     task, job = _exporting(tx, lease, TaskKind.SHARD)
-    tx.connection.execute(
-        sa.update(tasks)
-        .where(tasks.c.task_id == task.task_id)
-        .values(
-            state=TaskState.DONE.value,
-            rows=task.part_rows,
-            bytes=task.part_bytes,
-            row_errors=task.part_row_errors,
-            **_GIVEN_UP,
-        )
+    _change(
+        tx,
+        task.task_id,
+        state=TaskState.DONE.value,
+        rows=task.part_rows,
+        bytes=task.part_bytes,
+        row_errors=task.part_row_errors,
+        **_GIVEN_UP,
     )
-    unfinished = tx.connection.execute(
-        sa.select(tasks.c.task_id)
-        .where(
-            tasks.c.job_id == job.job_id,
-            tasks.c.state.in_(_UNFINISHED),
-            tasks.c.kind.in_(EXPORT_KINDS),
-        )
-        .limit(1)
-    ).first()
-    if unfinished is None:
+    if _is_last(tx, task):
         token = lease.token if manifest else None
         lifecycle.end(tx, job, JobState.SUCCEEDED, manifest_token=token)
         delivering.add_completions(tx, job)
         return True
     lifecycle.settle(tx, job.job_id)
     return False
+
+
+def _is_last(tx: Transaction, task: Row[Any]) -> bool:
+    """Whether no other task of the job's export is left."""
+    which = {"job_id": task.job_id, "task_id": task.task_id}
+    return tx.connection.execute(_OTHERS, which).first() is None
 
 
 def restart_output(tx: Transaction, lease: Lease) -> None:
