@@ -7,11 +7,11 @@ A contestant is a callable that does the work once, checks what came of it, and 
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,19 +108,37 @@ def beside(
 def command(argv: Sequence[str], *, stdout: Path | None = None, **environ: str) -> Run:
     """Run a command to its end in a process of its own: its seconds from start to exit, its
     CPU and its peak memory. Raises `RuntimeError` with what it said if it failed."""
-    with (stdout or Path(os.devnull)).open("wb") as out:
-        started = time.perf_counter()
+    told, telling = os.pipe()
+    with (stdout or Path(os.devnull)).open("wb") as out, open(told, "rb") as answer:  # noqa: PTH123 - a descriptor
         process = subprocess.Popen(
-            argv, stdout=out, stderr=subprocess.PIPE, env={**os.environ, **environ}
+            [sys.executable, "-I", "-S", "-c", _LAUNCH, str(telling), *argv],
+            stdout=out,
+            stderr=subprocess.PIPE,
+            pass_fds=[telling],
+            env={**os.environ, **environ},
         )
-        assert process.stderr is not None
-        said = process.stderr.read()
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - started
-        process.returncode = os.waitstatus_to_exitcode(status)
+        os.close(telling)
+        _, said = process.communicate()
+        figures = answer.read()
     if process.returncode:
         raise RuntimeError(f"{argv[0]}: {said.decode(errors='replace')[-2000:]}")
-    return Run(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
+    return Run(**json.loads(figures))
+
+
+_LAUNCH = """
+import json, os, sys, time
+telling = int(sys.argv[1])
+os.set_inheritable(telling, False)
+started = time.perf_counter()
+pid = os.posix_spawnp(sys.argv[2], sys.argv[2:], os.environ)
+_, status, usage = os.wait4(pid, 0)
+seconds = time.perf_counter() - started
+cpu, peak = usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
+os.write(telling, json.dumps({"seconds": seconds, "cpu": cpu, "peak": peak}).encode())
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+# Started by a small one: the kernel counts the memory of whoever starts a process as the
+# peak of that process, too.
 
 
 def cpu_seconds(pid: int) -> float:

@@ -1,16 +1,15 @@
-"""A fleet on PostgreSQL: how soon work is taken up and left off, what a claim costs, what
-a second worker brings, and what an idle fleet takes."""
+"""A fleet on PostgreSQL: how soon work is taken up and left off, and what an idle fleet
+takes."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import statistics
 import tempfile
 import time
 from collections.abc import Iterator
-from datetime import datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 
 import psutil
@@ -18,20 +17,14 @@ import psutil
 import exportd
 from bench.machine import CACHE, sample_data
 from bench.report import Result
-from exportd_server.jobs.ledger.base import ClaimLimits, TaskKind
-from exportd_server.jobs.ledger.postgres import open_postgres_ledger
-from tests.support.ledger import LedgerDatabase
 from tests.support.postgres import PostgresServer, running_postgres
 from tests.support.processes import Member, Processes, processes
 
 SMALL_JOBS = 60
 CANCELS = 40
 IDLE_SECONDS = 20
-TENANTS = 100
-CLAIMS = 60
 KILLS = 8
 LEASE = 3.0
-SHARD_ROWS = 400_000
 ROWS = 4_000_000
 
 
@@ -39,7 +32,6 @@ def results() -> Iterator[Result]:
     """Measure."""
     catalogue = sample_data(ROWS)
     with running_postgres(durable=True) as server:
-        yield from _claims(server)
         with _fleet(server, catalogue) as fleet:
             members = [fleet.api(), fleet.api(), fleet.worker(), fleet.worker()]
             yield _idle(members)
@@ -48,7 +40,6 @@ def results() -> Iterator[Result]:
                 yield from _cancel(client, members[2:])
         with _fleet(server, catalogue) as fleet:
             yield from _take_over(fleet)
-        yield from _second_worker(server, catalogue)
 
 
 @contextlib.contextmanager
@@ -57,67 +48,6 @@ def _fleet(server: PostgresServer, catalogue: Path) -> Iterator[Processes]:
         url = server.url(server.create_database())
         with processes(url, Path(directory), catalogue) as fleet:
             yield fleet
-
-
-def _claims(server: PostgresServer) -> Iterator[Result]:
-    """A claim with 99 of 100 tenants at their limit."""
-    database = LedgerDatabase(server)
-    base = 0.0
-    for queued in (1_000, 100_000, 1_000_000):
-        median = asyncio.run(_claim_time(database, queued))
-        base = base or median
-        yield Result(
-            f"claim, {queued} queued, 99 of {TENANTS} tenants at their limit",
-            median,
-            "ms",
-            "at 1000 queued",
-            base,
-            base / median,
-            "< 10, < 2 times that at 1000",
-        )
-
-
-async def _claim_time(database: LedgerDatabase, queued: int) -> float:
-    columns = (
-        "job_id, tenant, state, dataset, spec, priority, ttl, fingerprint, create_time, "
-        "due_time, generation, revision, untidy, writers_until"
-    )
-    database.reset()
-    database.execute(f"""
-        INSERT INTO tenants SELECT 't' || i FROM generate_series(0, {TENANTS - 1}) i;
-        INSERT INTO jobs ({columns})
-        SELECT 'running' || i, 't' || i, 'RUNNING', 'd', '{{}}', 0, 1, '', i, i, 1, 1, 0, 0
-        FROM generate_series(1, {TENANTS - 1}) i;
-        INSERT INTO jobs ({columns})
-        SELECT md5(i::text), 't' || i % {TENANTS}, 'PENDING', 'd', '{{}}', 0, 1, '', i, i,
-               1, 1, 0, 0
-        FROM generate_series(1, {queued}) i;
-        INSERT INTO tasks (kind, tenant, job_id, generation, state, priority, since, run_at)
-        SELECT 'plan', tenant, job_id, 1, 'ready', 0, create_time, create_time
-        FROM jobs WHERE state = 'PENDING';
-        ANALYZE;
-    """)
-    ledger = await open_postgres_ledger(database.url)
-    times = []
-    try:
-        for _ in range(min(CLAIMS, queued // TENANTS)):
-            started = time.perf_counter()
-            lease = await ledger.claim(
-                "bench",
-                (TaskKind.PLAN, TaskKind.SHARD),
-                lease=timedelta(seconds=15),
-                limits=ClaimLimits(running_per_tenant=1),
-            )
-            times.append(1000 * (time.perf_counter() - started))
-            assert lease is not None
-            assert lease.tenant == "t0"
-            database.execute(
-                f"UPDATE jobs SET state = 'SUCCEEDED' WHERE job_id = '{lease.job_id}'; "
-                f"UPDATE tasks SET state = 'done' WHERE task_id = {lease.task_id}"
-            )
-    finally:
-        await ledger.close()
-    return statistics.median(times)
 
 
 def _idle(members: list[Member]) -> Result:
@@ -200,41 +130,6 @@ def _take_over(fleet: Processes) -> Iterator[Result]:
         "s",
         goal=f"< {LEASE + 2:.0f}",
     )
-
-
-def _second_worker(server: PostgresServer, catalogue: Path) -> Iterator[Result]:
-    """A sharded export bound by CPU. Each worker has a core of its own, as it would on a
-    machine of its own; beside it two workers that share both."""
-    for name, pinned in (("one core each", True), ("free to use both cores", False)):
-        rates = {}
-        for workers in (1, 2):
-            with _fleet(server, catalogue) as fleet:
-                api = fleet.api()
-                for index in range(workers):
-                    member = fleet.worker(
-                        worker__shard_rows=SHARD_ROWS, worker__concurrency=1
-                    )
-                    if pinned:
-                        psutil.Process(member.process.pid).cpu_affinity([index])
-                with exportd.Client(api.address) as client:
-                    taken = [_export_time(client) for _ in range(3)]
-                rates[workers] = ROWS / statistics.median(taken) / 1e6
-        yield Result(
-            f"two workers on a sharded export, {name}",
-            rates[2],
-            "Mrow/s",
-            "one worker",
-            rates[1],
-            rates[2] / rates[1],
-            "ratio 1.7",
-        )
-
-
-def _export_time(client: exportd.Client) -> float:
-    started = time.perf_counter()
-    job = client.export("token_transfers", format="csv", compression="gzip")
-    job.wait(timeout=600)
-    return time.perf_counter() - started
 
 
 def _median(name: str, values: list[float], *, goal: str = "") -> Result:

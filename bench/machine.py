@@ -7,7 +7,7 @@ import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,14 @@ from bench.contest import peak_mib
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".data" / "bench"
 """Sample data that is kept between runs."""
+
+# Taken out of the environment: a server refuses variables that are no settings of its own.
+_SCALE = float(os.environ.pop("EXPORTD_BENCH_SCALE", "1"))
+
+
+def scaled(amount: int) -> int:
+    """A size or a number of runs, times EXPORTD_BENCH_SCALE where that is set."""
+    return max(1, round(amount * _SCALE))
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,23 +45,34 @@ def server(
     """Run a server on a catalogue with the default settings, but for those that are
     given as environment variables."""
     data_dir.mkdir(parents=True, exist_ok=True)
-    log = (data_dir / "server.log").open("w", encoding="utf-8")
-    process = subprocess.Popen(
+    with listening(
         [
             *(sys.executable, "-m", "exportd_server.cli", "serve"),
             *("--listen", "127.0.0.1:0", "--data-dir", str(data_dir)),
             *("--catalogue", str(catalogue), "--log-level", "warning"),
         ],
-        stdout=subprocess.PIPE,
-        stderr=log,
-        text=True,
-        env={**os.environ, **(variables or {})},
-    )
-    log.close()
+        data_dir / "server.log",
+        **(variables or {}),
+    ) as measured:
+        yield measured
+
+
+@contextlib.contextmanager
+def listening(argv: Sequence[str], log: Path, **variables: str) -> Iterator[Measured]:
+    """Run a server whose first line of output is where it listens; what it complains of
+    goes to `log`."""
+    with log.open("w", encoding="utf-8") as complaints:
+        process = subprocess.Popen(
+            argv,
+            stdout=subprocess.PIPE,
+            stderr=complaints,
+            text=True,
+            env={**os.environ, **variables},
+        )
     try:
         assert process.stdout is not None
         address = process.stdout.readline().strip()
-        assert address, f"it did not start: {(data_dir / 'server.log').read_text()}"
+        assert address, f"it did not start: {log.read_text(encoding='utf-8')}"
         yield Measured(address, process.pid)
         process.terminate()
         process.wait(60)

@@ -1,78 +1,140 @@
-"""Peak memory of the server over the size of the export.
+"""Peak resident memory of the server: over the size of an export, over the number of
+downloads, and when exports come one after the other and together.
 
-Each figure is a server of its own that exports token transfers once and then serves the
-result to one reader that takes it as fast as it comes and one that takes nothing.
+Each figure is a server of its own, with the default settings. Readers take their download
+as fast as it comes; where there are several, one of them takes nothing after its first
+message.
 """
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 import tempfile
-import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
 import grpc
 
 import exportd
-from bench.machine import CACHE, sample_data, server
+from bench.contest import forget_peak
+from bench.machine import CACHE, Measured, sample_data, scaled, server
 from bench.report import Result, smaller_is_better
 from exportd.v1 import export_service_pb2 as pb
 from exportd.v1 import export_service_pb2_grpc
 
-SMALL, LARGE = 1_000_000, 20_000_000
+SIZES = (scaled(1_000_000), scaled(10_000_000), scaled(50_000_000))
+DOWNLOADS = (1, 8, 50)
+IN_A_ROW = 6
 GOAL_MIB = 350
+Fmt = Literal["csv", "parquet"]
+FORMATS: tuple[Fmt, ...] = ("csv", "parquet")
 
 
 def results() -> Iterator[Result]:
     """Measure."""
-    formats: tuple[Literal["csv", "parquet"], ...] = ("csv", "parquet")
-    for fmt in formats:
-        small = peak(SMALL, fmt)
+    small = SIZES[0]
+    base: dict[Fmt, float] = {}
+    for rows in SIZES:
+        with _samples(rows, keep=rows != SIZES[-1]) as catalogue:
+            for fmt in FORMATS:
+                peak = _exports(catalogue, [[fmt]])
+                base.setdefault(fmt, peak)
+                yield smaller_is_better(
+                    f"peak memory, {fmt}, {rows:,} rows",
+                    peak,
+                    "MiB",
+                    peer=f"{small:,} rows",
+                    peer_value=base[fmt],
+                    goal=f"<= {GOAL_MIB}",
+                )
+    catalogue = sample_data(small)
+    for name, batches in (
+        (f"{IN_A_ROW} exports in a row", [[fmt] for fmt in FORMATS * (IN_A_ROW // 2)]),
+        ("2 exports at once", [list(FORMATS)]),
+    ):
         yield Result(
-            f"peak memory, {fmt}, {SMALL:,} rows", small, "MiB", goal=f"< {GOAL_MIB}"
-        )
-        large = peak(LARGE, fmt)
-        yield smaller_is_better(
-            f"peak memory, {fmt}, {LARGE:,} rows",
-            large,
+            f"peak memory, {name}, {small:,} rows",
+            _exports(catalogue, batches),
             "MiB",
-            peer=f"{SMALL:,} rows",
-            peer_value=small,
-            goal=f"< {GOAL_MIB}",
+            goal=f"<= {GOAL_MIB}",
         )
+    yield from _downloads(catalogue)
 
 
-def peak(rows: int, fmt: Literal["csv", "parquet"]) -> float:
-    """Peak resident memory of one server, in MiB."""
+@contextlib.contextmanager
+def _samples(rows: int, *, keep: bool) -> Iterator[Path]:
+    """A catalogue of a size; what was made for it alone goes again, unless it is kept."""
+    there = (CACHE / f"samples-{rows}").exists()
     catalogue = sample_data(rows)
+    try:
+        yield catalogue
+    finally:
+        if not (there or keep):
+            shutil.rmtree(catalogue.parent)
+
+
+@contextlib.contextmanager
+def _server(catalogue: Path) -> Iterator[Measured]:
     with (
         tempfile.TemporaryDirectory(dir=CACHE) as data,
         server(Path(data), catalogue) as measured,
     ):
-        with exportd.Client(measured.address) as client:
-            job = client.export("token_transfers", format=fmt)
-            job.wait(timeout=600)
-        with grpc.insecure_channel(measured.address) as channel:
-            stub = export_service_pb2_grpc.ExportServiceStub(channel)
-            parts = len(stub.GetJob(pb.GetJobRequest(job_id=job.id)).job.manifest.parts)
-            indices = [None] if fmt == "csv" else list(range(parts))
-            stalled = stub.StreamDownload(
-                pb.StreamDownloadRequest(job_id=job.id, part_index=indices[0])
-            )
-            next(stalled)
-            reader = threading.Thread(target=_read, args=(stub, job.id, indices))
-            reader.start()
-            reader.join()
-            stalled.cancel()
+        yield measured
+
+
+def _exports(catalogue: Path, batches: Sequence[Sequence[Fmt]]) -> float:
+    """Peak of a server, in MiB, that works off one batch of exports after the other, the
+    exports of a batch at once."""
+    with _server(catalogue) as measured, exportd.Client(measured.address) as client:
+        for batch in batches:
+            jobs = [client.export("token_transfers", format=fmt) for fmt in batch]
+            for job in jobs:
+                manifest = job.wait(timeout=1800).manifest
+                assert manifest is not None
+                assert manifest.rows
+                job.delete()
         return measured.memory_mib()
 
 
-def _read(
-    stub: export_service_pb2_grpc.ExportServiceStub, job_id: str, indices: list[int | None]
-) -> None:
-    for index in indices:
-        for _ in stub.StreamDownload(
-            pb.StreamDownloadRequest(job_id=job_id, part_index=index)
-        ):
-            pass
+def _downloads(catalogue: Path) -> Iterator[Result]:
+    """Of one finished export of CSV; the export's own peak is not in it."""
+    for count in DOWNLOADS:
+        with _server(catalogue) as measured:
+            with exportd.Client(measured.address) as client:
+                manifest = client.export("token_transfers", format="csv").wait().manifest
+                (job,) = client.jobs()
+            assert manifest is not None
+            forget_peak(measured.pid)
+            stalled = 1 if count > 1 else 0
+            with contextlib.ExitStack() as stack:
+                for _ in range(stalled):
+                    channel = stack.enter_context(grpc.insecure_channel(measured.address))
+                    stub = export_service_pb2_grpc.ExportServiceStub(channel)
+                    stream = stub.StreamDownload(pb.StreamDownloadRequest(job_id=job.id))
+                    next(stream)
+                    stack.callback(stream.cancel)
+                with ThreadPoolExecutor(count) as threads:
+                    readers = [
+                        threads.submit(_read, measured.address, job.id)
+                        for _ in range(count - stalled)
+                    ]
+                    read = [reader.result() for reader in readers]
+                peak = measured.memory_mib()
+            assert read == [manifest.size] * (count - stalled)
+        yield Result(
+            f"peak memory, downloads at once: {count}, stalled: {stalled}",
+            peak,
+            "MiB",
+            goal=f"<= {GOAL_MIB}",
+        )
+
+
+def _read(address: str, job_id: str) -> int:
+    """Download over a connection of its own, and keep nothing; returns its bytes."""
+    with grpc.insecure_channel(address) as channel:
+        stub = export_service_pb2_grpc.ExportServiceStub(channel)
+        request = pb.StreamDownloadRequest(job_id=job_id)
+        return sum(len(message.data) for message in stub.StreamDownload(request))

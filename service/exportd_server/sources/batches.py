@@ -21,6 +21,10 @@ BATCH_ROWS = 65_536
 BATCH_BYTES = 4 * 2**20
 """A batch that has reached this many bytes takes no more rows."""
 
+UNCOPIED_BYTES = 2**20
+"""A batch of this many bytes goes on as it is: to join it costs a copy, which is more than
+what larger batches save."""
+
 _REPEAT_SECONDS = 0.1
 
 
@@ -31,17 +35,20 @@ def gather(
     held: list[pa.RecordBatch] = []
     held_rows = held_bytes = 0
     for batch in batches:
-        if held and (held_rows + batch.num_rows > rows or held_bytes >= size):
-            yield _joined(held)
-            held, held_rows, held_bytes = [], 0, 0
         for start in range(0, batch.num_rows, rows):
             piece = batch.slice(start, rows)
-            if piece.num_rows == rows:
+            weight = piece.nbytes
+            ready = piece.num_rows == rows or weight >= UNCOPIED_BYTES
+            full = held_rows + piece.num_rows > rows or held_bytes >= size
+            if held and (ready or full):
+                yield _joined(held)
+                held, held_rows, held_bytes = [], 0, 0
+            if ready:
                 yield piece
             else:
                 held.append(piece)
                 held_rows += piece.num_rows
-                held_bytes += piece.nbytes
+                held_bytes += weight
     if held:
         yield _joined(held)
 

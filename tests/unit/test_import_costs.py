@@ -1,0 +1,80 @@
+"""What an import brings along: what is heavy, and not wanted by everybody, comes when it
+is first needed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+_CLIENT = (
+    "aiohttp",
+    "click",
+    "crc32c",
+    "duckdb",
+    "exportd._aio",
+    "exportd._download",
+    "exportd_server",
+    "numpy",
+    "pandas",
+    "polars",
+    "pyarrow",
+    "rich",
+    "sqlalchemy",
+)
+_SERVER = (
+    "adbc_driver_manager.dbapi",
+    "aioboto3",
+    "aiohttp",
+    "alembic",
+    "botocore",
+    "cryptography.x509",
+    "exportd._aio",
+    "exportd._download",
+    "httpx",
+    "jinja2",
+    "opentelemetry",
+    "pandas",
+    "psycopg",
+    "pyarrow.dataset",
+)
+
+
+@pytest.mark.parametrize(
+    ("statement", "unwanted"),
+    [
+        ("import exportd", _CLIENT),
+        ("import exportd_server.cli, exportd_server.app", _SERVER),
+    ],
+)
+def test_an_import_does_without(statement: str, unwanted: tuple[str, ...]) -> None:
+    """A fresh interpreter says what it has loaded."""
+    done = subprocess.run(
+        [
+            *(sys.executable, "-c"),
+            f"{statement}; import json, sys; print(json.dumps(sorted(sys.modules)))",
+        ],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    loaded = set(json.loads(done.stdout))
+    assert statement.split()[1].rstrip(",") in loaded
+    assert not loaded.intersection(unwanted)
+
+
+def test_what_comes_later_is_there_all_the_same() -> None:
+    """Each name that the client exports leads somewhere, and no other does."""
+    program = (
+        "import exportd\n"
+        "for name in exportd.__all__: assert getattr(exportd, name) is not None, name\n"
+        "assert set(exportd.__all__) <= set(dir(exportd))\n"
+        "try: exportd.NoSuchThing\n"
+        "except AttributeError as error: print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True
+    )
+    assert done.stdout == "module 'exportd' has no attribute 'NoSuchThing'\n"
