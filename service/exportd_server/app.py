@@ -53,9 +53,11 @@ from exportd_server.places import (
 )
 from exportd_server.platform import metrics, metrics_exports, metrics_service
 from exportd_server.platform.clock import Clock, SystemClock
+from exportd_server.platform.lazy import LazyModule
 from exportd_server.platform.malloc import release_free_memory
 from exportd_server.platform.sealing import Fingerprints, Sealer
 from exportd_server.platform.secrets import kept_key
+from exportd_server.platform.threads import in_daemon_thread
 from exportd_server.platform.tracing import NO_TRACER, Tracer
 from exportd_server.settings import (
     IdentitySettings,
@@ -171,6 +173,9 @@ async def serving(
             tls="on" if tls else "off: calls can be read on the way",
             identity=_identity(settings),
         )
+        if worker:
+            # What only an export needs, loaded while the first one is waited for.
+            in_daemon_thread(LazyModule("polars").load, "load")
         try:
             yield Running(port, stop, http.port if http else None, certificate_port)
         finally:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import IO, Literal, cast
+from typing import IO, TYPE_CHECKING, Literal, cast
 
-import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.types as pat
@@ -21,6 +20,12 @@ from exportd_server.encoders.values import (
     simple,
     unwrapped,
 )
+from exportd_server.platform.lazy import LazyModule
+
+if TYPE_CHECKING:
+    import polars as pl
+else:
+    pl = LazyModule("polars")
 
 # A missing value alone in its line would be an empty line, which most readers skip.
 _LONE_MARKER = "\\N"

@@ -11,15 +11,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from decimal import Decimal
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
-import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.types as pat
-from polars.exceptions import PanicException, PolarsError
 
 from exportd_server.encoders.base import Buffer
 from exportd_server.errors import ValueNotEncodable
+from exportd_server.platform.lazy import LazyModule
+
+if TYPE_CHECKING:
+    import polars as pl
+else:
+    pl = LazyModule("polars")
 
 _MAX_ROWS = 65_536
 _TARGET_BYTES = 4 << 20
@@ -44,7 +49,12 @@ def encoding(column: str | None = None) -> Iterator[None]:
         yield
     except MemoryError:
         raise
-    except (pa.ArrowException, PolarsError, PanicException, ArithmeticError) as error:
+    except (
+        pa.ArrowException,
+        pl.exceptions.PolarsError,
+        pl.exceptions.PanicException,
+        ArithmeticError,
+    ) as error:
         where = f"column {column!r}" if column else "a column"
         raise ValueNotEncodable(
             f"{where} holds a value that cannot be written losslessly", column=column

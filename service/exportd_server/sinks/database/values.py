@@ -8,16 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
-import polars as pl
 import pyarrow as pa
 
 from exportd_server.encoders.base import Buffer, CsvOptions
 from exportd_server.errors import DeliveryFailed
+from exportd_server.platform.lazy import LazyModule
 from exportd_server.sinks.base import Delivery
 from exportd_server.sinks.database.rows import Feed, csv_lines, csv_options
 from exportd_server.sinks.database.running import Call
+
+if TYPE_CHECKING:
+    import polars as pl
+else:
+    pl = LazyModule("polars")
 
 _PIECE_BYTES = 1 << 20
 
