@@ -81,11 +81,24 @@ async def test_processes_go_on_and_start_on_tables_to_which_something_was_added(
     assert f"version {NEWER}" in fleet.command("check").stdout
 
 
+def test_a_release_of_before_has_nothing_to_migrate_on_tables_that_it_works_on(
+    fleet: Processes, migrate: Migrate
+) -> None:
+    migrate(ADDS, schema.HEAD)
+    done = fleet.command("migrate")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"version {NEWER} already" in done.stdout
+    assert fleet.ledger("SELECT version_num FROM alembic_version") == [(NEWER,)]
+    assert fleet.ledger("SELECT value FROM counters WHERE name = 'compatible_from'") == [
+        (int(schema.HEAD),)
+    ]
+
+
 def test_nothing_of_a_release_starts_on_tables_from_which_something_was_taken(
     fleet: Processes, migrate: Migrate
 ) -> None:
     migrate(TAKES_AWAY, NEWER)
-    for words in (("worker",), ("status",)):
+    for words in (("worker",), ("status",), ("migrate",)):
         told = fleet.command(*words)
         assert told.returncode == 2
         assert f"version {NEWER}, which this release does not know" in told.stderr

@@ -7,6 +7,7 @@ Each bound is what it takes today. Whoever needs more measures first (`bench/dow
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 import tracemalloc
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -161,6 +162,19 @@ def _is_ours(frame: FrameType) -> bool:
     return frame.f_code.co_filename.startswith(OURS)
 
 
+@pytest.fixture
+def page_cache_tells(tmp_path: Path) -> None:
+    """Of a file system that cannot tell what the page cache holds, each chunk is read in
+    a thread, and that is as it should be."""
+    (tmp_path / "probe").write_bytes(b"probe")
+    with (tmp_path / "probe").open("rb") as file:
+        try:
+            os.preadv(file.fileno(), [bytearray(5)], 0, os.RWF_NOWAIT)
+        except OSError as error:
+            pytest.skip(f"the file system of {tmp_path}: {error.strerror}")
+
+
+@pytest.mark.usefixtures("page_cache_tells")
 async def test_a_chunk_takes_no_more_calls_than_it_needs(service: Service) -> None:
     each: list[int] = []
     with _counting(_is_ours) as count:
@@ -196,6 +210,7 @@ async def test_a_chunk_is_copied_into_its_message_and_nowhere_else(
     assert max(each[1 + GROWING : -1]) < CHUNK // 4, each
 
 
+@pytest.mark.usefixtures("page_cache_tells")
 async def test_a_download_waits_for_nothing_but_its_reader(service: Service) -> None:
     """What the page cache holds is read at once, and what is taken at once is followed
     by the next: no turn of the event loop in between."""

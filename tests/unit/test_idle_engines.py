@@ -97,6 +97,17 @@ def test_an_engine_whose_reader_stopped_on_the_way_is_not_used_again(
     assert len(made) == 1
 
 
+def test_an_engine_that_gave_much_is_closed_and_with_it_goes_what_that_took(
+    tmp_path: Path, made: list[duckdb.DuckDBPyConnection]
+) -> None:
+    source = numbers(tmp_path, "a", *range(module._LITTLE // 8 + 1))
+    made.clear()
+    read(source)
+    (used,) = made
+    with pytest.raises(duckdb.ConnectionException):
+        used.execute("SELECT 1")
+
+
 def test_an_engine_reads_no_other_files_than_those_it_was_made_for(
     tmp_path: Path, made: list[duckdb.DuckDBPyConnection]
 ) -> None:

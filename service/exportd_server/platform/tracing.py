@@ -23,10 +23,12 @@ _LONGEST_STATE = 512
 """Characters of a `tracestate` that is handed on, as many as the specification asks for;
 a longer one is left out as a whole."""
 _MOST_MEMBERS = 32
-# W3C Trace Context, section 3.3.1.3. A value has no comma, no equals sign, no space at its
-# end.
+# W3C Trace Context, section 3.3.1.3: a key is a name, or a tenant's of a system. A value
+# has no comma, no equals sign, no space at its end. The library that records spans would
+# log a warning for each member that is laxer than that.
 _MEMBER = re.compile(
-    r"(?P<key>[a-z0-9][a-z0-9_*/@-]{0,255})=[ -+\--<>-~]{0,255}[!-+\--<>-~]"
+    r"(?P<key>[a-z][a-z0-9_*/-]{0,255}|[a-z0-9][a-z0-9_*/-]{0,240}@[a-z][a-z0-9_*/-]{0,13})"
+    r"=[ -+\--<>-~]{0,255}[!-+\--<>-~]"
 )
 # Later versions may have more at the end, behind another hyphen.
 _PARENT = re.compile(

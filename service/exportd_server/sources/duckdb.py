@@ -51,6 +51,11 @@ _JSON_FILE_MB = 34
 reading twelve large files takes no more memory than three."""
 
 _MOST_IDLE = 2
+_LITTLE = 4 * 2**20
+"""Bytes of rows up to which an engine that gave them may wait for the next reader. What
+more took stays with the engine's allocator, tens of MiB, until an engine is closed; and
+beside such a read a new engine costs nothing."""
+
 _ENGINE_ROWS = 8_192
 """Rows the engine hands over at a time; `gather` joins them up to a bound in bytes."""
 
@@ -526,6 +531,7 @@ class FileStream:
         self._stop = Stop()
         self._open = contextlib.ExitStack()
         self._ended = False
+        self._given = 0
 
     @property
     def schema(self) -> pa.Schema:
@@ -567,7 +573,8 @@ class FileStream:
 
         def leave() -> None:
             # One that failed or was interrupted may be in any state.
-            if self._ended and not (self._keep_footers or self._stop.stopped):
+            well = self._ended and not self._stop.stopped
+            if well and not self._keep_footers and self._given <= _LITTLE:
                 _idle.keep(reads, engine)
             else:
                 engine.close()
@@ -591,6 +598,7 @@ class FileStream:
                     except StopIteration:
                         self._ended = True
                         break
+                self._given += batch.nbytes
                 yield self._masks.hashed_batch(batch, self._schema.names)
         except _Misfit as error:
             # A column that nobody asked for may be one that nobody is to know of.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 
 Metadata = tuple[tuple[str, str], ...]
 
@@ -15,10 +16,12 @@ def current_trace() -> Metadata:
     """
     if "opentelemetry.trace" not in sys.modules:
         return ()
-    from opentelemetry.trace.propagation.tracecontext import (  # noqa: PLC0415 - see above
-        TraceContextTextMapPropagator,
-    )
-
     headers: dict[str, str] = {}
-    TraceContextTextMapPropagator().inject(headers)
+    # A library that is half there, of another version or itself broken fails no call.
+    with suppress(Exception):
+        from opentelemetry.trace.propagation.tracecontext import (  # noqa: PLC0415 - see above
+            TraceContextTextMapPropagator,
+        )
+
+        TraceContextTextMapPropagator().inject(headers)
     return tuple(headers.items())
