@@ -84,6 +84,7 @@ check: $(VENV)/.dev ## Format, lint, types, imports, contract, stubs, audit, lic
 	$(BIN)/python tools/configuration.py --check
 	$(BIN)/python tools/api_reference.py --check
 	$(BIN)/python tools/metrics.py --check
+	$(BIN)/python -m bench.table --check
 	$(BIN)/python tools/audit.py $(ADVISORIES)
 	$(BIN)/python tools/licences.py --check
 

@@ -49,8 +49,8 @@ def main() -> None:
         for result in results(name):
             print(result.line(as_json=options.json), flush=True)
             found.append(result)
-        if options.save:
-            save(name, found)
+            if options.save:  # at once: a bench may be ended in the middle
+                save(name, found)
 
 
 if __name__ == "__main__":

@@ -18,12 +18,12 @@ CACHE = ROOT / ".data" / "bench"
 """Sample data that is kept between runs."""
 
 # Taken out of the environment: a server refuses variables that are no settings of its own.
-_SCALE = float(os.environ.pop("EXPORTD_BENCH_SCALE", "1"))
+SCALE = float(os.environ.pop("EXPORTD_BENCHSCALE", "1"))
 
 
 def scaled(amount: int) -> int:
-    """A size or a number of runs, times EXPORTD_BENCH_SCALE where that is set."""
-    return max(1, round(amount * _SCALE))
+    """A size or a number of runs, times EXPORTD_BENCHSCALE where that is set."""
+    return max(1, round(amount * SCALE))
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from bench.machine import SCALE
 from bench.report import Result
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -45,6 +46,7 @@ def machine() -> dict[str, Any]:
     """The machine a figure was measured on, and what ran there."""
     return {
         "date": dt.datetime.now(dt.UTC).date().isoformat(),
+        "scale": SCALE,
         "cores": os.cpu_count(),
         "processor": _processor(),
         "memory_gib": round(

@@ -33,12 +33,13 @@ def table() -> str:
             f"{machine['memory_gib']} GiB, {machine['system']}, "
             f"Python {machine['python']}, {machine['date']}"
         )
-        lines += _rows(results)
+        scale = machine.get("scale", 1)
+        lines += _rows(results, "" if scale == 1 else f" (at {scale:g} of the size)")
     said = "; ".join(dict.fromkeys(machines))
     return "\n".join([*lines, "", f"Measured on {said}.", ""])
 
 
-def _rows(results: list[Result]) -> Iterator[str]:
+def _rows(results: list[Result], note: str) -> Iterator[str]:
     for result in results:
         if not result.goal:
             continue
@@ -48,7 +49,7 @@ def _rows(results: list[Result]) -> Iterator[str]:
         if result.ratio is not None:
             ratio = f"{result.ratio:.2f}"
         ours = f"{figure(result.value)} {result.unit}"
-        yield f"| {result.name} | {ours} | {beside} | {ratio} | {result.goal} |"
+        yield f"| {result.name}{note} | {ours} | {beside} | {ratio} | {result.goal} |"
 
 
 def main() -> None:
