@@ -108,7 +108,8 @@ def _path(url: str, scheme: str, key: str, default: Path) -> Path:
     parts = _split(key, url)
     # It is not repeated: what was meant may be another URL, with a password.
     if parts.scheme != scheme or parts.netloc or not parts.path or parts.query:
-        raise ConfigurationError(f"{key}: is not supported; use {scheme}:///PATH")
+        other = " or s3://BUCKET/PREFIX" if key == "store.url" else ""
+        raise ConfigurationError(f"{key}: is not supported; use {scheme}:///PATH{other}")
     return Path(unquote(parts.path))
 
 

@@ -9,8 +9,8 @@ import json
 import logging
 import socket
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -48,6 +48,7 @@ from exportd_server.sinks.registry import SinkTypes
 from tests.support import rpc
 from tests.support.gate import BATCH_ROWS, GateSource
 from tests.support.identity import api_key, bearer
+from tests.support.logs import json_log
 from tests.support.samples import catalogue_of
 from tests.support.scripted_sink import ScriptedSink
 from tests.support.server import Server, serve, settings, until
@@ -57,21 +58,6 @@ FAILED = audit_pb2.AUDIT_OUTCOME_FAILED
 BROKEN_OFF = audit_pb2.AUDIT_OUTCOME_BROKEN_OFF
 NO_JOB = str(UUID(int=7, version=4))
 CANARY = "canary-7f3a"
-
-
-@contextmanager
-def json_log(level: str = "info") -> Iterator[io.StringIO]:
-    """What the process logs as JSON meanwhile."""
-    root, before = logging.getLogger(), structlog.get_config()
-    handlers, above = root.handlers[:], root.level
-    stream = io.StringIO()
-    configure_logging(level, "json", stream)
-    try:
-        yield stream
-    finally:
-        root.handlers[:] = handlers
-        root.setLevel(above)
-        structlog.configure(**before)
 
 
 def audit_lines(text: str) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +25,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 import exportd_server.app  # noqa: F401 - makes every metric known
 from deploy import make_secrets
 from exportd_server.cli import main as command_line
+from exportd_server.errors import ConfigurationError
 from exportd_server.platform.metrics import REGISTRY
 from exportd_server.settings import Settings, host_and_port, keys, load_settings, variable
 from tests.support.command_line import parsed
@@ -246,8 +248,25 @@ def in_kubernetes(monkeypatch: pytest.MonkeyPatch, component: str) -> Settings:
     environment = dict(
         line.split("=", 1) for line in lines if line and not line.startswith("#")
     )
+    example = (KUBERNETES / "secret/exportd.toml.example").read_text()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "exportd.toml"
+        file.write_text(example.replace('["KEY"]', f'["{"k" * 32}"]'))
+        return given(monkeypatch, environment, file, container(component)["args"])
+
+
+def test_the_example_of_secrets_has_no_key_that_works(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whoever forgets to put in one is told, instead of trusting one that all know."""
     file = KUBERNETES / "secret/exportd.toml.example"
-    return given(monkeypatch, environment, file, container(component)["args"])
+    with pytest.raises(ConfigurationError, match="keys"):
+        given(monkeypatch, {}, file, container("api")["args"])
+
+
+def test_the_names_of_services_make_no_settings() -> None:
+    """A Service called exportd would give every pod EXPORTD_PORT, which is no setting."""
+    assert all(pod["enableServiceLinks"] is False for pod in pods().values())
 
 
 @pytest.fixture

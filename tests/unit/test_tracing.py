@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from exportd_server.platform import tracing
-from exportd_server.platform.logging import configure_logging
 from exportd_server.platform.otel import OtelTracer, _parent
 from exportd_server.platform.tracing import NO_TRACER, TraceContext, read_metadata
 from exportd_server.settings import TracingSettings, read_headers
+from tests.support.logs import json_log
 from tests.support.traces import CALLER, TRACE, TRACEPARENT, trace_receiver
 
 HEX = "0123456789abcdef"
@@ -121,10 +121,8 @@ def test_a_later_version_is_read_as_far_as_it_is_known() -> None:
 
 @pytest.fixture
 def log() -> Iterator[io.StringIO]:
-    stream = io.StringIO()
-    configure_logging("info", "json", stream)
-    yield stream
-    configure_logging("debug", "console")
+    with json_log() as stream:
+        yield stream
 
 
 def test_log_lines_tell_the_span_they_were_written_in(log: io.StringIO) -> None:
