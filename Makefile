@@ -89,7 +89,7 @@ check: $(VENV)/.dev ## Format, lint, types, imports, contract, stubs, audit, lic
 	$(BIN)/python tools/licences.py --check
 
 long: $(VENV)/.dev ## Run the tests that take minutes: hurt fleets, models, wheels
-	EXPORTD_MODEL_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest --numprocesses 2 \
+	MODEL_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest --numprocesses 2 \
 		--dist loadfile -m minutes --ignore tests/clients $(ARGS)
 
 # Of each model of the ledger.

@@ -1380,5 +1380,5 @@ TestPostgresLedger.settings = _settings(12)
 def test_the_ledger_does_what_the_model_does_for_longer(
     machine: type[LedgerMachine],
 ) -> None:
-    examples = int(os.environ.get("EXPORTD_MODEL_EXAMPLES", "100"))
+    examples = int(os.environ.get("MODEL_EXAMPLES", "100"))
     run_state_machine_as_test(machine, settings=_settings(examples))
