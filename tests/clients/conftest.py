@@ -28,11 +28,11 @@ url = "sqlite:///{database}"
 [datasets.slow]
 connection = "counting"
 query = '''
-WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT 4000000)
+WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT 40000000)
 SELECT i FROM n
 '''
 """
-"""A dataset whose export takes seconds."""
+"""A dataset whose export takes longer than any client takes to start."""
 
 
 @dataclass
