@@ -14,10 +14,9 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import closing
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from bench.contest import (
 )
 from bench.machine import CACHE, Measured, sample_data, scaled, server
 from bench.peers import copy, psql
+from bench.receiver import receiving
 from bench.report import Result
 from exportd import (
     Client,
@@ -59,7 +59,7 @@ def results() -> Iterator[Result]:
         tempfile.TemporaryDirectory(dir=CACHE) as name,
         running_postgres(durable=True) as postgres,
         running_seaweed(Path(name) / "seaweed") as seaweed,
-        _receiver() as receiver,
+        receiving(_Receiver) as receiver,
     ):
         place = _Place(Path(name), postgres, seaweed)
         variables = {"EXPORTD_SINKS": str(place.sinks_file(receiver))}
@@ -344,16 +344,3 @@ class _Receiver(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         """Say nothing."""
-
-
-@contextmanager
-def _receiver() -> Iterator[str]:
-    receiver = ThreadingHTTPServer(("127.0.0.1", 0), _Receiver)
-    thread = threading.Thread(target=receiver.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{receiver.server_port}/"
-    finally:
-        receiver.shutdown()
-        receiver.server_close()
-        thread.join()

@@ -18,11 +18,11 @@ CACHE = ROOT / ".data" / "bench"
 """Sample data that is kept between runs."""
 
 # Taken out of the environment: a server refuses variables that are no settings of its own.
-SCALE = float(os.environ.pop("EXPORTD_BENCHSCALE", "1"))
+SCALE = float(os.environ.pop("EXPORTD_BENCH_SCALE", "1"))
 
 
 def scaled(amount: int) -> int:
-    """A size or a number of runs, times EXPORTD_BENCHSCALE where that is set."""
+    """A size or a number of runs, times EXPORTD_BENCH_SCALE where that is set."""
     return max(1, round(amount * SCALE))
 
 

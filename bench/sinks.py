@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 from bench.machine import CACHE, sample_data, server
+from bench.receiver import receiving
 from bench.report import Result
 from exportd import Client, DeliveryStatus, Sink, to_file, to_webhook
 
@@ -90,12 +90,5 @@ def _slow_receiver() -> Iterator[str]:
         def log_message(self, *_: object) -> None:
             """Say nothing."""
 
-    receiver = ThreadingHTTPServer(("127.0.0.1", 0), Receiver)
-    thread = threading.Thread(target=receiver.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{receiver.server_port}/"
-    finally:
-        receiver.shutdown()
-        receiver.server_close()
-        thread.join()
+    with receiving(Receiver) as url:
+        yield url
