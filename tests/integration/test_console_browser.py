@@ -7,6 +7,8 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 
 from exportd.v1 import job_pb2
 from tests.integration.test_console import HOSTILE, World, world
@@ -125,6 +127,38 @@ async def test_a_job_is_cancelled_with_two_clicks_or_by_keyboard_alone(
         await browser.press(ENTER)
     await browser.holds("document.querySelector('.notice') !== null")
     assert await here.state(job_id) == "CANCELLED"
+
+
+async def test_a_link_from_elsewhere_finds_one_signed_in_and_a_form_changes_nothing(
+    here: World, browser: Browser
+) -> None:
+    job_id = await here.create("held")
+    await here.running(job_id)
+    await sign_in(here, browser)
+    address = f"{here.base}/console/jobs/{job_id}"
+
+    async def elsewhere(request: web.Request) -> web.Response:
+        page = (
+            f'<a href="{address}">an alert</a>'
+            f'<form method="post" action="{here.base}/console/cancel">'
+            f'<input name="job_id" value="{job_id}"><button>x</button></form>'
+        )
+        return web.Response(text=page, content_type="text/html")
+
+    app = web.Application()
+    app.router.add_get("/", elsewhere)
+    async with TestServer(app) as other_site:
+        # A name that is another site than the address the console was called by.
+        other = f"http://localhost:{other_site.port}/"
+        await browser.open(other)
+        await browser.click("a")
+        assert await browser.run(STATE) == "running"
+        await browser.open(other)
+        await browser.click("button")
+        assert await browser.text("h1") == "Sign in"
+    # Nor is anybody signed out by it.
+    await browser.open(address)
+    assert await browser.run(STATE) == "running"
 
 
 async def test_a_dead_letter_is_sent_again(here: World, browser: Browser) -> None:

@@ -83,9 +83,9 @@ class Visitor:
         await self._http.close()
 
     @property
-    def cookie(self) -> str:
-        """The value of the one cookie; empty without it."""
-        return next((each.value for each in self._http.cookie_jar), "")
+    def cookies(self) -> dict[str, str]:
+        """The values of the cookies, by name."""
+        return {each.key: each.value for each in self._http.cookie_jar}
 
     def set_cookie(self, name: str, value: str) -> None:
         self._http.cookie_jar.clear()

@@ -18,6 +18,8 @@ from exportd_server.platform.sealing import Sealer, Unreadable
 _PURPOSE = b"exportd: sessions of the console"
 _MOST_COOKIE = 3900
 """Browsers keep no cookie above 4096 bytes, its name and attributes included."""
+_SAME_SITE = "Lax"
+"""A link from elsewhere, as in an alert, finds its reader signed in; a form does not."""
 _WITHOUT_CREDENTIAL = timedelta(days=1)
 """How long one lasts that only guards forms."""
 
@@ -54,6 +56,9 @@ class Sessions:
         self._secure = secure
         # By the prefix, browsers refuse it from other hosts and from plain text.
         self._name = "__Host-exportd" if secure else "exportd-console"
+        # A cookie of its own: a form sent from elsewhere comes without cookies and is
+        # answered with the page to sign in on, which must not sign the visitor out.
+        self._form_name = f"{self._name}-form"
 
     def begin(self, credential: str = "") -> Session:
         """A new one, whose forms are not those of any other."""
@@ -63,7 +68,14 @@ class Sessions:
 
     def of(self, request: web.Request) -> Session | None:
         """The session of a request; None without one, or with one that has ended."""
-        cookie = request.cookies.get(self._name, "")
+        return self._read(request, self._name) or self.of_form(request)
+
+    def of_form(self, request: web.Request) -> Session | None:
+        """The one that guards the form to sign in; None without one that lasts."""
+        return self._read(request, self._form_name)
+
+    def _read(self, request: web.Request, name: str) -> Session | None:
+        cookie = request.cookies.get(name, "")
         try:
             csrf, credential, expires = json.loads(self._sealer.open(cookie))
         except (Unreadable, ValueError):
@@ -83,17 +95,19 @@ class Sessions:
             )
         left = session.expires - int(self._clock.now().timestamp())
         response.set_cookie(
-            self._name,
+            self._name if session.credential else self._form_name,
             sealed,
             max_age=max(0, left),
             path="/",
             secure=self._secure,
             httponly=True,
-            samesite="Strict",
+            samesite=_SAME_SITE,
         )
 
     def end(self, response: web.StreamResponse) -> None:
-        """Have the browser forget it."""
-        response.del_cookie(
-            self._name, path="/", secure=self._secure, httponly=True, samesite="Strict"
-        )
+        """Have the browser forget it. A copy of the cookie would last until it expires:
+        what ends it sooner is to revoke the credential."""
+        for name in (self._name, self._form_name):
+            response.del_cookie(
+                name, path="/", secure=self._secure, httponly=True, samesite=_SAME_SITE
+            )

@@ -31,7 +31,7 @@ class Signing:
         access = self._site.access
         form = await read_form(request)
         # Without this, somebody else's page could sign its reader in as somebody else.
-        check_form(access.sessions.of(request), form.get("csrf", ""))
+        check_form(access.sessions.of_form(request), form.get("csrf", ""))
         credential = form.get("credential", "").strip()
         if not credential:
             raise InvalidRequest.of("credential", "is required: an API key or a token")
