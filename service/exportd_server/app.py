@@ -15,6 +15,7 @@ import structlog
 from prometheus_client import start_http_server
 
 from exportd_server import samples
+from exportd_server.addresses import host_and_port
 from exportd_server.api.chunks import ChunkMemory
 from exportd_server.api.download import DownloadOptions, Downloads
 from exportd_server.api.interceptors.identity import caller
@@ -64,7 +65,6 @@ from exportd_server.settings import (
     JwtSettings,
     Settings,
     TracingSettings,
-    host_and_port,
     read_headers,
 )
 from exportd_server.sinks.connections import Connections, load_connections

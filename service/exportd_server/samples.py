@@ -274,15 +274,9 @@ def generate(directory: Path, token_transfers: int = 1_000_000, seed: int = 1) -
     """
     if token_transfers < 1:
         raise ConfigurationError("the sample data needs at least 1 row")
-    identity: dict[str, object] = {
-        "version": _VERSION,
-        "rows": token_transfers,
-        "seed": seed,
-        "engine": engine_version(),
-    }
-    marker = directory / _MARKER
-    if _reads(marker, identity):
+    if are_there(directory, token_transfers, seed):
         return
+    identity, marker = _identity(token_transfers, seed), directory / _MARKER
     if directory.exists() and not marker.is_file() and any(directory.iterdir()):
         raise ConfigurationError(
             f"{directory}: holds other files; name an empty or a new directory"
@@ -302,6 +296,20 @@ def generate(directory: Path, token_transfers: int = 1_000_000, seed: int = 1) -
                 raise
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def are_there(directory: Path, token_transfers: int, seed: int = 1) -> bool:
+    """Whether `generate` has nothing to do."""
+    return _reads(directory / _MARKER, _identity(token_transfers, seed))
+
+
+def _identity(token_transfers: int, seed: int) -> dict[str, object]:
+    return {
+        "version": _VERSION,
+        "rows": token_transfers,
+        "seed": seed,
+        "engine": engine_version(),
+    }
 
 
 def _reads(marker: Path, identity: dict[str, object]) -> bool:

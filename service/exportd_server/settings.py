@@ -4,13 +4,12 @@ later wins. Keys that do not exist are refused."""
 from __future__ import annotations
 
 import difflib
-import ipaddress
 import json
 import os
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import unquote, urlsplit
@@ -25,15 +24,16 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import ErrorDetails
 from pydantic_settings import (
     BaseSettings,
-    EnvSettingsSource,
     NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     SettingsError,
 )
 
+from exportd_server.addresses import address_keys, check_address, is_loopback, rules
 from exportd_server.errors import ConfigurationError
 from exportd_server.platform.urls import BadUrl, parse_url
 from exportd_server.store.key import is_tenant
@@ -713,7 +713,7 @@ class Settings(BaseSettings):
         return (env_settings, init_settings)
 
 
-class _Flags(Section):
+class Flags(Section):
     """The settings that have a flag, checked as the others are."""
 
     listen: str | None = None
@@ -733,26 +733,31 @@ def load_settings(
 ) -> Settings:
     """Read the settings; raises `ConfigurationError` naming the key and the mend. One
     that does not serve need not be able to listen."""
-    for problem in _unknown_variables(os.environ if environ is None else environ):
-        raise ConfigurationError(problem)
-    values = _read_file(file) if file is not None else {}
+    for unknown in unknown_variables(os.environ if environ is None else environ):
+        raise ConfigurationError(unknown)
+    values = read_settings_file(file) if file is not None else {}
     try:
         settings = Settings(**values)
-        given = _Flags(**{k: v for k, v in flags.items() if v is not None})
+        given = Flags(**{k: v for k, v in flags.items() if v is not None})
     except ValidationError as error:
-        raise ConfigurationError(_explained(error, file)[0]) from None
+        raise ConfigurationError(explained(mistakes(error)[0], file)) from None
     except SettingsError as error:
         # It names the field, and not the value.
         raise ConfigurationError(
             f"environment: {error}; lists and tables stand there as JSON"
         ) from None
-    settings = _with_flags(settings, given)
-    for problem in _address_problems(settings, serves=serves):
-        raise ConfigurationError(problem)
+    settings = with_flags(settings, given)
+    for key in address_keys(serves=serves):
+        check_address(settings, key)
+    for rule in rules(serves=serves):
+        problem = rule.problem_in(settings)
+        if problem:
+            raise ConfigurationError(problem)
     return settings
 
 
-def _with_flags(settings: Settings, given: _Flags) -> Settings:
+def with_flags(settings: Settings, given: Flags) -> Settings:
+    """The settings, those that a flag gives replaced."""
     update = {name: getattr(given, name) for name in given.model_fields_set}
     if "workers" in update:
         enabled = {"enabled": update.pop("workers")}
@@ -760,80 +765,8 @@ def _with_flags(settings: Settings, given: _Flags) -> Settings:
     return settings.model_copy(update=update)
 
 
-@dataclass(frozen=True, slots=True)
-class Inspected:
-    """Settings with everything that is wrong with them, one line each. The tables and keys
-    named in `broken` hold their defaults in `settings`, and not what was meant."""
-
-    settings: Settings
-    wrong: tuple[str, ...]
-    broken: frozenset[str]
-
-
-class _Given(Settings):
-    """Settings from what is passed in alone."""
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],  # noqa: ARG003 - the base's signature
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - likewise
-        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - likewise
-        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - likewise
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """See the base."""
-        return (init_settings,)
-
-
-def inspect_settings(
-    file: Path | None, flags: Mapping[str, Any], *, serves: bool = True
-) -> Inspected:
-    """Read the settings as `load_settings` does, and go on at each mistake. Raises
-    `ConfigurationError` when the file cannot be read at all."""
-    values = _read_file(file) if file is not None else {}
-    wrong, broken = [*_unknown_variables(os.environ)], set[str]()
-    for name, value in sorted(os.environ.items()):
-        try:
-            values = _merged(values, _from_variable(name, value))
-        except SettingsError:
-            key = name.upper().removeprefix(PREFIX).lower().split("__")
-            wrong.append(f"environment: {name}: lists and tables stand there as JSON")
-            broken.add(key[0])
-    given = _Flags()
-    try:
-        given = _Flags(**{k: v for k, v in flags.items() if v is not None})
-    except ValidationError as error:
-        wrong += _explained(error, None)
-    try:
-        settings: Settings = _Given(**values)
-    except ValidationError as error:
-        wrong += _explained(error, file)
-        broken |= {str(step) for each in error.errors() for step in each["loc"][:1]}
-        settings = _Given(**{k: v for k, v in values.items() if k not in broken})
-    settings = _with_flags(settings, given)
-    if not broken & {"listen", "tls", "identity", "http", "metrics"}:
-        wrong += _address_problems(settings, serves=serves)
-    return Inspected(settings, tuple(wrong), frozenset(broken))
-
-
-def _from_variable(name: str, value: str) -> dict[str, Any]:
-    """What one environment variable sets, if it sets anything. Raises `SettingsError`."""
-    source = EnvSettingsSource(Settings)
-    source.env_vars = {name.lower(): value}
-    return source()
-
-
-def _merged(values: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Tables in tables, the second over the first."""
-    both = {**values, **over}
-    for name in values.keys() & over.keys():
-        if isinstance(values[name], dict) and isinstance(over[name], dict):
-            both[name] = _merged(values[name], over[name])
-    return both
-
-
-def _read_file(file: Path) -> dict[str, Any]:
+def read_settings_file(file: Path) -> dict[str, Any]:
+    """What is in a TOML file; raises `ConfigurationError`."""
     try:
         with file.open("rb") as stream:
             return tomllib.load(stream)
@@ -864,7 +797,8 @@ CLIENT_VARIABLES = frozenset({"EXPORTD_SERVER", "EXPORTD_TOKEN", "EXPORTD_WEBHOO
 """Variables of the client command, which may run in the same environment."""
 
 
-def _unknown_variables(environ: Mapping[str, str]) -> Iterator[str]:
+def unknown_variables(environ: Mapping[str, str]) -> Iterator[str]:
+    """One line for each variable that looks like a setting and is none."""
     known = {variable(key) for key in keys()} | CLIENT_VARIABLES
     for name in environ:
         if name.upper().startswith(PREFIX) and name.upper() not in known:
@@ -877,159 +811,29 @@ def _hint(name: str, known: set[str]) -> str:
     return f"; did you mean {close[0]}?" if close else "; remove it"
 
 
-def _explained(error: ValidationError, file: Path | None) -> list[str]:
-    """One line for each mistake. None repeats a value, which may be a secret."""
-    lines = []
-    for each in error.errors(include_url=False, include_input=False):
-        key = ".".join(str(step) for step in each["loc"])
-        if each["type"] == "extra_forbidden":
-            hint = _hint(key, set(keys()))
-            lines.append(f"{file or 'settings'}: {key} is no setting{hint}")
-        else:
-            lines.append(f"{file or 'settings'} (or {variable(key)}): {key}: {each['msg']}")
-    return lines
+def mistakes(error: ValidationError) -> list[ErrorDetails]:
+    """Each for itself, without the value, which may be a secret."""
+    return error.errors(include_url=False, include_input=False)
 
 
-def host_and_port(key: str, address: str) -> tuple[str, int]:
-    """The two halves of a `host:port`; raises `ConfigurationError` naming the key."""
-    host, colon, port = address.rpartition(":")
-    if not (colon and host and port.isascii() and port.isdigit()) or int(port) > 65_535:
-        raise ConfigurationError(
-            f"{key}: {address!r} is not host:port, such as 127.0.0.1:50051"
-        )
-    return host.strip("[]"), int(port)
+def explained(mistake: ErrorDetails, file: Path | None) -> str:
+    """One line for the operator."""
+    key, known, where = _dotted(mistake["loc"]), set(keys()), str(file or "settings")
+    if mistake["type"] == "extra_forbidden":
+        return f"{where}: {key} is no setting{_hint(key, known)}"
+    # A list has one variable, and a table none.
+    named = field_of(mistake)
+    if named in known:
+        where += f" (or {variable(named)})"
+    return f"{where}: {key}: {mistake['msg']}"
 
 
-def _address_problems(settings: Settings, *, serves: bool) -> Iterator[str]:
-    """What is wrong with where it listens, and who is asked what there."""
-    for problems in (
-        _listen_problems(settings) if serves else (),
-        _http_problems(settings, listens=serves),
-        _console_problems(settings) if serves and settings.http.console else (),
-        _metrics_problems(settings),
-    ):
-        try:
-            yield from problems
-        except ConfigurationError as error:
-            # An address that is none.
-            yield str(error)
+def field_of(mistake: ErrorDetails) -> str:
+    """The field, or table, that a mistake is in, dotted. Of a list the whole, and of what
+    is missing what lacks it."""
+    path = mistake["loc"][:-1] if mistake["type"] == "missing" else mistake["loc"]
+    return _dotted(takewhile(lambda step: isinstance(step, str), path))
 
 
-def _listen_problems(settings: Settings) -> Iterator[str]:
-    host, _ = host_and_port("listen", settings.listen)
-    tls, identity = settings.tls, settings.identity
-    if identity.required and settings.allow_unauthenticated:
-        yield (
-            "allow_unauthenticated: contradicts the settings of identity, by which nobody "
-            "is let in unauthenticated; remove one of them"
-        )
-    if not (identity.required or settings.allow_unauthenticated or is_loopback(host)):
-        yield (
-            f"listen: {host} is reachable from elsewhere and nobody has to identify "
-            "themselves; listen on 127.0.0.1, set up identity, or set "
-            "allow_unauthenticated"
-        )
-    encrypted = tls.cert_file is not None or tls.allow_plaintext
-    if identity.required and not (encrypted or is_loopback(host)):
-        yield (
-            f"listen: {host} is reachable from elsewhere and credentials could be read on "
-            "the way; set tls.cert_file and tls.key_file, or, if something in front "
-            "encrypts, tls.allow_plaintext"
-        )
-    if identity.mtls and tls.client_ca_file is None:
-        yield (
-            "identity.mtls: nobody is asked for a certificate; set tls.client_ca_file, "
-            "and tls.require_client_cert or tls.client_cert_listen"
-        )
-    if tls.client_cert_listen:
-        host, _ = host_and_port("tls.client_cert_listen", tls.client_cert_listen)
-        if not (identity.required or settings.allow_unauthenticated or is_loopback(host)):
-            yield (
-                f"tls.client_cert_listen: {host} is reachable from elsewhere and nobody "
-                "has to identify themselves; set up identity.mtls"
-            )
-
-
-def _http_problems(settings: Settings, *, listens: bool) -> Iterator[str]:
-    """Download URLs are credentials, and what they lead to is as secret as all else: held
-    to the same rules as `listen`."""
-    http, tls = settings.http, settings.tls
-    public = urlsplit(http.public_url)
-    clear = public.scheme == "http" and not is_loopback(public.hostname or "")
-    if clear and not tls.allow_plaintext:
-        yield (
-            "http.public_url: download URLs and data could be read on the way; give "
-            "https://HOST of what encrypts in front of http.listen, or set "
-            "tls.allow_plaintext"
-        )
-    if not (listens and http.listen):
-        return
-    host, _ = host_and_port("http.listen", http.listen)
-    if is_loopback(host):
-        return
-    if not (settings.identity.required or settings.allow_unauthenticated):
-        yield (
-            f"http.listen: {host} is reachable from elsewhere and nobody has to identify "
-            "themselves; listen on 127.0.0.1, set up identity, or set "
-            "allow_unauthenticated"
-        )
-    if host in {"0.0.0.0", "::", "*"} and not http.public_url:  # noqa: S104 - refused
-        yield (
-            f"http.public_url: is needed with http.listen = {http.listen!r}, "
-            "an address that nobody can be sent to; give https://HOST of this server"
-        )
-    if public.scheme != "https" and not tls.allow_plaintext:
-        yield (
-            f"http.listen: {host} is reachable from elsewhere and download URLs and data "
-            "could be read on the way; listen on 127.0.0.1, give https://HOST of what "
-            "encrypts in front of it as http.public_url, or set tls.allow_plaintext"
-        )
-
-
-def _console_problems(settings: Settings) -> Iterator[str]:
-    """Whoever reaches the console must be known as over gRPC, and what they sign in with
-    must not be read on the way."""
-    http, identity = settings.http, settings.identity
-    if not http.listen:
-        yield "http.console: needs a port; set http.listen"
-        return
-    base = urlsplit(http.public_url or f"http://{http.listen}")
-    local = is_loopback(base.hostname or "")
-    if not (identity.required or settings.allow_unauthenticated or local):
-        yield (
-            f"http.console: {base.hostname} is reachable from elsewhere and nobody has to "
-            "identify themselves; set up identity, or set allow_unauthenticated"
-        )
-    if identity.required and not (identity.api_keys or identity.jwt.issuer):
-        yield (
-            "http.console: browsers sign in with an API key or a token; set "
-            "identity.api_keys or identity.jwt"
-        )
-    if identity.required and base.scheme != "https" and not local:
-        yield (
-            "http.console: browsers keep a sign-in only where it cannot be read on the "
-            "way; give https://HOST of what encrypts in front of http.listen as "
-            "http.public_url"
-        )
-
-
-def _metrics_problems(settings: Settings) -> Iterator[str]:
-    metrics = settings.metrics
-    if not metrics.listen:
-        return
-    host, _ = host_and_port("metrics.listen", metrics.listen)
-    if not (is_loopback(host) or metrics.allow_remote):
-        yield (
-            f"metrics.listen: {host} is reachable from elsewhere and the metrics ask "
-            "nobody who they are; listen on 127.0.0.1, or set metrics.allow_remote"
-        )
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach the host by that name."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+def _dotted(path: Iterable[str | int]) -> str:
+    return ".".join(map(str, path))

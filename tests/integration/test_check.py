@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import socket
 import sqlite3
 import subprocess
@@ -33,6 +34,7 @@ from exportd_server.operations.checking import (
 )
 from exportd_server.operations.keeping import check_clock
 from exportd_server.platform.clock import SystemClock
+from exportd_server.samples import generate
 from exportd_server.store.local import LocalStore
 from tests.support.canaries import Canaries
 from tests.support.identity import AUDIENCE, ISSUER, Authority, Issuer, api_key
@@ -221,7 +223,7 @@ def test_the_command_says_all_in_lines_and_by_its_exit_code(site: Site) -> None:
     assert [row["area"] for row in rows if row["level"] == "failed"] == ["store"]
 
 
-def run(file: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run(file: Path, *arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [
             *(sys.executable, "-m", "exportd_server.cli", "check"),
@@ -230,7 +232,7 @@ def run(file: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         check=False,
-        cwd=ROOT,
+        cwd=cwd,
         timeout=60,
     )
 
@@ -259,12 +261,131 @@ async def test_every_wrong_setting_is_told_at_once_and_the_rest_is_tried(
         "delivery.secret_keys: Value error, each key needs at least 32 bytes",
     )
     assert len(settings.text.splitlines()) == 7
-    yellow(found["keys", "all"], "first mend the settings of delivery")
-    yellow(found["identity", "all"], "first mend the settings of identity")
+    yellow(found["keys", "delivery.secret_keys"], "first mend delivery.secret_keys")
+    yellow(found["identity", "mtls"], "first mend identity.mtls")
+    yellow(found["settings", "listen"], "is not checked; first mend identity.mtls")
+    yellow(found["settings", "retention"], "is not checked; first mend retention.ttl")
     green(found["catalogue", "orders"])
     for name in ("WROKER__LEASE", "IDENTITY__MTLS", "LIMITS__MAX_ROWS"):
         monkeypatch.delenv(f"EXPORTD_{name}")
     green((await site.found())["settings", str(site.path("server.toml"))])
+
+
+async def test_a_wrong_field_keeps_only_what_needs_it_from_being_checked(
+    site: Site,
+) -> None:
+    name = str(site.path("server.toml"))
+    wrong: dict[str, Any] = {
+        "listen": "0.0.0.0:0",
+        "http__listen": "10.1.2.3:80",
+        "metrics__listen": "0.0.0.0:0",
+    }
+    told = ("listen: 0.0.0.0 is", "http.listen: 10.1.2.3 is", "metrics.listen: 0.0.0.0 is")
+    for odd in ("http__console_session", "identity__jwt__leeway_seconds"):
+        red((await site.found(**(wrong | {odd: -1})))["settings", name], *told)
+    found = await site.found(**wrong, metrics__allow_remote="perhaps")
+    red(found["settings", name], *told[:2])
+    assert told[2] not in found["settings", name].text
+    yellow(found["settings", "metrics.listen"], "first mend metrics.allow_remote")
+    green(found["ports", "metrics.listen"])
+    found = await site.found(**wrong, identity__api_keys="perhaps")
+    red(found["settings", name], told[2], "tls.allow_plaintext")
+    for key in ("listen", "http.listen"):
+        yellow(found["settings", key], "first mend identity.api_keys")
+    found = await site.found(**(wrong | {"listen": "nowhere"}))
+    red(found["settings", name], "listen: 'nowhere' is not host:port", *told[1:])
+    yellow(found["ports", "listen"], "not tried; first mend listen")
+    green(found["ports", "metrics.listen"])
+
+
+async def test_what_a_wrong_field_may_have_broken_besides_is_not_told_as_a_mistake(
+    site: Site,
+) -> None:
+    found = await site.found(tls__cert_file=5, tls__key_file="key.pem")
+    settings = found["settings", str(site.path("server.toml"))]
+    red(settings, "tls.cert_file: ")
+    assert len(settings.text.splitlines()) == 1
+    yellow(found["settings", "tls"], "is not checked; first mend tls.cert_file")
+    yellow(found["tls", "all"], "not tried; first mend tls.cert_file")
+    found = await site.found(retention__odd=1, retention__ttl=9, retention__max_ttl=8)
+    settings = found["settings", str(site.path("server.toml"))]
+    red(settings, "retention.odd is no setting", "ttl (9) must not pass max_ttl (8)")
+
+
+async def test_a_key_that_does_not_exist_keeps_nothing_from_being_tried(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = await site.found()
+    monkeypatch.setenv("EXPORTD_PARTS__TYPO", "1")
+    odd: dict[str, Any] = {
+        "worker__laese": 1,
+        "store__s3__typo": 1,
+        "ledger__typo": 1,
+        "typo": 1,
+    }
+    after = await site.found(**odd)
+    settings = after.pop(("settings", str(site.path("server.toml"))))
+    assert len(settings.text.splitlines()) == 5
+    red(settings, *(f"{key.replace('__', '.')} is no setting" for key in odd))
+    before.pop(("settings", str(site.path("server.toml"))))
+    assert after == before
+
+
+async def test_a_mistake_that_is_in_the_way_of_several_areas_is_told_once(
+    site: Site,
+) -> None:
+    wrong: dict[str, Any] = {"http__listen": "127.0.0.1:0", "identity__api_keys": True}
+    found = await site.found(ledger__url="mysql://x/y", **wrong)
+    (only,) = (each for each in found.values() if each.level is Level.FAILED)
+    assert only == found["ledger", "all"]
+    for where in (
+        ("store", "all"),
+        ("keys", "delivery.secret_keys"),
+        ("keys", "http.signing_keys"),
+        ("identity", "api_keys"),
+    ):
+        yellow(found[where], "first mend what has failed in ledger")
+
+
+def test_three_mistakes_in_three_files_are_each_told_once_with_their_mend(
+    site: Site,
+) -> None:
+    site.keys["catalogue"].write_text(
+        '[datasets.orders]\ncsv = "orders.csv"\ntme_column = "at"\n'
+        '[datasets.good]\ncsv = "orders.csv"\n'
+    )
+    sinks = site.path("sinks.toml")
+    sinks.write_text(
+        f'[connections.lost]\ntype = "local_file"\nroot = "{site.folder}/none"\n'
+        f'[connections.kept]\ntype = "local_file"\nroot = "{site.folder}"\n'
+    )
+    told = run(site.write(worker__laese=3, sinks=sinks, metrics__listen="0.0.0.0:0"))
+    assert told.returncode == 1
+    assert told.stderr == ""
+    lines = told.stdout.splitlines()
+    wrong = [line for line in lines if not line.startswith("ok ")]
+    mends = (
+        ("settings", "worker.laese is no setting; did you mean worker.lease?"),
+        ("settings", "metrics.listen: 0.0.0.0 is reachable from elsewhere"),
+        ("catalogue", "tme_column: unknown key; did you mean 'time_column'?"),
+        ("sinks", "make it, or name another one; mend connections.lost in"),
+    )
+    assert len(wrong) == len(mends), told.stdout
+    for area, mend in mends:
+        (line,) = (each for each in wrong if mend in each)
+        assert line.startswith(f"failed   {area} ")
+    for area, name in (
+        ("ledger", "ledger.db"),
+        ("store", "outputs"),
+        ("store", "owner"),
+        ("catalogue", "good"),
+        ("sinks", "kept"),
+        ("ports", "metrics.listen"),
+    ):
+        assert any(
+            line.startswith("ok ") and f" {area} " in line and name in line
+            for line in lines
+        ), (area, name)
 
 
 async def test_addresses_that_contradict_each_other_are_told_at_once(site: Site) -> None:
@@ -299,7 +420,44 @@ async def test_a_data_directory_that_cannot_be_one_is_told(site: Site) -> None:
     data.unlink()
     green(await site.one("data_dir", str(data)), "can be made")
     data.mkdir()
-    green(await site.one("data_dir", str(data)), "writable")
+    green(await site.one("data_dir", str(data)), "is there")
+
+
+NO_FILES_HERE = Path("/sys")
+"""A directory in which nobody can make a file, the superuser included."""
+
+
+async def test_what_a_start_would_write_to_a_directory_that_takes_nothing_is_told(
+    site: Site,
+) -> None:
+    data = NO_FILES_HERE
+    found = await site.found(data_dir=data, catalogue=None, http__listen="127.0.0.1:0")
+    green(found["data_dir", str(data)])
+    red(found["ledger", str(data / "ledger.db")], "cannot be written to", "ledger.url")
+    red(found["store", str(data / "outputs")], "cannot keep files", "store.url")
+    red(found["catalogue", "samples"], "Permission denied", "as catalogue")
+    red(found["keys", "delivery.secret_keys"], "one in delivery.secret_keys")
+    red(found["keys", "http.signing_keys"], "one in http.signing_keys")
+    elsewhere: dict[str, Any] = {
+        "ledger__url": f"sqlite:///{site.folder}/ledger.db",
+        "store__url": f"file://{site.folder}/outputs",
+        "delivery__secret_keys": [LONG],
+        "http__listen": "127.0.0.1:0",
+        "http__signing_keys": [LONG],
+    }
+    found = await site.found(data_dir=data, **elsewhere)
+    assert {each.level for each in found.values()} == {Level.OK}
+
+
+async def test_a_fleet_whose_data_directory_takes_nothing_is_green(fleet: Site) -> None:
+    migrate_postgres_ledger(fleet.keys["ledger.url"])
+    found = await fleet.found(data_dir=NO_FILES_HERE)
+    assert {each.level for each in found.values()} == {Level.OK}
+    red(await fleet.one("catalogue", "samples", data_dir=NO_FILES_HERE, catalogue=None))
+    # Samples that are there already are not generated.
+    generate(fleet.path("data") / "samples", 10)
+    there = await fleet.one("catalogue", "samples", catalogue=None, sample_rows=10)
+    green(there, "sample data, in ")
 
 
 async def test_an_embedded_ledger_that_a_process_has_open_is_told(site: Site) -> None:
@@ -444,6 +602,51 @@ async def test_what_a_fleet_must_share_is_told(fleet: Site) -> None:
     green(found["keys", "http.signing_keys"], "2 given")
 
 
+DOCUMENTED = re.compile(r"(ok|warning|failed) +(\w+) +(\S+)  (.+)")
+
+
+def documented(area: str) -> list[tuple[str, str]]:
+    """Level and text of an area in the example of the page."""
+    text = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
+    example = text.partition("$ exportd-server check --config exportd.toml\n")[2]
+    lines = map(DOCUMENTED.fullmatch, example.partition("```")[0].splitlines())
+    return [(found[1], found[4]) for found in lines if found and found[2] == area]
+
+
+def test_the_example_of_the_page_is_what_the_command_says(
+    fleet: Site, bucket: RawS3, seaweed: SeaweedServer
+) -> None:
+    migrate_postgres_ledger(fleet.keys["ledger.url"])
+    fleet.path("data").mkdir()
+    with s3_proxy(seaweed.endpoint) as proxy:
+        proxy.plan = lambda call: (
+            error(403, "AccessDenied") if call.operation == "delete" else None
+        )
+        file = fleet.write(worker__laese=9, store__s3__endpoint_url=proxy.endpoint)
+        file.rename(file.with_name("exportd.toml"))
+        told = run(Path("exportd.toml"), "--json", cwd=fleet.folder)
+    assert told.returncode == 1
+    rows = [json.loads(line) for line in told.stdout.splitlines()]
+
+    def said(area: str) -> list[tuple[str, str]]:
+        return [(row["level"], row["text"]) for row in rows if row["area"] == area]
+
+    assert said("settings") == documented("settings")
+    assert said("data_dir") == documented("data_dir")
+    ledger, clock = documented("ledger")
+    assert said("ledger")[0] == ledger
+    ((level, text),) = documented("store")
+    found = said("store")[0]
+    # The probe that cannot be deleted is named besides.
+    assert (found[0], found[1].partition("; the object ")[0]) == (level, text)
+    fake = FakeClock()
+    fake.time = datetime.now(UTC) + timedelta(seconds=4)
+    late = check_clock(Address.parse(fleet.keys["ledger.url"]), fake)
+    seconds = re.compile(r"\d+\.\d")
+    shown = late.level, seconds.sub("N", late.text)
+    assert shown == (clock[0], seconds.sub("N", clock[1]))
+
+
 # --- the store
 
 
@@ -545,6 +748,30 @@ async def test_each_right_that_s3_denies_is_named_alone(
         green(await site.one("store", site.keys["store.url"]))
 
 
+async def test_an_owner_on_s3_that_cannot_be_read_is_told(
+    site: Site, bucket: RawS3, seaweed: SeaweedServer
+) -> None:
+    found = await site.found(store__s3__endpoint_url="http://127.0.0.1:1")
+    red(found["store", "owner"], "cannot be read", "the endpoint cannot be reached")
+    with s3_proxy(seaweed.endpoint) as proxy:
+        site.keys["store.s3.endpoint_url"] = proxy.endpoint
+        proxy.plan = lambda call: (
+            error(403, "AccessDenied") if call.operation == "get" else None
+        )
+        finding = await site.one("store", "owner")
+        red(finding, ".owner", "cannot be read: access is denied; allow s3:GetObject")
+        proxy.plan = lambda _: None
+        green(await site.one("store", "owner"), "nobody's")
+
+
+async def test_an_owner_in_a_directory_that_cannot_be_read_is_told(site: Site) -> None:
+    owner = site.path("data") / "outputs" / ".owner"
+    owner.mkdir(parents=True)
+    red(await site.one("store", "owner"), ".owner", "cannot be read (Is a directory)")
+    owner.rmdir()
+    green(await site.one("store", "owner"), "nobody's")
+
+
 async def test_half_of_the_keys_of_s3_is_told(site: Site, bucket: RawS3) -> None:
     found = await site.found(store__s3__secret_access_key=None)
     red(found["store", "all"], "access_key_id and secret_access_key", "or neither")
@@ -602,9 +829,49 @@ async def test_each_dataset_that_cannot_be_opened_is_told_for_itself(site: Site)
     green((await site.found())["catalogue", "sold"], "1 columns")
 
 
+async def test_every_mistake_in_a_catalogue_is_told_and_the_rest_of_it_is_tried(
+    site: Site,
+) -> None:
+    site.keys["catalogue"].write_text("""
+        mask_kee = "x"
+        [connections.typo]
+        ur = "sqlite:///shop.db"
+        [connections.gone]
+        url = "sqlite:///gone.db"
+        [datasets.two]
+        parqet = "x"
+        max_rows = 0
+        [datasets.none]
+        csv = "missing.csv"
+        [datasets.sold]
+        connection = "typo"
+        table = "sold"
+        [datasets.bought]
+        connection = "gone"
+        table = "bought"
+        [datasets.orders]
+        csv = "orders.csv"
+    """)
+    found = await site.found()
+    red(found["catalogue", str(site.keys["catalogue"])], "did you mean 'mask_key'?")
+    typo = ("connections.typo.url: is missing", "connections.typo.ur: unknown key")
+    red(found["catalogue", "connections.typo"], *typo)
+    red(found["catalogue", "connections.gone"], "there is no file")
+    red(found["catalogue", "two"], "two.parqet: unknown key", "two.max_rows: must be")
+    red(found["catalogue", "none"], "no file matches")
+    yellow(found["catalogue", "sold"], "not tried; first mend connections.typo")
+    yellow(found["catalogue", "bought"], "not tried; first mend connections.gone")
+    green(found["catalogue", "orders"], "4 columns")
+    site.keys["catalogue"].write_text("mask_key = 5\nconnections = 5\n")
+    told = await site.one("catalogue", str(site.keys["catalogue"]))
+    red(told, "mask_key: must be", "connections: must be", "datasets: is empty")
+
+
 async def test_a_catalogue_that_is_none_is_told(site: Site) -> None:
     site.keys["catalogue"].write_text("[datasets.x]\nparqet = 'x'\n")
-    red(await site.one("catalogue", "all"), "datasets.x.parqet", "did you mean 'parquet'")
+    red(await site.one("catalogue", "x"), "datasets.x.parqet", "did you mean 'parquet'")
+    site.keys["catalogue"].write_text("[datasets")
+    red(await site.one("catalogue", "all"), "is not TOML")
     missing = site.path("none.toml")
     red(await site.one("catalogue", "all", catalogue=missing), "there is no such file")
     found = await site.found(catalogue=None)
@@ -732,12 +999,14 @@ async def test_each_connection_that_cannot_be_read_is_told_for_itself(
     more = (
         f"{good}[connections.odd]\ntype = 'pigeon'\n"
         "[connections.typo]\ntype = 'local_file'\nrot = '/'\n"
+        "[conections.lost]\ntype = 'local_file'\nroot = '/'\n"
     )
     sinks.path.write_text(f"[connections.it]\n{more}")
     found = await sinks.site.found()
     green(found["sinks", "it"])
     red(found["sinks", "odd"], "there is no sink type 'pigeon'")
     red(found["sinks", "typo"], "connections.typo")
+    red(found["sinks", "conections"], "is not known; connections stand under")
     finding = await sinks.one(good, identity__api_keys=True)
     red(finding, "connections.it.tenants", "is required")
     green(await sinks.one(f'{good}tenants = "*"\nshared = true', identity__api_keys=True))
@@ -833,7 +1102,7 @@ async def test_a_fleet_without_a_key_that_works_is_told(
 async def test_two_callers_by_one_name_in_a_certificate_are_told(site: Site) -> None:
     caller = {"cn": "a", "tenant": "acme", "scopes": ["admin"]}
     found = await site.found(identity__mtls=[caller, caller])
-    red(found["identity", "all"], "cn:a is there twice")
+    red(found["identity", "mtls"], "cn:a is there twice")
 
 
 # --- keys

@@ -24,10 +24,11 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 import exportd_server.app  # noqa: F401 - makes every metric known
 from deploy import make_secrets
+from exportd_server.addresses import host_and_port
 from exportd_server.cli import main as command_line
 from exportd_server.errors import ConfigurationError
 from exportd_server.platform.metrics import REGISTRY
-from exportd_server.settings import Settings, host_and_port, keys, load_settings, variable
+from exportd_server.settings import Settings, keys, load_settings, variable
 from tests.support.command_line import parsed
 
 ROOT = Path(__file__).resolve().parents[2]

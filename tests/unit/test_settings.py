@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, Literal, cast
 
 import pytest
+from pydantic import BaseModel
 
+from exportd_server.addresses import rules
 from exportd_server.errors import ConfigurationError
-from exportd_server.settings import load_settings
+from exportd_server.settings import (
+    CertificateSettings,
+    HttpSettings,
+    IdentitySettings,
+    MetricsSettings,
+    Settings,
+    TlsSettings,
+    keys,
+    load_settings,
+)
 
 
 @pytest.mark.parametrize(("flag", "enabled"), [(None, False), (True, True)])
@@ -114,6 +126,58 @@ def test_a_wrong_setting_of_download_urls_is_told(
     with pytest.raises(ConfigurationError, match=told) as refused:
         load_settings(file, {}, {})
     assert LONG[:-1] not in str(refused.value)
+
+
+class Recorded:
+    """A table of settings that notes which fields are read."""
+
+    def __init__(self, table: BaseModel, prefix: str, read: set[str]) -> None:
+        self._table, self._prefix, self._read = table, prefix, read
+
+    def __getattr__(self, name: str) -> Any:
+        asked = getattr(type(self._table), name, None)
+        if isinstance(asked, property):
+            assert asked.fget is not None
+            return asked.fget(self)
+        value = getattr(self._table, name)
+        if isinstance(value, BaseModel):
+            return Recorded(value, f"{self._prefix}{name}.", self._read)
+        self._read.add(f"{self._prefix}{name}")
+        return value
+
+
+def test_a_rule_reads_only_the_fields_that_it_names() -> None:
+    """Otherwise it would be held against one that is wrong, and hold its default."""
+    console = HttpSettings(listen="10.1.2.3:80", console=True)
+    known = IdentitySettings(mtls=(CertificateSettings(cn="a", tenant="a", scopes=READ),))
+    open_ = Settings(
+        listen="0.0.0.0:0",
+        http=console,
+        metrics=MetricsSettings(listen="0.0.0.0:0"),
+    )
+    for settings in (
+        open_,
+        open_.model_copy(update={"identity": known}),
+        open_.model_copy(update={"identity": known, "allow_unauthenticated": True}),
+        open_.model_copy(update={"tls": TlsSettings(allow_plaintext=True)}),
+    ):
+        for rule in rules(serves=True):
+            read: set[str] = set()
+            rule.problem_in(cast("Settings", Recorded(settings, "", read)))
+            assert read <= {rule.key, *rule.others}, rule
+    named = {key for rule in rules(serves=True) for key in (rule.key, *rule.others)}
+    assert named <= set(keys())
+
+
+READ: tuple[Literal["exports.read"]] = ("exports.read",)
+
+
+@pytest.mark.parametrize("address", ["[::1:80", "::1]:80", "x", "x:", ":80", "x:65536"])
+def test_an_address_that_is_none_is_told(tmp_path: Path, address: str) -> None:
+    file = tmp_path / "server.toml"
+    file.write_text(f'[http]\nconsole = true\nlisten = "{address}"\n')
+    with pytest.raises(ConfigurationError, match=r"^http.listen: .* is not host:port"):
+        load_settings(file, {}, {})
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,8 @@ class Check:
     run: Callable[[], Awaitable[Outcome]]
     left: str = ""
     """What it may leave behind when it is broken off."""
+    needs: tuple[str, ...] = ()
+    """Fields of the settings that must be right for it to be tried."""
 
 
 async def run_checks(checks: Iterable[Check], *, seconds: float) -> AsyncIterator[Finding]:

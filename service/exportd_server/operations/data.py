@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from exportd_server import samples
 from exportd_server.encoders.base import Format, OutputFormat
 from exportd_server.errors import ConfigurationError, DeliveryFailed
 from exportd_server.operations.checking import (
@@ -21,11 +22,12 @@ from exportd_server.operations.checking import (
     told,
     warning,
 )
+from exportd_server.operations.keeping import try_to_write
 from exportd_server.settings import Settings
 from exportd_server.sinks.base import BadSinkRequest, Export, ExportColumn
 from exportd_server.sinks.connections import Connection, survey_connections
 from exportd_server.sinks.registry import AnySinkType, SinkTypes
-from exportd_server.sources.catalogue import Dataset, catalogue_parts
+from exportd_server.sources.catalogue import BadConnection, Dataset, catalogue_parts
 
 _SOMEBODY = "tenant"
 """Whom a place is tried for that each tenant has for itself, where none is named."""
@@ -39,14 +41,34 @@ def catalogue_checks(settings: Settings, serves: bool) -> Iterator[Check]:
     del serves
     path = settings.catalogue
     if path is None:
-        text = f"sample data, generated into {settings.data_dir / 'samples'} at the start"
-        yield Check("catalogue", "samples", told(ok(text)))
+        yield Check(
+            "catalogue",
+            "samples",
+            lambda: blocking(partial(_samples, settings)),
+            needs=("data_dir", "sample_rows"),
+        )
         return
-    connections, datasets = catalogue_parts(path)
-    for name, open_ in connections.items():
+    parts = catalogue_parts(path)
+    for text in parts.wrong:
+        yield Check("catalogue", str(path), told(failed(text)))
+    for name, open_ in parts.connections.items():
         yield Check("catalogue", f"connections.{name}", partial(_connection, open_))
-    for name, open_dataset in datasets.items():
+    for name, open_dataset in parts.datasets.items():
         yield Check("catalogue", name, partial(_dataset, open_dataset))
+
+
+def _samples(settings: Settings) -> Outcome:
+    directory = settings.data_dir / "samples"
+    if samples.are_there(directory, settings.sample_rows):
+        return ok(f"sample data, in {directory}")
+    try:
+        try_to_write(settings.data_dir)
+    except OSError as error:
+        return failed(
+            f"sample data cannot be generated into {directory} ({error.strerror}); name "
+            "your own datasets.toml as catalogue, or another data_dir"
+        )
+    return ok(f"sample data, generated into {directory} at the start")
 
 
 async def _connection(open_: Callable[[], object]) -> Outcome:
@@ -55,7 +77,10 @@ async def _connection(open_: Callable[[], object]) -> Outcome:
 
 
 async def _dataset(open_: Callable[[], Dataset]) -> Outcome:
-    dataset = await blocking(open_)
+    try:
+        dataset = await blocking(open_)
+    except BadConnection as error:
+        return warning(f"not tried; first mend connections.{error.name}")
     if not dataset.exportable:
         return ok("not exportable; its rows are not read")
     roles = {

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 
 from cryptography import x509
 
+from exportd_server.addresses import address_keys, host_and_port, is_loopback
 from exportd_server.api.tls import TlsFiles
 from exportd_server.app import NO_TRACING, certificate_callers
 from exportd_server.errors import ConfigurationError
@@ -29,13 +30,7 @@ from exportd_server.operations.checking import (
 )
 from exportd_server.operations.standing import look
 from exportd_server.places import is_embedded
-from exportd_server.settings import (
-    JwtSettings,
-    Settings,
-    host_and_port,
-    is_loopback,
-    read_headers,
-)
+from exportd_server.settings import JwtSettings, Settings, read_headers
 
 _SOON = timedelta(days=14)
 """Before that a certificate that is renewed by itself has been."""
@@ -48,9 +43,8 @@ _CONNECT_SECONDS = 5.0
 
 def tls_checks(settings: Settings, serves: bool) -> Iterator[Check]:
     """The files of the gRPC port."""
+    del serves
     tls = settings.tls
-    if not serves:
-        return
     if tls.cert_file is None or tls.key_file is None:
         yield Check("tls", "none", told(ok("calls are not encrypted here")))
         return
@@ -98,52 +92,79 @@ def _valid(certificates: list[x509.Certificate]) -> Outcome:
 # --- identity
 
 
-def identity_checks(settings: Settings, serves: bool) -> Iterator[Check]:
-    """Each way in which callers may identify themselves."""
-    if not serves:
+def nobody_checks(settings: Settings, serves: bool) -> Iterator[Check]:
+    """Whether callers are asked who they are."""
+    del serves
+    if settings.identity.required:
         return
-    identity = settings.identity
-    if not identity.required:
-        host, _ = host_and_port("listen", settings.listen)
-        text = "nobody has to identify themselves: every caller may do everything"
-        yield Check(
-            "identity", "none", told(ok(text) if is_loopback(host) else warning(text))
-        )
-    if identity.api_keys:
-        yield Check("identity", "api_keys", lambda: _api_keys(settings))
-    if identity.jwt.issuer:
-        yield Check("identity", "jwt", lambda: _key_set(identity.jwt))
-    if identity.mtls:
-        callers = certificate_callers(identity)
-        yield Check("identity", "mtls", told(ok(f"{len(callers)} callers")))
+    host, _ = host_and_port("listen", settings.listen)
+    text = "nobody has to identify themselves: every caller may do everything"
+    yield Check("identity", "none", told(ok(text) if is_loopback(host) else warning(text)))
 
 
-async def _api_keys(settings: Settings) -> Outcome:
+def api_key_checks(settings: Settings, serves: bool) -> Iterator[Check]:
+    """Whether a key works."""
+    del serves
+    if not settings.identity.api_keys:
+        return
     if is_embedded(settings):
-        try:
-            keys = await FileKeyStore(settings.data_dir).keys()
-        except KeysUnreadable as error:
-            return failed(str(error))
-        except OSError as error:
-            return failed(
-                f"the file of keys cannot be read ({error.strerror}); make it this user's"
-            )
-        now = datetime.now(UTC)
-        count = sum(
+        directory = settings.data_dir
+        yield Check(
+            "identity", "api_keys", lambda: _keys_in_file(directory), needs=("data_dir",)
+        )
+        return
+    yield Check(
+        "identity", "api_keys", lambda: blocking(partial(_keys_in_ledger, settings))
+    )
+
+
+async def _keys_in_file(directory: Path) -> Outcome:
+    try:
+        keys = await FileKeyStore(directory).keys()
+    except KeysUnreadable as error:
+        return failed(str(error))
+    except OSError as error:
+        return failed(
+            f"the file of keys cannot be read ({error.strerror}); make it this user's"
+        )
+    now = datetime.now(UTC)
+    return _working(
+        sum(
             key.revoke_time is None and (key.expire_time is None or key.expire_time > now)
             for key in keys
         )
-    else:
-        count = await blocking(partial(_count_keys, settings))
+    )
+
+
+def _keys_in_ledger(settings: Settings) -> Outcome:
+    try:
+        with look(settings) as ledger:
+            ((count,),) = ledger.ask(standing.working_keys(ledger.now))
+    except ConfigurationError:
+        # What is wrong with it is told where it is tried for itself.
+        return warning("cannot be counted without the ledger")
+    return _working(int(count))
+
+
+def _working(count: int) -> Outcome:
     if not count:
         return warning("no key works; make one by `exportd-server keys create`")
     return ok(f"{count} keys work")
 
 
-def _count_keys(settings: Settings) -> int:
-    with look(settings) as ledger:
-        ((count,),) = ledger.ask(standing.working_keys(ledger.now))
-    return int(count)
+def token_checks(settings: Settings, serves: bool) -> Iterator[Check]:
+    """Whether the keys of tokens can be had."""
+    del serves
+    if settings.identity.jwt.issuer:
+        yield Check("identity", "jwt", lambda: _key_set(settings.identity.jwt))
+
+
+def certificate_checks(settings: Settings, serves: bool) -> Iterator[Check]:
+    """Whom names in certificates stand for."""
+    del serves
+    if settings.identity.mtls:
+        callers = certificate_callers(settings.identity)
+        yield Check("identity", "mtls", told(ok(f"{len(callers)} callers")))
 
 
 async def _key_set(jwt: JwtSettings) -> Outcome:
@@ -170,24 +191,18 @@ async def _key_set(jwt: JwtSettings) -> Outcome:
 # --- ports
 
 
-def port_checks(settings: Settings, serves: bool) -> Iterator[Check]:
-    """Whether each port can be had."""
-    named = {"metrics.listen": settings.metrics.listen}
-    if serves:
-        named |= {
-            "listen": settings.listen,
-            "tls.client_cert_listen": settings.tls.client_cert_listen,
-            "http.listen": settings.http.listen,
-        }
-    named = {key: address for key, address in named.items() if address}
-    times = Counter(address for address in named.values() if not address.endswith(":0"))
-    for key, address in named.items():
-        if times[address] > 1:
-            others = [k for k, a in named.items() if a == address and k != key]
-            text = f"{address} is {' and '.join(others)} as well; give each its own port"
-            yield Check("ports", key, told(failed(text)))
-            continue
-        yield Check("ports", key, partial(_port, key, address))
+def port_checks(key: str, settings: Settings, serves: bool) -> Iterator[Check]:
+    """Whether the port of an address can be had."""
+    found = {key: attrgetter(key)(settings) for key in address_keys(serves=serves)}
+    address = found.pop(key)
+    if not address:
+        return
+    others = [other for other, its in found.items() if its == address]
+    if others and not address.endswith(":0"):
+        text = f"{address} is {' and '.join(others)} as well; give each its own port"
+        yield Check("ports", key, told(failed(text)))
+        return
+    yield Check("ports", key, partial(_port, key, address))
 
 
 async def _port(key: str, address: str) -> Outcome:

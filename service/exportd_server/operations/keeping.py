@@ -63,19 +63,22 @@ _ATTEMPTS = 2
 
 
 def data_dir_checks(settings: Settings, serves: bool) -> Iterator[Check]:
-    """The directory of everything that has no URL."""
+    """The directory of everything that has no URL. A start makes it, and what is written
+    there is tried by those who write it: the ledger, the outputs, the sample data, keys."""
     del serves
     path = settings.data_dir
 
     def run() -> Outcome:
         try:
-            made = _try_to_write(path)
+            if path.is_dir():
+                return ok("is there")
+            try_to_write(path)
         except OSError as error:
             return failed(
-                f"cannot be written to ({error.strerror}); name a directory that this "
-                "user may write to as data_dir"
+                f"cannot be made ({error.strerror}); name a directory that this user may "
+                "write to as data_dir"
             )
-        return ok("can be made" if made != path else "writable")
+        return ok("can be made")
 
     yield Check("data_dir", str(path), lambda: blocking(run))
 
@@ -88,15 +91,13 @@ def _nearest(path: Path) -> Path:
     return path
 
 
-def _try_to_write(path: Path) -> Path:
-    """Make a file in a directory, or where it would be made, and remove it. Returns where
-    that was. Raises `OSError`."""
-    place = _nearest(path)
+def try_to_write(path: Path) -> None:
+    """Make a file in a directory, or where it would be made, and remove it. Raises
+    `OSError`."""
     name = f".check-{secrets.token_hex(8)}"
-    with Directory.at(place) as directory:
+    with Directory.at(_nearest(path)) as directory:
         directory.create(name).close()
         directory.unlink(name)
-    return path if place == path.absolute() else place
 
 
 # --- the ledger
@@ -110,7 +111,12 @@ def ledger_checks(settings: Settings, serves: bool) -> Iterator[Check]:
         refuse_embedded(settings, "an API without workers")
     if is_embedded(settings):
         path = ledger_file(settings)
-        yield Check("ledger", str(path), lambda: blocking(lambda: _check_file(path)))
+        yield Check(
+            "ledger",
+            str(path),
+            lambda: blocking(lambda: _check_file(path)),
+            needs=() if ledger_url(settings) else ("data_dir",),
+        )
         return
     address = Address.parse(ledger_url(settings))
 
@@ -125,7 +131,7 @@ def ledger_checks(settings: Settings, serves: bool) -> Iterator[Check]:
 
 def _check_file(path: Path) -> Outcome:
     try:
-        _try_to_write(path.parent)
+        try_to_write(path.parent)
     except OSError as error:
         return failed(
             f"its directory cannot be written to ({error.strerror}); name a file that the "
@@ -198,11 +204,22 @@ def store_checks(settings: Settings, serves: bool) -> Iterator[Check]:
     del serves
     place = outputs(settings)
     if isinstance(place, Path):
-        yield Check("store", str(place), lambda: blocking(lambda: _check_root(place)))
+        where = () if settings.store.url else ("ledger.url", "data_dir")
+        yield Check(
+            "store",
+            str(place),
+            lambda: blocking(lambda: _check_root(place)),
+            needs=where,
+        )
         need = settings.worker.concurrency * max(
             settings.parts.text_bytes, settings.parts.parquet_bytes
         )
-        yield Check("store", "room", lambda: blocking(lambda: _check_room(place, need)))
+        yield Check(
+            "store",
+            "room",
+            lambda: blocking(lambda: _check_room(place, need)),
+            needs=(*where, "worker.concurrency", "parts"),
+        )
 
         async def read_owner() -> str | None:
             return await blocking(lambda: _owner_in(place))
@@ -219,10 +236,17 @@ def store_checks(settings: Settings, serves: bool) -> Iterator[Check]:
             return await _owner_on_s3(options)
 
     async def owner() -> Outcome:
-        holder = await read_owner()
+        try:
+            holder = await read_owner()
+        except OSError as error:
+            return failed(
+                f"{OWNER}, which tells it, cannot be read ({error.strerror}); make the "
+                "outputs this user's, or name another directory in store.url"
+            )
         return await blocking(lambda: _compare_owner(settings, holder))
 
-    yield Check("store", "owner", owner)
+    ledger = ("ledger.url",) if ledger_url(settings) else ("ledger.url", "data_dir")
+    yield Check("store", "owner", owner, needs=ledger)
 
 
 def _check_root(root: Path) -> Outcome:
@@ -268,39 +292,44 @@ async def _check_bucket(options: S3Options) -> Outcome:
 
 
 def _owner_in(root: Path) -> str | None:
+    """Whose the outputs are; None while nobody has them. Raises `OSError`."""
     try:
         return (root / OWNER).read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 
 async def _owner_on_s3(options: S3Options) -> str | None:
+    """As `_owner_in`; raises `ConfigurationError`."""
     from exportd_server.store.s3_client import (  # noqa: PLC0415 - as above
         CallFailed,
         open_bucket,
     )
+    from exportd_server.store.s3_probe import remedy  # noqa: PLC0415 - as above
 
     async with open_bucket(options) as bucket:
         try:
             text = await bucket.text(f"{options.root}{OWNER}")
-        except CallFailed:
-            return None
+        except CallFailed as error:
+            raise ConfigurationError(
+                f"{OWNER}, which tells it, cannot be read: {remedy(error, 'read')}"
+            ) from error
     return None if text is None else text.strip()
 
 
 def _compare_owner(settings: Settings, holder: str | None) -> Outcome:
     if holder is None:
-        return ok("nobody's so far, as far as can be read")
+        return ok("nobody's so far")
     mend = (
         "name another directory or prefix in store.url, or, if that ledger is gone for "
         f"good, delete the file or object `{OWNER}` there: what it left is deleted then"
     )
-    if is_embedded(settings) and not ledger_file(settings).exists():
-        return failed(
-            f"the outputs there belong to ledger {holder}, and this one is yet to be made; "
-            f"{mend}"
-        )
     try:
+        if is_embedded(settings) and not ledger_file(settings).exists():
+            return failed(
+                f"the outputs there belong to ledger {holder}, and this one is yet to be "
+                f"made; {mend}"
+            )
         with look(settings) as ledger:
             mine = [row.ledger_id for row in ledger.ask(standing.ledger_id())]
     except (ConfigurationError, TookTooLong):
@@ -313,8 +342,9 @@ def _compare_owner(settings: Settings, holder: str | None) -> Outcome:
 # --- keys
 
 
-def key_checks(settings: Settings, serves: bool) -> Iterator[Check]:
-    """What secrets of callers are encrypted with, and what signs download URLs."""
+def secret_key_checks(settings: Settings, serves: bool) -> Iterator[Check]:
+    """What secrets of callers are encrypted with."""
+    del serves
     embedded = is_embedded(settings)
     given = len(settings.delivery.secret_keys)
     if not given and not embedded:
@@ -323,34 +353,62 @@ def key_checks(settings: Settings, serves: bool) -> Iterator[Check]:
             "are refused; give all processes the same, such as `openssl rand -base64 32` "
             "makes"
         )
-    else:
-        outcome = _kept(settings, KEPT_SECRETS if embedded else "", given)
-    yield Check("keys", "delivery.secret_keys", told(outcome))
-    if not (serves and settings.http.listen):
+        yield Check("keys", "delivery.secret_keys", told(outcome))
+        return
+    # One that was kept before the setting was made stays in use.
+    kept = settings.data_dir / KEPT_SECRETS if embedded else None
+    yield _keys("delivery.secret_keys", given, kept)
+
+
+def signing_key_checks(settings: Settings, serves: bool) -> Iterator[Check]:
+    """What signs download URLs."""
+    del serves
+    if not settings.http.listen:
         return
     given = len(settings.http.signing_keys)
-    if not given and not embedded:
+    if not given and not is_embedded(settings):
         outcome = failed(
             "the processes of a fleet must accept each other's URLs; give all of them the "
             "same key, such as `openssl rand -base64 32` makes"
         )
-    else:
-        outcome = _kept(settings, "" if given else KEPT_LINK_KEY, given)
-    yield Check("keys", "http.signing_keys", told(outcome))
+        yield Check("keys", "http.signing_keys", told(outcome))
+        return
+    kept = None if given else settings.data_dir / KEPT_LINK_KEY
+    yield _keys("http.signing_keys", given, kept)
 
 
-def _kept(settings: Settings, name: str, given: int) -> Outcome:
+def _keys(name: str, given: int, kept: Path | None) -> Check:
     """Of keys in the settings, and of one in a file that may be there."""
+    if kept is None:
+        return Check("keys", name, told(ok(f"{given} given")))
+    return Check(
+        "keys",
+        name,
+        lambda: blocking(lambda: _check_kept(name, given, kept)),
+        needs=("data_dir",),
+    )
+
+
+def _check_kept(name: str, given: int, kept: Path) -> Outcome:
     text = f"{given} given" if given else ""
-    if name and (settings.data_dir / name).exists():
+    if kept.exists():
         try:
-            kept_key(settings.data_dir, name)
+            kept_key(kept.parent, kept.name)
         except OSError as error:
             return failed(
-                f"{settings.data_dir / name} cannot be read ({error.strerror}); make it "
-                "this user's, or restore it"
+                f"{kept} cannot be read ({error.strerror}); make it this user's, or "
+                "restore it"
             )
         except ValueError as error:
             return failed(str(error))
-        return ok(f"{text}{' and ' if text else ''}one in {settings.data_dir / name}")
-    return ok(text or f"one is made in {settings.data_dir / name} at the start")
+        return ok(f"{text}{' and ' if text else ''}one in {kept}")
+    if text:
+        return ok(text)
+    try:
+        try_to_write(kept.parent)
+    except OSError as error:
+        return failed(
+            f"none, and none can be made in {kept} ({error.strerror}); give one in {name}, "
+            "such as `openssl rand -base64 32` makes, or another data_dir"
+        )
+    return ok(f"one is made in {kept} at the start")

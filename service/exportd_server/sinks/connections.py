@@ -173,7 +173,8 @@ def load_connections(
 def survey_connections(
     path: Path, types: SinkTypes, *, identified: bool = False
 ) -> tuple[Connections, Mapping[str, str]]:
-    """Those that can be read, and what is wrong with each of the others, by name; blocks.
+    """Those that can be read, and what is wrong with each of the others and with keys that
+    are not known, by name; blocks.
     Raises `ConfigurationError` when the file is none."""
     return _Loader(path, types, identified=identified).survey()
 
@@ -185,19 +186,23 @@ class _Loader:
         self._identified = identified
 
     def load(self) -> Connections:
-        tables = self._tables()
+        tables, wrong = self._tables()
+        for text in wrong.values():
+            raise ConfigurationError(text)
         return Connections({name: self._connection(name, t) for name, t in tables.items()})
 
     def survey(self) -> tuple[Connections, Mapping[str, str]]:
-        good, wrong = dict[str, Connection](), dict[str, str]()
-        for name, table in self._tables().items():
+        tables, wrong = self._tables()
+        good = dict[str, Connection]()
+        for name, table in tables.items():
             try:
                 good[name] = self._connection(name, table)
             except ConfigurationError as error:
                 wrong[name] = str(error)
         return Connections(good), wrong
 
-    def _tables(self) -> dict[str, object]:
+    def _tables(self) -> tuple[dict[str, object], dict[str, str]]:
+        """The connections, and what is wrong with all else at the top."""
         try:
             with self._path.open("rb") as stream:
                 found = tomllib.load(stream)
@@ -207,13 +212,15 @@ class _Loader:
             ) from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigurationError(f"{self._path}: is not valid TOML: {error}") from None
-        extra = sorted(found.keys() - {"connections"})
-        if extra:
-            self._fail(extra[0], "is not known; connections stand under [connections.NAME]")
+        wrong = {
+            key: f"{self._path}: {key}: is not known; connections stand under "
+            "[connections.NAME]"
+            for key in sorted(found.keys() - {"connections"})
+        }
         tables = found.get("connections", {})
         if not isinstance(tables, dict):
             self._fail("connections", "must be tables: [connections.NAME]")
-        return tables
+        return tables, wrong
 
     def _connection(self, name: str, table: object) -> Connection:
         key = f"connections.{name}"

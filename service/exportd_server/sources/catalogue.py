@@ -14,11 +14,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Literal, NoReturn, TypeVar
 from urllib.parse import unquote
 
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
 from sqlglot import exp
 
 from exportd_server.errors import ConfigurationError, SourceFailed
@@ -157,6 +158,9 @@ _Text = Annotated[str, Field(min_length=1)]
 _Count = Annotated[int, Field(ge=1)]
 
 
+_M = TypeVar("_M", bound=_Model)
+
+
 class _Connection(_Model):
     url: _Text
     statement_timeout_seconds: Annotated[float, Field(gt=0)] | None = None
@@ -194,12 +198,30 @@ class _Dataset(_Model):
 
 
 class _File(_Model):
+    """The top level. Its tables are read each for itself."""
+
     mask_key: _Text | None = None
-    connections: dict[str, _Connection] = {}
-    datasets: dict[str, _Dataset] = {}
+    connections: dict[str, object] = {}
+    datasets: dict[str, object] = {}
 
 
-_MODELS: dict[str, type[_Model]] = {"connections": _Connection, "datasets": _Dataset}
+class BadConnection(ConfigurationError):
+    """A connection that cannot be used, whatever dataset names it."""
+
+    def __init__(self, name: str, text: str) -> None:
+        self.name = name
+        super().__init__(text)
+
+
+@dataclass(frozen=True, slots=True)
+class CatalogueParts:
+    """What is wrong at the top of a catalogue, and what opens each connection and each
+    dataset for itself, as `load_catalogue` opens all of them: each call blocks and raises
+    `ConfigurationError`, which is a `BadConnection` where it is the connection's."""
+
+    wrong: tuple[str, ...]
+    connections: Mapping[str, Callable[[], object]]
+    datasets: Mapping[str, Callable[[], Dataset]]
 
 
 def load_catalogue(path: Path) -> Catalogue:
@@ -210,12 +232,9 @@ def load_catalogue(path: Path) -> Catalogue:
     return _Loader(path).load()
 
 
-def catalogue_parts(
-    path: Path,
-) -> tuple[Mapping[str, Callable[[], object]], Mapping[str, Callable[[], Dataset]]]:
-    """What opens each connection, and each dataset, for itself, as `load_catalogue` opens
-    all of them: each call blocks and raises `ConfigurationError`. So does this when the
-    file is none."""
+def catalogue_parts(path: Path) -> CatalogueParts:
+    """The catalogue, to be tried part by part. Raises `ConfigurationError` when the file
+    is none."""
     return _Loader(path).parts()
 
 
@@ -242,42 +261,60 @@ class _Loader:
         self._path = path
         self._directory = path.resolve().parent
         self._file = _File()
+        self._broken: set[str] = set()
+        """Keys at the top that are wrong, and left out."""
 
     def load(self) -> Catalogue:
-        self._file = self._parse()
+        self._file, wrong = self._read()
+        for text in wrong:
+            raise ConfigurationError(text)
+        # Whatever can be said without asking a database comes first.
+        for name in self._file.connections:
+            self._connection(name)
+        entries = {name: self._entry(name) for name in self._file.datasets}
         for name in self._file.connections:
             self._vendor(name)
-        if not self._file.datasets:
-            self._fail("datasets", "is empty; add a [datasets.NAME] table")
-        return Catalogue(
-            {
-                name: self._dataset(name, entry)
-                for name, entry in self._file.datasets.items()
-            }
-        )
+        if not entries:
+            raise ConfigurationError(self._empty())
+        return Catalogue({name: self._dataset(name, e) for name, e in entries.items()})
 
-    def parts(
-        self,
-    ) -> tuple[Mapping[str, Callable[[], object]], Mapping[str, Callable[[], Dataset]]]:
-        self._file = self._parse()
-        if not self._file.datasets:
-            self._fail("datasets", "is empty; add a [datasets.NAME] table")
-        return (
+    def parts(self) -> CatalogueParts:
+        self._file, wrong = self._read()
+        # A table that is wrong may be what was meant.
+        if not self._file.datasets and self._broken <= {"mask_key", "connections"}:
+            wrong.append(self._empty())
+        return CatalogueParts(
+            tuple(wrong),
             {name: partial(self._vendor, name) for name in self._file.connections},
-            {
-                name: partial(self._dataset, name, e)
-                for name, e in self._file.datasets.items()
-            },
+            {name: partial(self._opened, name) for name in self._file.datasets},
         )
 
     def _fail(self, key: str, problem: str, cause: BaseException | None = None) -> NoReturn:
-        where = f"{self._path}: {key}" if key else str(self._path)
-        text = f"{where}: {problem}".replace("\n", " ").replace("\r", " ")
-        raise ConfigurationError(text) from cause
+        raise ConfigurationError(self._line(key, problem)) from cause
 
-    def _parse(self) -> _File:
+    def _line(self, key: str, problem: str) -> str:
+        where = f"{self._path}: {key}" if key else str(self._path)
+        return f"{where}: {problem}".replace("\n", " ").replace("\r", " ")
+
+    def _read(self) -> tuple[_File, list[str]]:
+        """The top level without what is wrong with it, and that."""
+        document = self._document()
+        wrong: list[str] = []
         try:
-            document = tomllib.loads(self._path.read_text(encoding="utf-8"))
+            file = _File.model_validate(document)
+        except ValidationError as error:
+            wrong += [self._line("", text) for text in _told((), _File, error)]
+            self._broken = {str(each["loc"][0]) for each in error.errors()}
+            right = {k: v for k, v in document.items() if k not in self._broken}
+            file = _File.model_validate(right)
+        return file, wrong
+
+    def _empty(self) -> str:
+        return self._line("datasets", "is empty; add a [datasets.NAME] table")
+
+    def _document(self) -> dict[str, object]:
+        try:
+            return tomllib.loads(self._path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             self._fail("", "there is no such file", error)
         except OSError as error:
@@ -286,12 +323,23 @@ class _Loader:
             self._fail("", "is not UTF-8; save it as UTF-8", error)
         except tomllib.TOMLDecodeError as error:
             self._fail("", f"is not TOML: {error}", error)
+
+    def _connection(self, name: str) -> _Connection:
+        where = ("connections", name)
+        return self._parsed(where, _Connection, self._file.connections[name])
+
+    def _entry(self, name: str) -> _Dataset:
+        return self._parsed(("datasets", name), _Dataset, self._file.datasets[name])
+
+    def _parsed(self, where: tuple[str, str], model: type[_M], value: object) -> _M:
+        """A table of the file; everything that is wrong with it is told."""
         try:
-            return _File.model_validate(document)
+            return model.model_validate(value)
         except ValidationError as error:
-            first = error.errors()[0]
-            location = tuple(part for part in first["loc"])
-            self._fail(_key(location), _problem(location, first), error)
+            self._fail("", "; ".join(_told(where, model, error)), error)
+
+    def _opened(self, name: str) -> Dataset:
+        return self._dataset(name, self._entry(name))
 
     def _dataset(self, name: str, entry: _Dataset) -> Dataset:
         key = f"datasets.{name}"
@@ -409,6 +457,8 @@ class _Loader:
         where, text = f"{key}.mask_key", entry.mask_key
         if text is None:
             where, text = "mask_key", self._file.mask_key
+        if text is None and "mask_key" in self._broken:
+            self._fail(where, "is wrong; mend it first")
         if text is None:
             self._fail(
                 f"{key}.mask.{hashed[0]}",
@@ -442,6 +492,8 @@ class _Loader:
             self._fail(
                 key, f"{given[0]} needs connection, the name of a [connections.NAME]"
             )
+        elif "connections" in self._broken:
+            self._fail("connections", "is wrong; mend it first")
         elif entry.connection not in self._file.connections:
             self._fail(
                 f"{key}.connection",
@@ -537,7 +589,12 @@ class _Loader:
         )
 
     def _vendor(self, name: str) -> Vendor:
-        connection = self._file.connections[name]
+        try:
+            return self._open(name, self._connection(name))
+        except ConfigurationError as error:
+            raise BadConnection(name, str(error)) from error
+
+    def _open(self, name: str, connection: _Connection) -> Vendor:
         key = f"connections.{name}"
         url = self._expand(f"{key}.url", connection.url)
         scheme = url.partition(":")[0].lower()
@@ -575,7 +632,7 @@ class _Loader:
         text = str(error.__cause__ or error).strip().partition("\n")[0]
         if entry.connection is None:
             return f"its files cannot be read: {text}"
-        url = self._expand("", self._file.connections[entry.connection].url)
+        url = self._expand("", self._connection(entry.connection).url)
         if not url.startswith("sqlite:"):
             text = parse_postgres_url(url).said(text)
         return f"connection {entry.connection!r} cannot read it: {text}"
@@ -661,22 +718,22 @@ def _suggest(name: str, known: Iterable[str]) -> str:
     return f"; there are {', '.join(sorted(known))}" if known else ""
 
 
-def _key(location: tuple[int | str, ...]) -> str:
-    return ".".join(str(part) for part in location)
+def _told(where: tuple[str, ...], model: type[_Model], error: ValidationError) -> list[str]:
+    """Each mistake in a table, in the operator's words: its key and what is wrong."""
+    found = []
+    for each in error.errors():
+        # Of a dataset only the tables of its columns are tables themselves.
+        inner = _Column if len(each["loc"]) > 1 else model
+        key = ".".join(map(str, (*where, *each["loc"])))
+        found.append(f"{key}: {_problem(inner, each)}")
+    return found
 
 
-def _problem(location: tuple[int | str, ...], error: Mapping[str, object]) -> str:
-    """A validation error in the operator's words."""
+def _problem(model: type[_Model], error: ErrorDetails) -> str:
     kind = error["type"]
     if kind == "extra_forbidden":
-        model: type[_Model] = _File
-        if len(location) > 1:
-            model = _MODELS.get(str(location[0]), _File)
-        if len(location) > 3:  # datasets.NAME.column.NAME.key
-            model = _Column
         names = [field.alias or name for name, field in model.model_fields.items()]
-        return "unknown key" + _suggest(str(location[-1]), names)
+        return "unknown key" + _suggest(str(error["loc"][-1]), names)
     if kind == "missing":
         return "is missing; add it"
-    text = str(error["msg"])
-    return text.replace("Input should be", "must be", 1)
+    return error["msg"].replace("Input should be", "must be", 1)

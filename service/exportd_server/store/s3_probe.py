@@ -96,7 +96,7 @@ async def probe(uploads: Uploads) -> None:
         # A full store must not keep the server from starting: it frees room.
         if error.as_store_failed().retryable:
             raise ConfigurationError(
-                f"output store: cannot {doing} at {_place(options)}: {_mend(error, doing)}"
+                f"output store: cannot {doing} at {_place(options)}: {remedy(error, doing)}"
             ) from error
         log.warning("the output store is full", store=options.url)
         return
@@ -127,7 +127,7 @@ async def survey(uploads: Uploads) -> Surveyed:
     except CallFailed as error:
         if error.as_store_failed().retryable:
             raise ConfigurationError(
-                f"{_place(uploads.options)}: {_mend(error, trial.doing)}"
+                f"{_place(uploads.options)}: {remedy(error, trial.doing)}"
             ) from error
         trial.warnings.append("it is full; make room")
     finally:
@@ -251,7 +251,9 @@ def _place(options: S3Options) -> str:
     return f"{options.url} ({parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path})"
 
 
-def _mend(error: CallFailed, doing: str) -> str:
+def remedy(error: CallFailed, doing: str) -> str:
+    """What a failure was, and how to mend it. `doing` is what was tried, as a survey
+    names it."""
     if error.region and error.code not in _MENDS:
         return f"the bucket is in the region {error.region!r}; set store.s3.region to that"
     if error.code in _MENDS:
