@@ -6,6 +6,10 @@ verified its checksums. Beside them what else one would take: psql's copy and sl
 DuckDB's COPY, and rows of SQLAlchemy written one by one. The last one and sling are slow:
 they export a part of the rows, and are told as if they had gone on so.
 
+The wheel of ADBC's driver for PostgreSQL is built without optimisation. Where
+ADBC_POSTGRESQL_LIBRARY names a driver that is built with it, exportd runs with that one
+as well.
+
 Of the service, CPU seconds and memory are the server's; the client's CPU is told apart.
 PostgreSQL's own are nobody's, though it works on the same cores.
 """
@@ -13,6 +17,8 @@ PostgreSQL's own are nobody's, though it works on the same cores.
 from __future__ import annotations
 
 import contextlib
+import itertools
+import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -37,6 +43,9 @@ _SERVED = ("csv", "jsonl", "parquet")
 """Formats that the whole service is measured with, too: compressed by gzip or zstd, or as
 Arrow, it does the same work around another pipeline."""
 _WAYS = ("pipeline", "service")
+_LIBRARY = os.environ.get("ADBC_POSTGRESQL_LIBRARY", "")
+"""By this name ADBC's own packages know the file."""
+_OPTIMISED = "PostgreSQL by an optimised driver"
 _PSQL_GOALS = {
     ("csv", "pipeline"): 1.1,
     ("csv", "service"): 0.8,
@@ -67,16 +76,22 @@ def results() -> Iterator[Result]:
 
 
 def _from_postgresql(files: Path, directory: Path, total: int) -> Iterator[Result]:
+    sources = {"PostgreSQL": ""}
+    if _LIBRARY:
+        sources[_OPTIMISED] = f'driver = "{Path(_LIBRARY).resolve()}"\n'
     with running_postgres() as database:
         _load(database, files, directory)
-        catalogue = directory / "postgresql.toml"
-        catalogue.write_text(
-            f'[connections.db]\nurl = "{database.url()}"\n'
-            f'[datasets.{DATASET}]\nconnection = "db"\ntable = "public.{DATASET}"\n'
-        )
         url, race = database.url(), Race(directory, total)
-        with server(directory / "postgresql", catalogue) as running:
-            race.exportd("PostgreSQL", _FORMATS, _SERVED, catalogue, running)
+        with contextlib.ExitStack() as servers:
+            for source, library in sources.items():
+                catalogue = directory / f"{source}.toml"
+                catalogue.write_text(
+                    f'[connections.db]\nurl = "{url}"\n{library}'
+                    f'[datasets.{DATASET}]\nconnection = "db"\n'
+                    f'table = "public.{DATASET}"\n'
+                )
+                running = servers.enter_context(server(directory / source, catalogue))
+                race.exportd(source, _FORMATS, _SERVED, catalogue, running)
             if psql.missing() is None:
                 race.peer("psql", "csv", lambda to: psql.copy(url, DATASET, to))
             runs = contest(race.contestants)
@@ -85,12 +100,14 @@ def _from_postgresql(files: Path, directory: Path, total: int) -> Iterator[Resul
         if why := peer.missing():
             name = peer.__name__.rpartition(".")[2]
             yield Result(f"export by {name}: left out, {why.reason}", 0, "")
-    for fmt in _FORMATS:
+    if not _LIBRARY:
+        yield Result(f"{_OPTIMISED}: left out, ADBC_POSTGRESQL_LIBRARY is not set", 0, "")
+    for source, fmt in itertools.product(sources, _FORMATS):
         for way in _WAYS:
-            ours = f"PostgreSQL to {fmt}, {way}"
+            ours = f"{source} to {fmt}, {way}"
             goal = _PSQL_GOALS.get((fmt, way))
             yield from _pair(runs, ours, "psql to csv", "psql", total, goal)
-        ours = f"PostgreSQL to {fmt}, pipeline"
+        ours = f"{source} to {fmt}, pipeline"
         yield from _pair(runs, ours, f"rows to {fmt}", "rows", total, _ROWS_GOAL)
         yield from _pair(runs, ours, f"sling to {fmt}", "sling", total)
     yield from race.clients_cpu()

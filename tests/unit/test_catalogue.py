@@ -244,6 +244,14 @@ MISTAKES = [
         "connections.c.statement_timeout_seconds: ",
     ),
     (
+        '[connections.c]\nurl = "sqlite:///t.db"\ndriver = "x.so"\n' + DATASET,
+        "connections.c.driver: applies to postgresql:// only",
+    ),
+    (
+        '[connections.c]\nurl = "postgresql://h"\ndriver = "x.so"\n' + DATASET,
+        "x.so; name the shared library of an ADBC driver for PostgreSQL",
+    ),
+    (
         DATASET + 'target_column = "whom"',
         "datasets.t.target_column: the dataset shows no column 'whom'; did you mean 'who'?",
     ),

@@ -69,6 +69,8 @@ class Vendor(Protocol):
     """What differs between databases."""
 
     driver: str
+    library: str | None
+    """Path of the driver's shared library; None for the one that is installed along."""
     uri: str
     dialect: Dialect
     stream_options: Mapping[str, str]
@@ -175,6 +177,14 @@ def _translated() -> Iterator[None]:
         raise SourceFailed from error
 
 
+def _connect(vendor: Vendor) -> Any:
+    driver = importlib.import_module(_DRIVERS[vendor.driver])
+    if vendor.library is None:
+        return driver.connect(vendor.uri)
+    manager = importlib.import_module("adbc_driver_manager.dbapi")
+    return manager.connect(driver=vendor.library, db_kwargs={"uri": vendor.uri})
+
+
 class Session:
     """One connection with one transaction, which is never committed."""
 
@@ -184,8 +194,7 @@ class Session:
         self._open = contextlib.ExitStack()
         self._stop.check()
         with _translated():
-            driver = importlib.import_module(_DRIVERS[vendor.driver])
-            self._connection = driver.connect(vendor.uri)
+            self._connection = _connect(vendor)
         self._open.callback(self._quietly, self._connection.close)
         try:
             vendor.begin(self)

@@ -164,6 +164,7 @@ _M = TypeVar("_M", bound=_Model)
 class _Connection(_Model):
     url: _Text
     statement_timeout_seconds: Annotated[float, Field(gt=0)] | None = None
+    driver: _Text | None = None
 
 
 class _Column(_Model):
@@ -603,7 +604,11 @@ class _Loader:
                 parse_postgres_url(url)
             except BadUrl as error:
                 self._fail(f"{key}.url", f"is no URL of PostgreSQL: it {error}")
-            return Postgres(url, timeout_seconds=connection.statement_timeout_seconds)
+            return Postgres(
+                url,
+                timeout_seconds=connection.statement_timeout_seconds,
+                library=self._library(key, connection),
+            )
         if scheme != "sqlite" or not url.startswith("sqlite:///"):
             self._fail(
                 f"{key}.url",
@@ -612,10 +617,24 @@ class _Loader:
             )
         if connection.statement_timeout_seconds is not None:
             self._fail(f"{key}.statement_timeout_seconds", "applies to postgresql:// only")
+        if connection.driver is not None:
+            self._fail(f"{key}.driver", "applies to postgresql:// only")
         file = self._directory / unquote(url.removeprefix("sqlite:///"))
         if not file.is_file():
             self._fail(f"{key}.url", f"there is no file {file}")
         return Sqlite(file)
+
+    def _library(self, key: str, connection: _Connection) -> str | None:
+        if connection.driver is None:
+            return None
+        file = self._directory / connection.driver
+        if not file.is_file():
+            self._fail(
+                f"{key}.driver",
+                f"there is no file {file}; name the shared library of an ADBC driver for "
+                "PostgreSQL",
+            )
+        return str(file)
 
     def _expand(self, key: str, text: str) -> str:
         def value(found: re.Match[str]) -> str:

@@ -137,7 +137,7 @@ class _Attribute:
 
 class Postgres:
     """A PostgreSQL database. `timeout_seconds` bounds each statement, None for not at
-    all."""
+    all; `library` is the driver's, None for the one that is installed along."""
 
     driver = "postgresql"
     dialect = POSTGRES
@@ -147,7 +147,14 @@ class Postgres:
         "adbc.postgresql.batch_size_hint_bytes": str(_BATCH_BYTES)
     }
 
-    def __init__(self, url: str, *, timeout_seconds: float | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        timeout_seconds: float | None = None,
+        library: str | None = None,
+    ) -> None:
+        self.library = library
         parts = urlsplit(url)
         given = dict(parse_qsl(parts.query, keep_blank_values=True))
         query = urlencode({**_LINK, **given}, quote_via=quote)

@@ -112,6 +112,7 @@ class Sqlite:
     """A SQLite file, opened read-only."""
 
     driver = "sqlite"
+    library: str | None = None
     dialect = SQLITE
     interruptible = False
     heading = 1
