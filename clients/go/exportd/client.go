@@ -164,7 +164,9 @@ func (c *Client) within(ctx context.Context, call func(context.Context) error) e
 	limited, cancel := context.WithTimeout(ctx, c.timeout)
 	defer cancel()
 	err := call(limited)
-	if status.Code(err) == codes.DeadlineExceeded && limited.Err() != nil && ctx.Err() == nil {
+	// By the clock: gRPC may tell of the deadline before the context's timer has run.
+	deadline, _ := limited.Deadline()
+	if status.Code(err) == codes.DeadlineExceeded && !time.Now().Before(deadline) && ctx.Err() == nil {
 		return status.Errorf(codes.DeadlineExceeded, "the server did not answer within %g s: %s",
 			c.timeout.Seconds(), status.Convert(err).Message())
 	}
