@@ -37,12 +37,14 @@ demo: $(VENV)/.runtime ## Export, watch, download and verify the sample data
 run: $(VENV)/.runtime ## Run a server on the sample data, in the foreground
 	$(BIN)/python tools/run.py --data-dir $(DATA)
 
-# Most of the tests' time is waiting: one process more than this has cores pays.
-JOBS ?= 3
+# Half of the tests' time is waiting: twice as many processes as this has cores pay.
+JOBS ?= 4
 
+# In the order of the directories: the unit tests, which are short, come last and fill up
+# what the long ones leave.
 test: $(VENV)/.dev ## Run the tests
-	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --ignore tests/clients \
-		$(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder \
+		--ignore tests/clients $(ARGS)
 
 clients: $(VENV)/.dev ## Build the clients of all languages, test them against a server
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/clients $(ARGS)

@@ -48,8 +48,9 @@ from tests.support.ledger import (
     World,
     part,
 )
+from tests.support.waits import ENOUGH
 
-LONG = 60.0
+LONG = 600.0
 GONE = ErrorRecord(ErrorReason.ENDPOINT_GONE, "410")
 MAX_ATTEMPTS = 5
 
@@ -73,7 +74,7 @@ def on(world: World) -> Deliveries:
 
 
 async def wakes(waiting: Awaitable[object]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(ENOUGH):
         await waiting
 
 
@@ -739,7 +740,7 @@ async def test_the_deliveries_of_a_job_that_ends_badly_fail_with_it(
     other = held[slow[1]]
     with on.ledger.fence(other) as fenced:
         await end(on, job, lease)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(ENOUGH):
             await fenced.wait()
     assert await on.ledger.renew([other], LEASE) == [other]
     before = on.world.dump()

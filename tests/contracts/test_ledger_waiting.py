@@ -26,8 +26,9 @@ from tests.support.ledger import (
     World,
     part,
 )
+from tests.support.waits import ENOUGH
 
-LONG = 60.0
+LONG = 600.0
 SOURCE_DOWN = ErrorRecord(ErrorReason.SOURCE_FAILED, "down")
 
 
@@ -39,7 +40,7 @@ async def world(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
 
 
 async def wakes(waiting: Awaitable[object]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(ENOUGH):
         await waiting
 
 
@@ -241,7 +242,7 @@ async def test_every_change_reaches_a_watcher_that_keeps_up(world: World) -> Non
     for rows in range(100):
         await world.ledger.record_progress(lease, rows=rows, bytes_=1, rows_per_second=1)
     await world.finish(lease)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(ENOUGH):
         assert await watching == (await world.job(job)).revision
 
 
@@ -279,7 +280,7 @@ async def test_a_claim_that_is_cancelled_half_way_gives_its_lease_back(
         await claiming
     # The job changes twice: it is taken up, and given back.
     revision = job.revision
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(ENOUGH):
         while revision < job.revision + 2:
             await world.ledger.wait_for_change(job.job_id, revision, LONG)
             revision = (await world.job(job)).revision

@@ -35,6 +35,7 @@ from tests.support.sinks import (
     deliver_part,
     deliver_whole,
 )
+from tests.support.waits import ENOUGH
 
 MIB = 1 << 20
 PUT = "other"
@@ -56,6 +57,9 @@ def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(standard.ExponentialBackoff, "delay_amount", lambda *_: 0.01)
 
 
+SILENCE = "no answer in time"
+
+
 @pytest.fixture
 def proxy(seaweed: SeaweedServer) -> Iterator[S3Proxy]:
     with s3_proxy(seaweed.endpoint) as proxy:
@@ -68,10 +72,14 @@ def raw(seaweed: SeaweedServer, s3_options: S3Options) -> RawS3:
 
 
 @pytest.fixture
-def connection(s3_options: S3Options, proxy: S3Proxy) -> ObjectStorageConnection:
-    """A fresh place behind the proxy, with few repetitions and little patience."""
+def connection(
+    request: pytest.FixtureRequest, s3_options: S3Options, proxy: S3Proxy
+) -> ObjectStorageConnection:
+    """A fresh place behind the proxy, with few repetitions, and little patience where an
+    answer is to be waited for in vain."""
+    patience = 1.5 if SILENCE in request.node.name else 60.0
     return connection_of(
-        s3_options, endpoint_url=proxy.endpoint, attempts=2, read_timeout=0.7
+        s3_options, endpoint_url=proxy.endpoint, attempts=2, read_timeout=patience
     )
 
 
@@ -115,7 +123,7 @@ FAULTS = {
     "403": error(403, "AccessDenied"),
     "200 with an error": error(200, "InternalError"),
     "200 with an error after it was done": error(200, "InternalError", forward=True),
-    "no answer in time": Fault(stall=True),
+    SILENCE: Fault(stall=True),
     "cut": Fault(cut=True),
     "cut after it was done": Fault(forward=True, cut=True),
 }
@@ -314,7 +322,7 @@ async def test_a_delivery_that_is_cancelled_in_a_call_leaves_no_upload(
     with pytest.raises(asyncio.CancelledError):
         await task
     proxy.release()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(ENOUGH):
         while proxy.active:
             await asyncio.sleep(0.005)
     assert raw.uploads() == []
@@ -338,7 +346,7 @@ async def test_a_service_that_hangs_holds_up_a_cancelled_delivery_only_a_little(
         await task
     assert stalled.closed
     proxy.release()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(ENOUGH):
         while raw.uploads():
             await asyncio.sleep(0.01)
     assert raw.objects() == []
@@ -401,7 +409,7 @@ async def test_no_more_pieces_are_under_way_than_the_operator_says(
         return None
 
     proxy.plan = plan
-    patient = connection.model_copy(update={"parts_in_flight": most, "read_timeout": 30.0})
+    patient = connection.model_copy(update={"parts_in_flight": most})
     sink = await SINK.open(patient)
     delivery = asyncio.create_task(deliver(sink, a_part(LARGE * 2)))
     await reached.wait()

@@ -28,6 +28,7 @@ from exportd_server.sources.postgres import Postgres
 from tests.support.holders import operator_query, table
 from tests.support.postgres import PostgresServer, running_postgres
 from tests.support.standby import standby_of
+from tests.support.waits import ENOUGH
 
 ROWS = 4000
 FILL = f"INSERT INTO t SELECT i, repeat('x', 40) FROM generate_series(1, {ROWS}) i;"
@@ -87,7 +88,7 @@ def range_of(shard: Shard) -> dict[str, Any]:
     return found
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = ENOUGH) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -111,7 +112,7 @@ def in_background(work: Callable[[], object]) -> Iterator[None]:
     try:
         yield
     finally:
-        thread.join(20)
+        thread.join(ENOUGH)
         assert not thread.is_alive()
 
 

@@ -31,6 +31,7 @@ from exportd_server.sources.base import (
 )
 from tests.support import holders
 from tests.support.holders import SCHEMA, TEXTS, Holder
+from tests.support.waits import ENOUGH
 
 O = FilterOperator  # noqa: E741 - reads well in a long table
 KINDS = ("parquet", "csv", "json", "sqlite", "postgres")
@@ -300,7 +301,7 @@ def test_a_stream_that_is_left_in_the_middle_frees_its_threads(holder: Holder) -
     query = Query(holder.columns)
     with holder.source.open(query, holder.source.plan(query).shards[0]) as stream:
         next(iter(stream))
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + ENOUGH
     while threading.active_count() > before:
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -370,10 +371,12 @@ def by_id(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: int(row["id"]))
 
 
-@pytest.mark.parametrize("wanted", SOME)
-@pytest.mark.parametrize("shard_rows", CUTS)
+@pytest.mark.parametrize(
+    ("wanted", "shard_rows"),
+    [(wanted, rows) for wanted in SOME for rows in (CUTS if wanted == "all" else (7, 120))],
+)
 def test_shards_together_give_each_row_of_the_uncut_table_once(
-    holder: Holder, shard_rows: int, wanted: str
+    holder: Holder, wanted: str, shard_rows: int
 ) -> None:
     query = Query(("id", "name", "seen"), SOME[wanted])
     uncut = read(holder.source, query)

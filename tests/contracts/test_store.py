@@ -30,6 +30,7 @@ from tests.support.store import (
     put,
     read,
 )
+from tests.support.waits import ENOUGH
 
 
 def _local(request: pytest.FixtureRequest) -> StoreCase:
@@ -230,7 +231,7 @@ async def test_no_reader_and_no_lister_ever_sees_a_piece_of_a_part(
                 writer.finalize()
                 if key.sequence % 8 == 7:
                     looked.clear()
-                    assert looked.wait(30)
+                    assert looked.wait(ENOUGH)
         finally:
             done.set()
 
@@ -469,7 +470,7 @@ async def test_a_job_is_gone_when_its_deletion_races_with_its_writers(
 
     def delete(start: threading.Barrier) -> None:
         start.wait()
-        asyncio.run_coroutine_threadsafe(store.delete_job(JOB), loop).result(20)
+        asyncio.run_coroutine_threadsafe(store.delete_job(JOB), loop).result(ENOUGH)
 
     for turn in range(25):
         start = threading.Barrier(3, timeout=20)
@@ -500,9 +501,9 @@ async def test_jobs_come_and_go_without_disturbing_their_neighbours(
             key = part_key(job, token=turn)
             put(store, key, b"data")
             store.create(part_key(job, token=turn, sequence=1)).abort()
-            found = asyncio.run_coroutine_threadsafe(read(store, key), loop).result(20)
+            found = asyncio.run_coroutine_threadsafe(read(store, key), loop).result(ENOUGH)
             assert found == b"data"
-            asyncio.run_coroutine_threadsafe(leave(job, turn), loop).result(20)
+            asyncio.run_coroutine_threadsafe(leave(job, turn), loop).result(ENOUGH)
 
     await asyncio.gather(
         *(asyncio.wrap_future(threads.submit(live, number)) for number in range(3))

@@ -57,6 +57,7 @@ from tests.support.sinks import (
     deliver_part,
     deliver_whole,
 )
+from tests.support.waits import ENOUGH
 
 SECRET, OTHER, THIRD = (
     f"whsec_{base64.b64encode(bytes([n]) * 32).decode()}" for n in range(3)
@@ -369,7 +370,7 @@ class TestPush:
             request = request_to(receiver.url, mode="PUSH_PARTS")
             with pytest.raises(DeliveryFailed, match="checksum"):
                 await sink.deliver(request, deliver_part(EXPORT, part))
-            await asyncio.wait_for(receiver.cut_short.wait(), 5)
+            await asyncio.wait_for(receiver.cut_short.wait(), ENOUGH)
             assert receiver.requests == []
 
     async def test_a_part_that_is_gone_or_a_store_that_fails_is_left_to_the_caller(
@@ -396,7 +397,7 @@ class TestPush:
             content = BytesContent(DATA)
             delivery = deliver_part(EXPORT, a_part(DATA, content=content))
             task = asyncio.create_task(sink.deliver(request, delivery))
-            await asyncio.wait_for(receiver.arrived.wait(), 5)
+            await asyncio.wait_for(receiver.arrived.wait(), ENOUGH)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
@@ -412,7 +413,7 @@ def _hmac(key: bytes, data: bytes) -> bytes:
 
 
 async def until(done: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(ENOUGH):
         while not done():
             await asyncio.sleep(0.005)
 
@@ -592,7 +593,7 @@ class TestAnswers:
         config = connection(read_timeout=0.3 if name in WAITS else 30)
         async with Receiver(answer).listen() as receiver, opened(config) as sink:
             request = request_to(receiver.url + "?token=hidden", mode=mode)
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(ENOUGH):
                 told = await outcome(sink.deliver(request, delivery))
             assert told[:2] == (kind, pause), told
             for secret in ("hidden", "127.0.0.1", str(receiver.port), "elsewhere", SECRET):
@@ -602,10 +603,10 @@ class TestAnswers:
     async def test_of_a_long_answer_only_the_beginning_is_read(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("exportd_server.sinks.webhook.client.ANSWER_SECONDS", 60)
+        monkeypatch.setattr("exportd_server.sinks.webhook.client.ANSWER_SECONDS", 600)
         answer = drip(b"HTTP/1.1 200 OK\r\n\r\n", b"x" * 65_536, 0)
         async with Receiver(answer).listen() as receiver, opened() as sink:
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(ENOUGH):
                 await sink.deliver(request_to(receiver.url), deliver_whole(EXPORT))
             await until(lambda: receiver.open == 0)
 
@@ -1325,5 +1326,5 @@ def test_no_url_and_no_header_that_is_accepted_changes_another(
 async def _delivered(
     sink: Sink[WebhookRequest], request: WebhookRequest, delivery: Delivery
 ) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(ENOUGH):
         await sink.deliver(request, delivery)

@@ -24,6 +24,7 @@ from tests.support import rpc
 from tests.support.gate import GateSource
 from tests.support.receiver import Receiver, reply
 from tests.support.server import Server, serve, settings
+from tests.support.waits import ENOUGH
 from tools import api_reference
 from tools.api_reference import ERROR_EXAMPLE, EXAMPLES, TARGET, Contract, Fault, Page, page
 
@@ -116,7 +117,7 @@ class Story:
         await self.tell("CancelJob")
 
         watching = asyncio.create_task(self.tell("WatchJob"))
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(ENOUGH):
             await self.streaming.wait()
         gate.open_wide()
         await watching
@@ -166,7 +167,7 @@ async def done(value: object) -> bool:
 
 
 async def eventually(condition: Callable[[], Awaitable[bool]]) -> None:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(ENOUGH):
         while not await condition():
             await asyncio.sleep(0.01)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import socket
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -129,13 +128,13 @@ def test_retries_are_bounded_by_number_and_by_time(server: ScriptedServer) -> No
         c.job(JOB)
     assert server.calls["GetJob"] == 4
     patient = Retry(attempts=10_000, initial=0.2, maximum=0.2)
-    begun = time.monotonic()
     with (
         Client(server.address, retry=patient, timeout=0.5) as c,
         pytest.raises(e.Unavailable),
     ):
         c.job(JOB)
-    assert time.monotonic() - begun < 2
+    # Each pause is of a tenth of a second at least.
+    assert server.calls["GetJob"] <= 4 + 6
 
 
 async def test_calls_about_deliveries_ride_out_a_server_that_is_away_for_a_moment(
@@ -237,10 +236,8 @@ def test_a_call_that_takes_too_long_is_a_timeout() -> None:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         address = f"127.0.0.1:{silent.getsockname()[1]}"
-        begun = time.monotonic()
-        with Client(address, timeout=0.3) as c, pytest.raises((e.TimedOut, e.Unavailable)):
+        with Client(address, timeout=0.3) as c, pytest.raises(e.TimedOut):
             c.job(JOB)
-        assert time.monotonic() - begun < 5
 
 
 def test_waiting_follows_the_job_to_its_end_through_a_broken_watch(

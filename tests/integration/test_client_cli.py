@@ -44,6 +44,7 @@ from tests.support.scripted_server import (
     ScriptedServer,
     scripted,
 )
+from tests.support.waits import ENOUGH
 
 DATA = random.Random(7).randbytes(700_001)
 
@@ -551,7 +552,7 @@ def test_text_from_the_server_cannot_steer_the_terminal(
 
 
 def wait_until(condition: Any, what: str) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + ENOUGH
     while not condition():
         assert time.monotonic() < deadline, what
         time.sleep(0.02)
@@ -566,14 +567,14 @@ def test_ctrl_c_in_a_download_says_how_to_go_on_and_it_does(
     )
     wait_until(lambda: list(tmp_path.glob("*.json")), "a record of the download")
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=20)
+    _, err = process.communicate(timeout=ENOUGH)
     assert process.returncode == 130
     again = f"exportd download {JOB} out.csv"
     assert f"interrupted; what is there is kept: '{again}' goes on" in err
     assert "Traceback" not in err
     server.script.pause = None
     done = start(server, *again.split()[1:], "--json", cwd=tmp_path, stdout=subprocess.PIPE)
-    out, _ = done.communicate(timeout=20)
+    out, _ = done.communicate(timeout=ENOUGH)
     assert json.loads(out)["resumed_bytes"] == str(4 * server.script.chunk)
     assert (tmp_path / "out.csv").read_bytes() == DATA
 
@@ -587,7 +588,7 @@ def test_ctrl_c_in_a_wait_says_that_the_job_goes_on(
     wait_until(lambda: server.calls["WatchJob"], "the watch")
     assert process.stderr.readline().startswith("token_transfers: running")
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=20)
+    _, err = process.communicate(timeout=ENOUGH)
     assert process.returncode == 130
     assert f"the job goes on: 'exportd watch {JOB}' follows it" in err
 
@@ -607,7 +608,7 @@ def on_terminal(
     )
     os.close(theirs)
     shown = b""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + ENOUGH
     while time.monotonic() < deadline:
         if select.select([mine], [], [], 0.1)[0]:
             try:
@@ -618,7 +619,7 @@ def on_terminal(
                 break
             shown += block
     os.close(mine)
-    return process.wait(10), shown.decode()
+    return process.wait(ENOUGH), shown.decode()
 
 
 def test_a_terminal_gets_a_live_bar(server: ScriptedServer, tmp_path: Path) -> None:
@@ -662,6 +663,6 @@ def test_a_pipe_that_closes_early_is_no_traceback(server: ScriptedServer) -> Non
     )
     process.stdout.readline()
     process.stdout.close()
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=ENOUGH)
     assert "Traceback" not in err
     assert "Exception ignored" not in err

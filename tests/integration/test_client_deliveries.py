@@ -38,6 +38,7 @@ from tests.support.receiver import Receiver
 from tests.support.samples import catalogue_of
 from tests.support.scripted_sink import ScriptedSink
 from tests.support.server import Server, serve, settings
+from tests.support.waits import ENOUGH
 
 PARTS = 3
 """Parts of an export of the dataset `gated`, whose parts have a batch each."""
@@ -493,7 +494,7 @@ async def test_a_delivery_that_waits_to_be_tried_again_says_when(
             listed = await exportd(server, "deliveries", "--state", "pending")
             return listed.rows()[1]
 
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(ENOUGH):
             while not MOMENT.fullmatch((row := await waiting())[5]):
                 await asyncio.sleep(0.02)
         assert row[:5] == [job_id, "PENDING", "scripted", "completion", "1"]

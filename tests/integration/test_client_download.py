@@ -43,6 +43,7 @@ from tests.support.scripted_server import (
     join,
     scripted,
 )
+from tests.support.waits import ENOUGH
 
 QUICK = Retry(attempts=4, initial=0.01, maximum=0.05)
 DATA = random.Random(7).randbytes(1_000_003)
@@ -70,7 +71,7 @@ def leftovers(directory: Path) -> list[str]:
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + ENOUGH
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -228,7 +229,7 @@ def test_parallel_ranges_arrive_over_connections_of_their_own(
     work.start()
     wait_until(lambda: server.calls["StreamDownload"] == 4)
     server.script.pause.release(1000)
-    work.join(20)
+    work.join(ENOUGH)
     assert (tmp_path / "out.csv").read_bytes() == DATA
     assert sorted(offsets(server)) == [0, 250_001, 500_002, 750_003]
     assert len(server.peers) == 5  # four ranges and the client's own
@@ -290,7 +291,7 @@ def test_a_stream_that_falls_silent_is_taken_up_anew(
     server: ScriptedServer, tmp_path: Path
 ) -> None:
     server.script.hang_after = 3
-    with client(server, stall_timeout=0.3) as c:
+    with client(server, stall_timeout=2.0) as c:
         c.job(JOB).download(tmp_path / "out.csv")
     assert (tmp_path / "out.csv").read_bytes() == DATA
     assert offsets(server) == [0, 3 * server.script.chunk]
@@ -309,11 +310,11 @@ def test_a_server_that_restarts_in_the_middle_does_not_end_the_download(
 
     thread = threading.Thread(target=work)
     thread.start()
-    assert server.sending.wait(10)
+    assert server.sending.wait(ENOUGH)
     port = server.port
     server.stop()
     again = ScriptedServer(Script(parts=[ScriptedPart(DATA)])).start(port)
-    thread.join(20)
+    thread.join(ENOUGH)
     again.stop()
     assert result
     assert (tmp_path / "out.csv").read_bytes() == DATA
@@ -551,11 +552,11 @@ def test_two_downloads_to_one_path_do_not_mix(
     server.script.pause = threading.Semaphore(1)
     first = threading.Thread(target=fetch, args=(server, tmp_path / "out.csv"))
     first.start()
-    assert server.sending.wait(10)
+    assert server.sending.wait(ENOUGH)
     with pytest.raises(LocalFileError, match="another download"):
         fetch(server, tmp_path / "out.csv")
     server.script.pause.release(1000)
-    first.join(20)
+    first.join(ENOUGH)
     assert (tmp_path / "out.csv").read_bytes() == DATA
 
 
@@ -595,7 +596,7 @@ def child(server: ScriptedServer, path: Path, limit: int = 0) -> subprocess.Pope
 
 def wait_for_record(directory: Path, at_least: int) -> int:
     """Wait until the record of a partial download says so many bytes are there."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + ENOUGH
     while time.monotonic() < deadline:
         for record in directory.glob("*.json"):
             done: int = sum(r[1] for r in json.loads(record.read_text())["ranges"])
@@ -613,7 +614,7 @@ def test_a_killed_or_interrupted_process_leaves_a_download_that_goes_on(
     process = child(server, tmp_path / "out.csv")
     recorded = wait_for_record(tmp_path, 5 * server.script.chunk)
     process.send_signal(sign)
-    process.communicate(timeout=20)
+    process.communicate(timeout=ENOUGH)
     assert process.returncode != 0
     assert not (tmp_path / "out.csv").exists()
     server.script.pause = None
@@ -627,7 +628,7 @@ def test_a_full_disk_is_a_clear_error_and_what_fits_is_kept(
     server: ScriptedServer, tmp_path: Path
 ) -> None:
     process = child(server, tmp_path / "out.csv", limit=300_000)
-    output, _ = process.communicate(timeout=20)
+    output, _ = process.communicate(timeout=ENOUGH)
     assert process.returncode == 3, output
     assert output.startswith("LocalFileError cannot write")
     assert "run the same again to go on" in output

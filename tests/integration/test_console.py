@@ -30,6 +30,7 @@ from tests.support.samples import catalogue_of
 from tests.support.scripted_sink import ScriptedSink
 from tests.support.server import Server, serve, settings
 from tests.support.visitor import Page, Visitor
+from tests.support.waits import ENOUGH
 
 KEY = "a-key-for-tests-and-nothing-else-"
 NOWHERE = "01890a5d-ac96-774b-bcce-b302099a8057"
@@ -73,14 +74,14 @@ class World:
         """Wait until the job and its deliveries have ended."""
         watch = pb.WatchJobRequest(job_id=job_id, until_delivered=True)
         job = job_pb2.Job()
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(ENOUGH):
             async for answer in self.server.stub.WatchJob(watch, metadata=self.by(caller)):
                 job = answer.job
         return job
 
     async def running(self, job_id: str, caller: str = "admin") -> None:
         watch = pb.WatchJobRequest(job_id=job_id)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(ENOUGH):
             async for answer in self.server.stub.WatchJob(watch, metadata=self.by(caller)):
                 if answer.job.state == job_pb2.JOB_STATE_RUNNING:
                     return
@@ -107,7 +108,7 @@ class World:
     async def records(self, count: int, **conditions: Any) -> list[Any]:
         """Wait until there are so many audit records; the oldest first."""
         request = pb.ListAuditRecordsRequest(page_size=1000, **conditions)
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(ENOUGH):
             while True:
                 found = await self.server.stub.ListAuditRecords(
                     request, metadata=self.by("admin")
@@ -245,7 +246,7 @@ async def test_a_running_job_loads_anew_by_itself_and_shows_the_parts_it_has(
         assert '<noscript><meta http-equiv="refresh" content="5"></noscript>' in page.text
         assert "None is finished yet." in page.text
         here.held.allow(2)
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(ENOUGH):
             while "part-00000" not in page.text:
                 page = await visitor.get(f"/live/jobs/{job_id}")
                 assert "Exportd-Settled" not in page.headers
@@ -474,7 +475,7 @@ async def test_a_key_that_is_revoked_is_out_at_once(tmp_path: Path) -> None:
         page = await visitor.get(f"/jobs/{job_id}")
         (cancel,) = page.forms("cancel")
         await FileKeyStore(tmp_path).revoke(here.key_ids["writer"], datetime.now(UTC))
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(ENOUGH):
             while page.status == 200:
                 page = await visitor.get("/live/jobs")
         assert page.status == 401
@@ -486,7 +487,7 @@ async def test_whoever_was_signed_in_and_is_no_more_is_told_why(tmp_path: Path) 
     async with world(tmp_path) as here, signed_in(here, "writer") as visitor:
         await FileKeyStore(tmp_path).revoke(here.key_ids["writer"], datetime.now(UTC))
         page = await visitor.get("/jobs")
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(ENOUGH):
             while page.status == 200:
                 page = await visitor.get("/jobs")
         assert f"API key {here.key_ids['writer']} was revoked" in page.text

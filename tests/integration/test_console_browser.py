@@ -14,6 +14,7 @@ from exportd.v1 import job_pb2
 from tests.integration.test_console import HOSTILE, World, world
 from tests.support.browser import MISSING, Browser, chromium
 from tests.support.gate import BATCH_ROWS
+from tests.support.waits import ENOUGH
 
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 
@@ -95,7 +96,7 @@ async def test_what_the_keyboard_is_in_stays_as_it_is(
         ".filter((each) => each.name.includes('/live/')).length"
     )
     before = await browser.run(seen)
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(ENOUGH):
         while await browser.run(seen) < before + 2:
             await asyncio.sleep(0.1)
     assert await browser.run("document.activeElement === window.link")
@@ -276,7 +277,7 @@ async def test_without_script_the_page_loads_itself_anew(
     await browser.open(f"{here.base}/console/jobs/{job_id}")
     here.held.open_wide()
     await here.settle(job_id)
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(ENOUGH):
         while '<span class="state succeeded">' not in await browser.source():
             await asyncio.sleep(0.1)
 

@@ -19,6 +19,7 @@ from tests.support import rpc
 from tests.support.flights import ROWS
 from tests.support.postgres import PostgresServer, running_postgres
 from tests.support.server import Server, serve, settings, until
+from tests.support.waits import ENOUGH
 
 pytestmark = pytest.mark.minutes
 
@@ -155,7 +156,7 @@ async def test_a_database_that_dies_in_the_middle_fails_the_job_and_leaves_nothi
         )
         async with serve(options) as server:
             job = await rpc.create(server.stub, "slow", max_part_bytes=2**20)
-            await until(lambda: len(server.files()) >= 2, timeout=30)
+            await until(lambda: len(server.files()) >= 2, ENOUGH)
             database.kill()
             job = await rpc.finish(server.stub, job.job_id)
             assert job.state == job_pb2.JOB_STATE_FAILED
@@ -178,7 +179,7 @@ async def test_cancelling_an_export_that_waits_in_the_database_stops_it_there(
         f'[connections.warehouse]\nurl = "{postgres.url()}"\n'
         "[datasets.stuck]\n"
         'connection = "warehouse"\n'
-        'query = "SELECT 1 AS one, pg_sleep(60)::text AS pause"\n'
+        'query = "SELECT 1 AS one, pg_sleep(600)::text AS pause"\n'
     )
 
     def running() -> str:
@@ -189,7 +190,7 @@ async def test_cancelling_an_export_that_waits_in_the_database_stops_it_there(
 
     async with serve(settings(tmp_path / "data", catalogue=catalogue)) as server:
         job = await rpc.create(server.stub, "stuck")
-        await until(lambda: running() == "1", timeout=20)
+        await until(lambda: running() == "1", ENOUGH)
         await server.stub.CancelJob(pb.CancelJobRequest(job_id=job.job_id))
-        await until(lambda: running() == "0", timeout=5)
+        await until(lambda: running() == "0", ENOUGH)
         assert not server.files()

@@ -20,6 +20,7 @@ from exportd.v1 import export_service_pb2 as pb
 from tests.support import rpc
 from tests.support.samples import SAMPLE_ROWS
 from tests.support.server import Server, serve, settings
+from tests.support.waits import ENOUGH
 
 SIX = {
     "token_transfers",
@@ -330,6 +331,6 @@ async def test_deleting_a_job_removes_its_output_and_itself(server: Server) -> N
         server.stub.StreamDownload(pb.StreamDownloadRequest(job_id=job.job_id))
     )
     assert refused.reason == "JOB_NOT_FOUND"
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(ENOUGH):
         while server.files():
             await asyncio.sleep(0.01)

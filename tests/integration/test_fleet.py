@@ -18,10 +18,10 @@ from tests.support import rpc
 from tests.support.postgres import PostgresServer
 from tests.support.processes import Member, Processes, processes
 from tests.support.server import until
+from tests.support.waits import ENOUGH
 
 ROWS = 200_000
 GROUP = 10_000
-ENOUGH = 60.0
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from exportd.v1 import job_pb2
 from exportd_server import app
 from exportd_server.errors import ConfigurationError, StoreFailed
 from exportd_server.jobs.housekeeping import Housekeeping
-from exportd_server.jobs.ledger.base import Lease, Ledger, NewJob
+from exportd_server.jobs.ledger.base import Lease, NewJob
 from exportd_server.jobs.ledger.postgres import (
     migrate_postgres_ledger,
     open_postgres_ledger,
@@ -34,7 +34,6 @@ from exportd_server.jobs.ledger.postgres import (
 from exportd_server.jobs.ledger.statements import lifecycle
 from exportd_server.jobs.manager import Policy
 from exportd_server.jobs.model import JobState
-from exportd_server.jobs.readers import Readers
 from exportd_server.jobs.worker import Worker, WorkerOptions
 from exportd_server.platform.clock import SystemClock
 from exportd_server.settings import Settings
@@ -59,13 +58,13 @@ from tests.support.ledger import (
     spec,
     sqlite_world,
 )
+from tests.support.readers import Downloads
 from tests.support.samples import catalogue_of
 from tests.support.server import Server, serve, settings, until
 from tests.support.sinks import no_sinks
 from tests.support.store import part_key, put
+from tests.support.waits import ENOUGH
 
-ENOUGH = 20.0
-"""Seconds that nothing here should take."""
 LEASE = 0.5
 GRACE = 0.2
 CANCELS = int(os.environ.get("EXPORTD_CANCELS", "25"))
@@ -411,19 +410,6 @@ class Pair:
             )
 
 
-@pytest.fixture
-def readers(monkeypatch: pytest.MonkeyPatch) -> list[Readers]:
-    """Who keeps account of the downloads of each server that the test starts."""
-    made: list[Readers] = []
-
-    def make(ledger: Ledger) -> Readers:
-        made.append(Readers(ledger))
-        return made[-1]
-
-    monkeypatch.setattr(app, "Readers", make)
-    return made
-
-
 @asynccontextmanager
 async def pair(
     url: str, directory: Path, source: StandingSource, **values: Any
@@ -482,7 +468,7 @@ async def test_a_download_goes_on_although_its_job_expires_and_another_process_r
         job = await rpc.export(two.there.stub, "gated", max_part_rows=BIG * BATCH_ROWS // 4)
         other = await rpc.export(two.there.stub, "gated", limit=1000)
         whole = await rpc.download(two.here.stub, job.job_id)
-        two.expires_in(job.job_id, 2)
+        two.expires_in(job.job_id, 4)
         slow = await begun(two.here, job.job_id)
         assert len(two.ask("SELECT * FROM pins")) == 1
         # The other process hides it, and would delete it.
@@ -515,20 +501,18 @@ async def test_a_download_far_from_its_jobs_expiry_costs_the_ledger_no_pin(
 
 @pytest.mark.parametrize("stalled", [False, True], ids=["reading", "stalled"])
 async def test_a_delete_through_one_process_cuts_the_downloads_of_the_others_at_once(
-    postgres_url: str, tmp_path: Path, readers: list[Readers], *, stalled: bool
+    postgres_url: str, tmp_path: Path, downloads: Downloads, *, stalled: bool
 ) -> None:
     source = StandingSource(BIG, wide=True)
     async with pair(postgres_url, tmp_path, source) as two:
         job = await rpc.export(two.there.stub, "gated")
         slow = await begun(two.here, job.job_id)
-        started = time.monotonic()
         await two.there.stub.DeleteJob(pb.DeleteJobRequest(job_id=job.job_id))
         await until(lambda: not two.place.remains())
         if stalled:
             # The server has dropped it although its reader takes nothing.
-            await until(lambda: not any(one._reads for one in readers))
+            await downloads.over()
         assert await slow.reason() == "JOB_NOT_FOUND"
-        assert time.monotonic() - started < 3.0
 
 
 async def test_a_cancel_through_one_process_ends_the_follow_streams_of_the_others(
@@ -539,10 +523,8 @@ async def test_a_cancel_through_one_process_ends_the_follow_streams_of_the_other
         job = await rpc.create(two.there.stub, "gated", max_part_rows=BATCH_ROWS)
         source.allow(3)
         following = await begun(two.here, job.job_id, follow=True)
-        started = time.monotonic()
         await two.there.stub.CancelJob(pb.CancelJobRequest(job_id=job.job_id))
         assert await following.reason() == "JOB_CANCELLED"
-        assert time.monotonic() - started < 3.0
 
 
 async def gone(server: Server, job_id: str) -> None:
@@ -573,10 +555,8 @@ async def test_expiry_goes_by_the_ledgers_clock_however_wrong_the_process_clock_
             [(expire_time,)] = two.ask("SELECT expire_time FROM jobs")
             assert told == expire_time
             assert abs(told / 1e6 - time.time() - 600) < ENOUGH
-            two.expires_in(job.job_id, 2)
-            ends = (await rpc.get(two.here.stub, job.job_id)).expire_time
             assert await rpc.download(two.here.stub, job.job_id)
-            await asyncio.sleep(ends.ToNanoseconds() / 1e9 - time.time())
+            two.expires_in(job.job_id, 0)
             refused = await rpc.refusal(rpc.download(two.here.stub, job.job_id))
             assert refused.reason in ("OUTPUT_EXPIRED", "JOB_NOT_FOUND")
             await until(lambda: not two.ask("SELECT * FROM jobs"), ENOUGH)

@@ -23,11 +23,10 @@ from exportd_server.jobs.model import PartRecord
 from exportd_server.sources.base import Plan, Query, Shard, SourceChanged
 from tests.support import rpc
 from tests.support.gate import BATCH_ROWS, GateSource
+from tests.support.readers import Downloads
 from tests.support.samples import catalogue_of
 from tests.support.server import Server, serve, server_process, settings, until
-
-ENOUGH = 10.0
-"""Seconds that nothing here should take."""
+from tests.support.waits import ENOUGH
 
 
 @asynccontextmanager
@@ -93,7 +92,7 @@ async def test_progress_is_honest_while_the_job_runs(
         assert not job.progress.HasField("parts_total")
 
 
-async def test_cancelling_a_running_export_stops_it_within_a_second_and_leaves_nothing(
+async def test_cancelling_a_running_export_stops_it_at_once_and_leaves_nothing(
     tmp_path: Path, gate: GateSource
 ) -> None:
     async with serving(tmp_path, gate) as server:
@@ -101,12 +100,10 @@ async def test_cancelling_a_running_export_stops_it_within_a_second_and_leaves_n
         gate.allow(3)
         await rows_of(server, job.job_id, 3 * BATCH_ROWS)
         assert server.files()
-        started = time.monotonic()
         response = await server.stub.CancelJob(pb.CancelJobRequest(job_id=job.job_id))
         assert response.outcome == pb.CANCEL_OUTCOME_CANCELLED
         assert response.job.state == job_pb2.JOB_STATE_CANCELLED
         await until(lambda: gate.cancelled and not server.files())
-        assert time.monotonic() - started < 1.0
         refused = await rpc.refusal(
             server.stub.StreamDownload(pb.StreamDownloadRequest(job_id=job.job_id))
         )
@@ -323,11 +320,11 @@ async def test_expired_output_is_refused_from_that_moment_and_then_forgotten(
     retention = {"reap_interval": 1.0}
     async with serving(tmp_path, GateSource(wide=True), retention=retention) as server:
         message = rpc.request("gated")
-        message.ttl.FromSeconds(1)
+        message.ttl.FromSeconds(3)
         job = (await server.stub.CreateExport(message)).job
         job = await rpc.finish(server.stub, job.job_id)
         left = job.expire_time.ToNanoseconds() / 1e9 - time.time()
-        assert left <= 1
+        assert left <= 3
         await asyncio.sleep(max(0.0, left))
         refused = await rpc.refusal(
             server.stub.StreamDownload(pb.StreamDownloadRequest(job_id=job.job_id))
@@ -345,11 +342,11 @@ async def test_an_expired_output_that_is_not_reaped_yet_is_refused(
 ) -> None:
     async with serving(tmp_path, GateSource(wide=True)) as server:
         message = rpc.request("gated")
-        message.ttl.FromSeconds(1)
+        message.ttl.FromSeconds(3)
         job = (await server.stub.CreateExport(message)).job
         job = await rpc.finish(server.stub, job.job_id)
         assert await rpc.download(server.stub, job.job_id)
-        await asyncio.sleep(job.expire_time.ToNanoseconds() / 1e9 - time.time())
+        await asyncio.sleep(max(0.0, job.expire_time.ToNanoseconds() / 1e9 - time.time()))
         refused = await rpc.refusal(
             server.stub.StreamDownload(pb.StreamDownloadRequest(job_id=job.job_id))
         )
@@ -363,7 +360,7 @@ async def test_a_download_in_progress_is_not_cut_by_expiry(tmp_path: Path) -> No
         tmp_path, gate, retention=retention, download={"chunk_bytes": 65_536}
     ) as server:
         message = rpc.request("gated", max_part_rows=20 * BATCH_ROWS)
-        message.ttl.FromSeconds(1)
+        message.ttl.FromSeconds(3)
         job = (await server.stub.CreateExport(message)).job
         job = await rpc.finish(server.stub, job.job_id)
         call = aiter(
@@ -372,7 +369,7 @@ async def test_a_download_in_progress_is_not_cut_by_expiry(tmp_path: Path) -> No
         size = 0
         await anext(call)
         # Past the expiry, and past the round of reaping after it.
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(ENOUGH):
             while (await server.stub.ListJobs(pb.ListJobsRequest())).jobs:
                 await asyncio.sleep(0.1)
         async for chunk in call:
@@ -526,25 +523,26 @@ async def test_a_server_that_is_cancelled_ends_although_a_source_hangs(
     # A loop that is blocked cannot tell time: a thread ends what it waits for.
     rescue = threading.Timer(ENOUGH, gate.fail)
     rescue.start()
-    started = time.monotonic()
     running.cancel()
     with suppress(asyncio.CancelledError):
         await running
-    assert time.monotonic() - started < ENOUGH / 2
+    assert rescue.is_alive(), "it needed no rescue"
     assert gate.cancelled
     rescue.cancel()
 
 
-async def test_a_reader_that_takes_nothing_is_dropped(tmp_path: Path) -> None:
+async def test_a_reader_that_takes_nothing_is_dropped(
+    tmp_path: Path, downloads: Downloads
+) -> None:
     gate = GateSource(2000, wide=True)
-    async with serving(tmp_path, gate, download={"stall_timeout": 0.5}) as server:
+    async with serving(tmp_path, gate, download={"stall_timeout": 2.0}) as server:
         job = await rpc.export(server.stub, "gated")
         assert job.manifest.bytes > 20 * 2**20
         call = aiter(
             server.stub.StreamDownload(pb.StreamDownloadRequest(job_id=job.job_id))
         )
         await anext(call)
-        await asyncio.sleep(1.5)
+        await downloads.over()
         refused = await rpc.refusal(call)
         assert refused.code is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert refused.reason == "READER_STALLED"

@@ -30,6 +30,7 @@ from tests.support.samples import catalogue_of
 from tests.support.scrape import Scrape, scrape
 from tests.support.scripted_sink import ScriptedSink
 from tests.support.server import Server, serve, settings
+from tests.support.waits import ENOUGH
 
 SERVICE = "exportd.v1.ExportService"
 BATCHES = 3
@@ -60,7 +61,7 @@ class Measured:
         self, condition: Callable[[float], bool], name: str, **labels: str
     ) -> None:
         """Wait until a figure is so."""
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(ENOUGH):
             while not condition((await scrape(self.address)).total(name, **labels)):
                 await asyncio.sleep(0.05)
 

@@ -136,6 +136,7 @@ def see_it_work(python: Path, directory: Path) -> None:
         assert len(list(csv.DictReader(stream))) == DEMO_ROWS
 
 
+@pytest.mark.minutes
 def test_installed_wheels_run_the_demo(wheels: list[Path], tmp_path: Path) -> None:
     python = environment_of(tmp_path / "environment")
     pip(python, "--no-deps", "--no-index", *wheels)

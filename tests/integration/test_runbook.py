@@ -26,6 +26,7 @@ from tests.support.samples import catalogue_of
 from tests.support.scrape import scrape
 from tests.support.scripted_sink import ScriptedSink
 from tests.support.server import ROOT, Server, serve, settings
+from tests.support.waits import ENOUGH
 
 
 def steps(alert: str) -> list[str]:
@@ -57,7 +58,7 @@ class Shift:
     async def raised(self, alert: str, **labels: str) -> None:
         """Wait until what the alert counts has moved."""
         counted = re.findall(r"exportd_\w+", rule(alert)["expr"])[0]
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(ENOUGH):
             while not (await scrape(self.metrics)).total(counted, **labels):
                 await asyncio.sleep(0.05)
 

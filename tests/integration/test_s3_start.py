@@ -14,11 +14,10 @@ import pytest
 from tests.support.s3_proxy import Fault, error, s3_proxy
 from tests.support.seaweed import BUCKET, SECRET, RawS3, SeaweedServer
 from tests.support.server import ROOT
+from tests.support.waits import ENOUGH
 
 pytestmark = pytest.mark.minutes
 
-ENOUGH = 60.0
-"""Seconds in which a server has started, or has not, on a machine that is busy."""
 EXIT_CONFIGURATION = 2
 
 

@@ -19,6 +19,7 @@ from exportd.v1 import export_service_pb2_grpc
 from tests.support.gate import GateSource
 from tests.support.samples import catalogue_of
 from tests.support.server import ROOT, serve, server_process, settings
+from tests.support.waits import ENOUGH
 
 SERVICE = "exportd.v1.ExportService"
 
@@ -70,7 +71,7 @@ async def test_health_is_serving_until_the_server_drains(
             first = await anext(watched)
             assert first.status == health_pb2.HealthCheckResponse.SERVING
             server.process.terminate()
-            second = await asyncio.wait_for(anext(watched), 10)
+            second = await asyncio.wait_for(anext(watched), ENOUGH)
             assert second.status == health_pb2.HealthCheckResponse.NOT_SERVING
 
 

@@ -12,10 +12,11 @@ from exportd_server.jobs.ledger.sql import SqlLedger
 from exportd_server.jobs.manager import JobManager, Policy
 from exportd_server.jobs.model import JobState
 from exportd_server.jobs.readers import Readers
-from tests.support.fleet import ENOUGH, TENANT, fleet_in
+from tests.support.fleet import TENANT, fleet_in
 from tests.support.gate import GateSource
 from tests.support.samples import catalogue_of
 from tests.support.sinks import no_sinks
+from tests.support.waits import ENOUGH
 
 
 def counted(ledger: SqlLedger) -> Counter[str]:

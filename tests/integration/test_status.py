@@ -27,6 +27,7 @@ from exportd_server.settings import Settings
 from tests.support.deliveries import DOWN, SOON, Deliveries, sink
 from tests.support.ledger import BACKENDS, World, postgres_world, sqlite_world
 from tests.support.server import ROOT, server_process
+from tests.support.waits import ENOUGH
 
 
 @pytest.fixture(params=BACKENDS)
@@ -303,7 +304,7 @@ def test_watching_goes_on_until_it_is_interrupted(tmp_path: Path, one_job: None)
         assert looks[0]["jobs"] == looks[1]["jobs"]
         assert looks[0]["time"] <= looks[1]["time"]
         process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 0
+        assert process.wait(ENOUGH) == 0
     finally:
         process.kill()
         process.wait()

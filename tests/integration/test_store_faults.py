@@ -47,9 +47,8 @@ from tests.support.samples import catalogue_of
 from tests.support.seaweed import SeaweedServer
 from tests.support.server import serve, settings, until
 from tests.support.store import part_key, put
+from tests.support.waits import ENOUGH
 
-ENOUGH = 20.0
-"""Seconds that nothing here should take."""
 BATCHES = 6
 PARTS = 3
 RIGHT = b"id,text\n" + b"".join(b"%d,%d\n" % (n, n) for n in range(BATCHES * BATCH_ROWS))

@@ -34,10 +34,10 @@ from tests.support.traces import (
     TraceReceiver,
     trace_receiver,
 )
+from tests.support.waits import ENOUGH
 
 ROWS = 100_000
 GROUP = 10_000
-ENOUGH = 60.0
 CANARY = 73_519
 """A value in a filter, which is nobody's business."""
 CREATE = "exportd.v1.ExportService/CreateExport"

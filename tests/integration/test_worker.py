@@ -6,8 +6,7 @@ import asyncio
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,9 +18,10 @@ from exportd_server.jobs.ledger.sql import SqlLedger
 from exportd_server.jobs.model import JobState
 from exportd_server.sources.base import Plan, Query, Shard, SourceChanged
 from tests.support.faults import Faults
-from tests.support.fleet import ENOUGH, TENANT, fleet_in
+from tests.support.fleet import TENANT, fleet_in
 from tests.support.gate import BATCH_ROWS, GateSource, GateStream
 from tests.support.server import until
+from tests.support.waits import ENOUGH
 
 IDS = list(range(10 * BATCH_ROWS))
 
@@ -34,7 +34,7 @@ async def test_news_of_work_is_answered_by_one_claim_of_a_process_and_not_of_eac
 ) -> None:
     async with fleet_in(tmp_path) as fleet:
         faults = Faults(fleet.ledger)
-        async with fleet.worker(gate, ledger=faults.ledger, concurrency=16, poll=60.0):
+        async with fleet.worker(gate, ledger=faults.ledger, concurrency=16, poll=600.0):
             await until(lambda: faults.log[-1:] == ["wait_for_work"])
             await asyncio.sleep(0.1)
             faults.calls.clear()
@@ -69,41 +69,28 @@ async def test_as_many_exports_run_at_a_time_as_there_are_slots(
 # --- leases
 
 
-@contextmanager
-def lease_watched(path: Path) -> Iterator[list[float]]:
-    """From outside the process's loop: seconds that export leases had left, many times."""
-    left: list[float] = []
-    ended = threading.Event()
-
-    def watch() -> None:
-        connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
-        while not ended.wait(0.02):
-            rows = connection.execute(
-                "SELECT lease_expires FROM tasks WHERE kind = ? AND owner <> ''",
-                (TaskKind.SHARD.value,),
-            )
-            left.extend(expires / 1e6 - time.time() for (expires,) in rows)
-        connection.close()
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield left
-    finally:
-        ended.set()
-        thread.join()
+def until_renewed(path: Path, beyond: float) -> None:
+    """Block this thread until the lease of an export lasts for so many seconds more."""
+    query = "SELECT lease_expires FROM tasks WHERE kind = ? AND owner <> ''"
+    deadline = time.monotonic() + ENOUGH
+    with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as ledger:
+        ((first,),) = ledger.execute(query, (TaskKind.SHARD.value,))
+        while True:
+            ((now,),) = ledger.execute(query, (TaskKind.SHARD.value,))
+            if now >= first + beyond * 1e6:
+                return
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
 
 
 async def test_a_busy_event_loop_loses_no_lease(tmp_path: Path, gate: GateSource) -> None:
     async with fleet_in(tmp_path) as fleet:
         job = await fleet.create()
-        async with fleet.worker(gate, lease=1.0):
+        async with fleet.worker(gate, lease=1.5):
             gate.allow(1)
             await fleet.parts(job, 1)
-            with lease_watched(fleet.path) as left:
-                time.sleep(3.0)  # noqa: ASYNC251 - the loop is to be blocked
-            assert len(left) > 50
-            assert min(left) > 0
+            # The loop is blocked meanwhile, for longer than a lease lasts.
+            until_renewed(fleet.path, beyond=3.0)
             gate.open_wide()
             done = await fleet.finished(job)
         assert (done.state, done.attempt) == (JobState.SUCCEEDED, 1)
@@ -150,8 +137,8 @@ async def test_a_lost_lease_stops_the_run_from_the_keepers_own_thread(
             connection.execute("UPDATE tasks SET token = token + 1000 WHERE owner <> ''")
             connection.commit()
             connection.close()
-            time.sleep(1.0)  # noqa: ASYNC251 - the loop is to be blocked
-            assert gate.cancelled
+            with gate.changed:  # the loop is blocked by this
+                assert gate.changed.wait_for(lambda: gate.cancelled, ENOUGH)
 
 
 # --- the fence
@@ -176,13 +163,11 @@ async def test_a_cancelled_export_stops_at_once_and_not_at_its_next_report(
 ) -> None:
     async with fleet_in(tmp_path) as fleet:
         job = await fleet.create()
-        async with fleet.worker(gate, progress_interval=60):
+        async with fleet.worker(gate, progress_interval=600, lease=3600.0):
             gate.allow(1)
             await fleet.parts(job, 1)
-            started = time.monotonic()
             await fleet.ledger.cancel_job(TENANT, job.job_id)
             await until(lambda: gate.cancelled)
-            assert time.monotonic() - started < 0.25
 
 
 async def test_a_fence_that_means_nothing_stops_nothing(
@@ -192,7 +177,9 @@ async def test_a_fence_that_means_nothing_stops_nothing(
     async with fleet_in(tmp_path) as fleet:
         job = await fleet.create()
         faults = Faults(fleet.ledger)
-        async with fleet.worker(gate, ledger=faults.ledger, progress_interval=60):
+        async with fleet.worker(
+            gate, ledger=faults.ledger, progress_interval=600, lease=3600.0
+        ):
             gate.allow(1)
             await fleet.parts(job, 1)
             assert isinstance(fleet.ledger, SqlLedger)
@@ -202,7 +189,7 @@ async def test_a_fence_that_means_nothing_stops_nothing(
                 await until(lambda: faults.calls["renew"])
             assert not gate.cancelled
             await fleet.ledger.cancel_job(TENANT, job.job_id)
-            await until(lambda: gate.cancelled, 0.25)
+            await until(lambda: gate.cancelled)
 
 
 async def test_a_job_cancelled_while_its_source_plans_frees_its_slot_at_once(
@@ -217,7 +204,7 @@ async def test_a_job_cancelled_while_its_source_plans_frees_its_slot_at_once(
             await fleet.ledger.cancel_job(TENANT, job.job_id)
             other = await fleet.create()
             # The next one is being planned while the first plan still is.
-            assert await asyncio.to_thread(slow.planning.wait, 1.0)
+            assert await asyncio.to_thread(slow.planning.wait, ENOUGH)
             slow.go_on.set()
             assert (await fleet.finished(other)).state is JobState.SUCCEEDED
 
@@ -396,7 +383,7 @@ class Blocking(GateSource):
     def _block(self, where: str) -> None:
         if where == self._where:
             self.blocked.set()
-            self.end.wait(60)
+            self.end.wait(10 * ENOUGH)
 
     def plan(self, query: Query, *, shard_rows: int | None = None) -> Plan:
         self._block("plan")
@@ -414,14 +401,11 @@ async def test_a_source_that_blocks_holds_up_neither_the_drain_nor_the_next_work
     blocking, gate = Blocking(where), GateSource(wide=True)
     async with fleet_in(tmp_path) as fleet:
         job = await fleet.create()
-        async with fleet.worker(blocking, grace=0.2, lease=60.0):
+        async with fleet.worker(blocking, grace=0.2, lease=3600.0):
             await asyncio.to_thread(blocking.blocked.wait, ENOUGH)
-            started = time.monotonic()
-        assert time.monotonic() - started < 3.0
-        async with fleet.worker(gate, lease=60.0):
+        async with fleet.worker(gate, lease=3600.0):
             done = await fleet.finished(job)
-        # At once, although the lease had most of a minute left; and it was not counted.
-        assert time.monotonic() - started < 5.0
+        # At once, although the lease had most of an hour left; and it was not counted.
         assert (done.state, done.attempt) == (JobState.SUCCEEDED, 1)
         blocking.end.set()
         await until(
@@ -463,8 +447,6 @@ async def test_a_drain_ends_although_the_ledger_is_out_of_reach(
             gate.allow(1)
             await fleet.parts(job, 1)
             faults.out_of_reach = True
-            started = time.monotonic()
-        assert time.monotonic() - started < 5.0
         assert gate.cancelled
 
 

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Awaitable
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import UUID
@@ -98,8 +99,12 @@ DELIVERED = DeliveryState.DELIVERED
 DROPPED = DeliveryState.DROPPED
 DEAD = DeliveryState.DEAD_LETTERED
 
-_empty = Path(tempfile.mkdtemp(prefix="exportd-model-"))
-atexit.register(shutil.rmtree, _empty)
+
+@cache
+def _empty() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="exportd-model-"))
+    atexit.register(shutil.rmtree, folder)
+    return folder
 
 
 # --- the model
@@ -1326,9 +1331,9 @@ class LedgerMachine(RuleBasedStateMachine):
 
 class SqliteMachine(LedgerMachine):
     def make(self) -> None:
-        empty = _empty / "empty.db"
+        empty = _empty() / "empty.db"
         if not empty.exists():
-            self.run(empty_sqlite_file(_empty))
+            self.run(empty_sqlite_file(_empty()))
         self.path = copy_of(empty, Path(self.folder.name), "ledger.db")
 
     async def open(self) -> SqlLedger:

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import atexit
 import base64
 import contextlib
 import gc
 import importlib.util
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -103,6 +105,7 @@ def _link(data: bytes) -> None:
 @cache
 def _folder() -> Path:
     folder = Path(tempfile.mkdtemp(prefix="exportd-parsers-"))
+    atexit.register(shutil.rmtree, folder)
     (folder / "rows.csv").write_text("a,b\n1,x\n")
     (folder / "rows.db").touch()
     return folder
@@ -452,10 +455,13 @@ def main() -> int:
 
 async def _alone(name: str, runs: int, seed: int) -> int:
     runs = runs // 20 if PARSERS[name].slow else runs
+    # A fuzzer ends without leave. What it found is kept.
+    folder = tempfile.mkdtemp(prefix="exportd-corpus-")
     started = time.monotonic()
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "tests.security.parsers", "--only", name),
         *("--runs", str(runs), "--seed", str(seed)),
+        env={**os.environ, "TMPDIR": folder},
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
     )
@@ -464,7 +470,9 @@ async def _alone(name: str, runs: int, seed: int) -> int:
     code = process.returncode or 0
     sys.stdout.write(f"{name}: {runs} runs in {seconds:.0f} s, exit {code}\n")
     if code:
-        sys.stdout.write(told.decode(errors="replace")[-3000:] + "\n")
+        sys.stdout.write(told.decode(errors="replace")[-3000:] + f"\nsee {folder}\n")
+    else:
+        await asyncio.to_thread(shutil.rmtree, folder)
     sys.stdout.flush()
     return code
 

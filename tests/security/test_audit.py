@@ -52,6 +52,7 @@ from tests.support.logs import json_log
 from tests.support.samples import catalogue_of
 from tests.support.scripted_sink import ScriptedSink
 from tests.support.server import Server, serve, settings, until
+from tests.support.waits import ENOUGH
 
 OK = audit_pb2.AUDIT_OUTCOME_SUCCEEDED
 FAILED = audit_pb2.AUDIT_OUTCOME_FAILED
@@ -85,7 +86,7 @@ class World:
     async def records(self, count: int, **conditions: Any) -> list[audit_pb2.AuditRecord]:
         """Wait until there are so many; there must not be more. The oldest first."""
         request = pb.ListAuditRecordsRequest(page_size=1000, **conditions)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(ENOUGH):
             while True:
                 found = await self.server.stub.ListAuditRecords(
                     request, metadata=self.by("operator")
@@ -327,7 +328,7 @@ class HeldWriter:
 
         def held(*arguments: Any, **named: Any) -> Any:
             self.reached.set()
-            assert self.released.wait(20)
+            assert self.released.wait(ENOUGH)
             if error is not None:
                 raise error
             return run(*arguments, **named)
@@ -343,10 +344,10 @@ def calls_of(method: str) -> list[asyncio.Task[Any]]:
 
 async def gone(call: Any, method: str, writer: HeldWriter) -> None:
     """Have the caller go away while the ledger writes, and the server know of it."""
-    await until(writer.reached.is_set, 20)
+    await until(writer.reached.is_set, ENOUGH)
     assert calls_of(method)
     call.cancel()
-    await until(lambda: all(task.cancelling() for task in calls_of(method)), 20)
+    await until(lambda: all(task.cancelling() for task in calls_of(method)), ENOUGH)
 
 
 async def dead_letter(world: World) -> Any:
@@ -493,12 +494,12 @@ async def test_a_change_under_way_when_the_server_stops_is_recorded_too(
         call = world.server.stub.DeleteJob(
             pb.DeleteJobRequest(job_id=job_id), metadata=world.by("acme")
         )
-        await until(writer.reached.is_set, 20)
+        await until(writer.reached.is_set, ENOUGH)
         (task,) = calls_of("DeleteJob")
 
         async def let_go() -> None:
             # Once the time that calls have for their end is over.
-            await until(lambda: task.cancelling() or task.done(), 20)
+            await until(lambda: task.cancelling() or task.done(), ENOUGH)
             writer.released.set()
 
         letting_go = asyncio.create_task(let_go())
@@ -683,7 +684,7 @@ async def test_without_identity_everybody_is_the_default_tenants_anybody(
     options = settings(tmp_path, drain_timeout=1.0)
     async with serve(options, catalogue_of(wide=GateSource(2, wide=True))) as server:
         created = await server.stub.CreateExport(rpc.request("wide"))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(ENOUGH):
             while not (
                 found := await server.stub.ListAuditRecords(pb.ListAuditRecordsRequest())
             ).records:
@@ -733,7 +734,7 @@ async def test_records_are_deleted_once_their_days_are_over(tmp_path: Path) -> N
     await ledger.append_audit([*many, new])
     await ledger.close()
     async with audited(tmp_path, audit={"retention_days": 2}) as world:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(ENOUGH):
             while True:
                 found = await world.server.stub.ListAuditRecords(
                     pb.ListAuditRecordsRequest(page_size=1000),
@@ -909,7 +910,7 @@ async def test_changes_of_keys_by_command_reach_the_embedded_ledger(
         assert list(map(key_facts, records)) == expected
         assert secret not in "".join(map(str, records))
         spool = tmp_path / "data" / NAME
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(ENOUGH):
             while spool.stat().st_size:
                 await asyncio.sleep(0.02)
         assert spool.stat().st_mode & 0o777 == 0o600

@@ -31,6 +31,7 @@ from tests.support.loose import lines
 from tests.support.postgres import PostgresServer
 from tests.support.rights import KEY, KEY_VARIABLE, KINDS, NUMBERED, RIGHTS, ROWS, Held
 from tests.support.server import Server, serve, settings, until
+from tests.support.waits import ENOUGH
 
 O = dataset_pb2.FilterOperator  # noqa: E741 - reads well in a list
 PARQUET = dataset_pb2.FORMAT_PARQUET
@@ -652,7 +653,7 @@ async def test_an_export_that_is_under_way_fails_without_the_right_to_it(
     path = tmp_path / "datasets.toml"
     path.write_text(
         f'[connections.c]\nurl = "{postgres.url()}"\n[datasets.payroll]\n'
-        'connection = "c"\nquery = "SELECT 1 AS one, pg_sleep(60)::text AS pause"\n'
+        'connection = "c"\nquery = "SELECT 1 AS one, pg_sleep(600)::text AS pause"\n'
         'tenants = ["beta"]\n'
     )
 
@@ -665,7 +666,7 @@ async def test_an_export_that_is_under_way_fails_without_the_right_to_it(
 
     async with served(path, tmp_path / "data", drain_timeout=0.1) as service:
         job = await rpc.create(service["beta"], "payroll")
-        await until(running, timeout=20)
+        await until(running, ENOUGH)
     revoke(path)
     async with served(path, tmp_path / "data") as service:
         failed = await rpc.finish(service["beta"], job.job_id)

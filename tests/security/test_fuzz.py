@@ -34,7 +34,7 @@ from tests.security.parsers import PARSERS, Parser, try_inputs
 from tests.security.stalled import Figures
 from tests.support.sinks import an_export, deliver_whole
 
-REQUESTS = 2500
+REQUESTS = 1500
 
 
 async def test_a_server_answers_whatever_it_is_sent(tmp_path: Path) -> None:

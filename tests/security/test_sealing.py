@@ -19,6 +19,7 @@ from exportd_server.platform.sealing import Fingerprints
 from tests.support import rpc
 from tests.support.receiver import Receiver, reply
 from tests.support.server import serve, settings, until
+from tests.support.waits import ENOUGH
 
 FIRST, SECOND = "first key of 32 characters or so", "second key of 32 characters or so"
 PIN = "4821"
@@ -62,7 +63,7 @@ async def test_what_is_kept_under_the_made_key_outlives_its_rotation(
         seen = len(receiver.requests)
         receiver.answers = [reply(204)]
         async with serve(options(tmp_path, sample_catalogue, FIRST)):
-            await until(lambda: len(receiver.requests) > seen, timeout=30)
+            await until(lambda: len(receiver.requests) > seen, ENOUGH)
         assert receiver.requests[-1].header("x-pin") == PIN
 
 

@@ -26,6 +26,7 @@ from tests.support.identity import api_key, bearer
 from tests.support.samples import catalogue_of
 from tests.support.scripted_sink import ScriptedSink
 from tests.support.server import Server, serve, settings, until
+from tests.support.waits import ENOUGH
 
 TENANTS = ("acme", "globex", "initech")
 PARTS = 6
@@ -65,7 +66,7 @@ def test_one_tenant_takes_half_and_the_next_one_half_of_the_rest() -> None:
 @pytest.mark.parametrize("size", [1, 2, 3])
 async def test_few_places_go_to_whoever_comes(size: int) -> None:
     shares = Shares(size)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(ENOUGH):
         for _ in range(5):
             await shares.wait("a")
             shares.give("a")
@@ -76,14 +77,14 @@ async def test_who_waits_gets_a_place_that_is_given_back() -> None:
     for _ in range(2):
         await shares.wait("a")
     waiting = asyncio.create_task(shares.wait("a"))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(ENOUGH):
         await shares.wait("b")
     assert not waiting.done()
     shares.give("b")
     await asyncio.sleep(0.05)
     assert not waiting.done(), "it has half of them"
     shares.give("a")
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(ENOUGH):
         await waiting
 
 
@@ -157,7 +158,7 @@ async def ended(
 ) -> job_pb2.Job:
     watch = pb.WatchJobRequest(job_id=job_id, until_delivered=delivered)
     job = job_pb2.Job()
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(ENOUGH):
         async for answer in server.stub.WatchJob(watch, metadata=bearer(key)):
             job = answer.job
     return job
@@ -179,12 +180,12 @@ async def test_slow_questions_of_one_tenant_do_not_keep_anothers_from_being_aske
         await until(lambda: slow.asked == 8)
         globex = [ask("globex", "slow") for _ in range(30)]
         await until(lambda: slow.asked == 12)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(ENOUGH):
             answer = await ask("initech", "rows")
         assert answer.dataset.estimated_rows
         assert slow.asked == 12
         slow.speak.set()
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(ENOUGH):
             await asyncio.gather(*acme, *globex)
 
 

@@ -38,6 +38,7 @@ from tests.support.identity import Authority, Pair, api_key, bearer
 from tests.support.ledger import FakeClock
 from tests.support.samples import catalogue_of
 from tests.support.server import Server, serve, server_process, settings
+from tests.support.waits import ENOUGH
 
 OWN_CONNECTION = (("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0))
 
@@ -548,7 +549,7 @@ async def thrown_at(port: int, junk: bytes) -> None:
     """Send what is no request here, and wait until the server closes."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(junk)
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(ENOUGH):
         with suppress(ConnectionError):
             await writer.drain()
             writer.write_eof()

@@ -16,10 +16,9 @@ from typing import TypeVar
 from exportd_server.errors import StoreFailed
 from exportd_server.store.base import Buffer, OutputStore, PartReader, PartWriter
 from exportd_server.store.key import JobPrefix, OutputKey, OutputKind
+from tests.support.waits import ENOUGH
 
 _T = TypeVar("_T")
-_ENOUGH = 20.0
-"""Seconds after which a call that stands still goes on, whatever the test does."""
 
 OPERATIONS = frozenset(
     {
@@ -192,7 +191,7 @@ class FaultyStore:
             with self._lock:
                 self.held += 1
             try:
-                released.wait(_ENOUGH)
+                released.wait(10 * ENOUGH)
             finally:
                 with self._lock:
                     self.held -= 1

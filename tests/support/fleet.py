@@ -30,10 +30,9 @@ from exportd_server.store.memory import MemoryStore
 from tests.support.gate import BATCH_ROWS
 from tests.support.samples import catalogue_of
 from tests.support.sinks import no_sinks
+from tests.support.waits import ENOUGH
 
 TENANT = "acme"
-ENOUGH = 10.0
-"""Seconds that nothing here should take."""
 
 
 @dataclass

@@ -15,8 +15,7 @@ from exportd_server.store.base import Buffer, OutputStore, PartReader, PartWrite
 from exportd_server.store.key import JobPrefix, OutputKey, OutputKind
 from tests.support.seaweed import RawS3, SeaweedServer
 from tests.support.server import until
-
-_ENOUGH = 20.0
+from tests.support.waits import ENOUGH
 
 
 @dataclass(eq=False)
@@ -31,11 +30,11 @@ class Hold:
 
     async def reached(self) -> None:
         """Wait until a writer stands there."""
-        await until(lambda: self.keys, _ENOUGH)
+        await until(lambda: self.keys, ENOUGH)
 
     def stand(self, key: OutputKey) -> None:
         self.keys.append(key)
-        self.released.wait(_ENOUGH)
+        self.released.wait(10 * ENOUGH)
         self.passed += 1
 
 

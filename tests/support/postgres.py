@@ -24,6 +24,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.waits import ENOUGH
+
 USER = "postgres"
 _OPTIONS = {
     "fsync": "off",
@@ -161,7 +163,7 @@ class PostgresServer:
         postmaster = self.pid
         family = [postmaster, *_children(postmaster)]
         os.kill(postmaster, signal.SIGKILL)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + ENOUGH
         while left := [pid for pid in family if _lives(pid)]:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"processes of a killed server live on: {left}")

@@ -20,6 +20,7 @@ import psycopg
 from exportd.v1 import export_service_pb2_grpc
 from exportd_server.jobs.ledger.postgres import migrate_postgres_ledger
 from tests.support.server import ROOT
+from tests.support.waits import ENOUGH
 
 
 @dataclass
@@ -43,7 +44,7 @@ class Member:
     def terminate(self) -> int:
         """End it as an operator would; returns its exit code."""
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(60)
+        return self.process.wait(ENOUGH)
 
 
 @dataclass
@@ -127,7 +128,7 @@ class Processes:
         ((last,),) = self.ledger("SELECT max(token) FROM tasks")
         return int(last)
 
-    def kill_a_holder(self, timeout: float = 60.0) -> None:
+    def kill_a_holder(self, timeout: float = ENOUGH) -> None:
         """Kill a process that holds a lease on a plan or shard. It is stopped first, so
         that it cannot end its work just then."""
         end = time.monotonic() + timeout

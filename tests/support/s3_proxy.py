@@ -16,6 +16,8 @@ import aiohttp
 from aiohttp import web
 from yarl import URL
 
+from tests.support.waits import ENOUGH
+
 _HOP = {"connection", "expect", "keep-alive", "transfer-encoding"}
 
 
@@ -199,13 +201,13 @@ def s3_proxy(upstream: str) -> Iterator[S3Proxy]:
 
     thread = threading.Thread(target=lambda: asyncio.run(main()), daemon=True)
     thread.start()
-    ready.result(20)
+    ready.result(ENOUGH)
     try:
         yield proxy
     finally:
-        loop, event = stop.result(20)
+        loop, event = stop.result(ENOUGH)
         loop.call_soon_threadsafe(event.set)
-        thread.join(20)
+        thread.join(ENOUGH)
 
 
 def _cut(request: web.Request) -> None:

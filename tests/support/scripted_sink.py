@@ -19,6 +19,7 @@ from exportd_server.sinks.base import (
     SinkPlan,
     Takes,
 )
+from tests.support.waits import ENOUGH
 
 FAST = RetryPolicy(max_attempts=3, base=0.02, cap=0.05)
 
@@ -58,7 +59,7 @@ class ScriptedSink:
         self,
         *,
         retry: RetryPolicy = FAST,
-        timeout: float = 30.0,
+        timeout: float = 10 * ENOUGH,
         concurrency: int = 4,
         disable_after: float | None = None,
         batching: Batching | None = None,
@@ -79,11 +80,11 @@ class ScriptedSink:
         """Have deliveries wait until the event is set."""
         return self.held.setdefault(label, asyncio.Event())
 
-    async def arrived(self, label: str, count: int, timeout: float = 20.0) -> None:
+    async def arrived(self, label: str, count: int, timeout: float = ENOUGH) -> None:
         """Wait until so many deliveries have arrived."""
         await self._reached(self.got, label, count, timeout)
 
-    async def was_tried(self, label: str, count: int, timeout: float = 20.0) -> None:
+    async def was_tried(self, label: str, count: int, timeout: float = ENOUGH) -> None:
         """Wait until so many attempts were made."""
         await self._reached(self.tried, label, count, timeout)
 

@@ -65,6 +65,12 @@ class SeaweedServer:
         ports = _free_ports(len(_PORTS))
         self.port = ports[_PORTS.index("s3.port")]
         self._certificate = certificate
+        self._sockets = [
+            # It makes them there whatever it is told, and leaves them when it is killed.
+            Path(f"/tmp/seaweedfs-{name.partition('.')[0]}-grpc-{port}.sock")  # noqa: S108
+            for name, port in zip(_PORTS, ports, strict=True)
+            if name.endswith(".grpc")
+        ]
         scheme = "https" if certificate else "http"
         self.endpoint = f"{scheme}://127.0.0.1:{self.port}"
         tls = [f"-s3.cert.file={certificate}", f"-s3.key.file={key}"] if certificate else []
@@ -72,6 +78,7 @@ class SeaweedServer:
             self._process = subprocess.Popen(
                 [
                     str(binary),
+                    f"-logdir={directory}",
                     "server",
                     f"-dir={directory / 'data'}",
                     "-ip=127.0.0.1",
@@ -129,6 +136,8 @@ class SeaweedServer:
         """End it at once; what it stored was for a test."""
         self._process.kill()
         self._process.wait()
+        for each in self._sockets:
+            each.unlink(missing_ok=True)
 
     def _wait(self) -> None:
         end = time.monotonic() + _START_SECONDS

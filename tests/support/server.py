@@ -20,6 +20,7 @@ from exportd_server.app import Running, serving
 from exportd_server.settings import Settings
 from exportd_server.sinks.registry import SinkTypes
 from exportd_server.sources.catalogue import Catalogue
+from tests.support.waits import ENOUGH
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -97,7 +98,7 @@ class Process:
     def terminate(self) -> int:
         """End it as an operator would; returns its exit code."""
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(30)
+        return self.process.wait(ENOUGH)
 
 
 @contextlib.contextmanager
@@ -132,7 +133,7 @@ def server_process(
         process.stdout.close()
 
 
-async def until(condition: Callable[[], object], timeout: float = 10.0) -> None:
+async def until(condition: Callable[[], object], timeout: float = ENOUGH) -> None:
     """Wait until `condition()` holds; fails after `timeout` seconds."""
     async with asyncio.timeout(timeout):
         while not condition():

@@ -134,7 +134,7 @@ class GeneratedContent:
         self._head = head
         self._block = block
         self._times = times
-        self.on_read: Callable[[], None] = lambda: None
+        self.on_read: Callable[[], None] | None = None
         """Called at each read."""
 
     def pieces(self) -> Iterator[bytes]:
@@ -165,13 +165,14 @@ class GeneratedContent:
 
 
 class _PieceReader:
-    def __init__(self, pieces: Iterator[bytes], on_read: Callable[[], None]) -> None:
+    def __init__(self, pieces: Iterator[bytes], on_read: Callable[[], None] | None) -> None:
         self._pieces = pieces
         self._on_read = on_read
         self._left = memoryview(b"")
 
     async def readinto(self, buffer: memoryview, /) -> int:
-        self._on_read()
+        if self._on_read is not None:
+            self._on_read()
         while not self._left:
             piece = next(self._pieces, None)
             if piece is None:

@@ -9,6 +9,8 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from tests.support.waits import ENOUGH
+
 _BLOCK = 16 * 1024
 
 
@@ -61,7 +63,7 @@ class TcpProxy:
         self._listening = None
         with contextlib.suppress(OSError):
             listener.shutdown(socket.SHUT_RDWR)
-        accepting.join(10)
+        accepting.join(ENOUGH)
         listener.close()
         for each in self._open:
             _reset(each)
@@ -104,7 +106,7 @@ class TcpProxy:
             while block := source.recv(_BLOCK):
                 if hold is not None and passed >= hold and not self.held.is_set():
                     self.held.set()
-                    self._let_go.wait(60)
+                    self._let_go.wait(10 * ENOUGH)
                 target.sendall(block)
                 passed += len(block)
                 if cut is not None and passed >= cut:

@@ -12,6 +12,7 @@ from typing import Any
 
 from exportd_server.sinks.webhook import WebhookConnection, WebhookRequest, WebhookType
 from tests.support.receiver import Received, Receiver
+from tests.support.waits import ENOUGH
 
 SECRET = f"whsec_{base64.b64encode(bytes(32)).decode()}"
 
@@ -30,7 +31,7 @@ class WebhookCase:
         ready = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(ready,), daemon=True)
         self._thread.start()
-        assert ready.wait(10)
+        assert ready.wait(ENOUGH)
         self.connection = _connection(self._receiver.url)
         self.request = WebhookRequest.model_validate(
             {"mode": "PUSH_PARTS", "secret": SECRET}
@@ -39,7 +40,7 @@ class WebhookCase:
     def close(self) -> None:
         """Stop the receiver."""
         self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(10)
+        self._thread.join(ENOUGH)
 
     @property
     def broken(self) -> WebhookConnection:

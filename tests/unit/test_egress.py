@@ -21,6 +21,7 @@ from exportd_server.platform.egress import (
     refusal,
 )
 from tests.support.receiver import Receiver
+from tests.support.waits import ENOUGH
 
 REFUSED = {
     "unspecified": ("0.0.0.0", "0.1.2.3", "::"),  # noqa: S104 - it must be refused
@@ -210,7 +211,7 @@ async def test_the_systems_own_ways_to_loopback_are_refused_before_they_are_dial
 async def test_the_listener_would_have_been_reached(receiver: Receiver) -> None:
     backend = GuardedBackend([ip_network("127.0.0.0/8")])
     assert await connected(backend, "localhost", receiver.port) == "127.0.0.1"
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(ENOUGH):
         while not receiver.connections:
             await asyncio.sleep(0.01)
 

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 
 from exportd_server.pipeline.budget import Handover, HandoverClosed
+from tests.support.waits import ENOUGH
 
 
 def batch(rows: int) -> pa.RecordBatch:
@@ -39,7 +40,7 @@ def test_the_producer_waits_while_the_budget_is_in_flight() -> None:
     # The first batch is still in use, so two fill the budget.
     assert not third_is_in.wait(0.05)
     next(batches)
-    assert third_is_in.wait(5)
+    assert third_is_in.wait(ENOUGH)
     assert len(list(batches)) == 1
     producer.join()
 
@@ -82,7 +83,7 @@ def test_closing_frees_a_producer_that_waits_for_room() -> None:
     producer = threading.Thread(target=produce)
     producer.start()
     handover.close()
-    producer.join(5)
+    producer.join(ENOUGH)
     assert outcome == [HandoverClosed]
     with pytest.raises(HandoverClosed):
         next(iter(handover))

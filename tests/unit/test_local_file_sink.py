@@ -45,6 +45,7 @@ from tests.support.sinks import (
     deliver_whole,
 )
 from tests.support.store import FaultySystem, fail_once, full_from, tree
+from tests.support.waits import ENOUGH
 
 DATA = b"id,name\n1,one\n"
 PART = a_part(DATA)
@@ -465,12 +466,12 @@ async def test_a_disk_that_hangs_holds_nobody_up_and_is_cleaned_up_when_it_is_ba
     def hang(name: str, index: int) -> None:
         if name == "write":
             hangs.set()
-            goes_on.wait(20)
+            goes_on.wait(10 * ENOUGH)
 
     system = FaultySystem(hang)
     with system.in_place():
         task = asyncio.create_task(deliver(root))
-        await asyncio.to_thread(hangs.wait, 20)
+        await asyncio.to_thread(hangs.wait, ENOUGH)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -511,7 +512,7 @@ def open_files(root: Path) -> list[str]:
 
 
 async def _until(holds: Callable[[], bool]) -> None:
-    end = time.monotonic() + 20
+    end = time.monotonic() + ENOUGH
     while not holds():
         assert time.monotonic() < end
         await asyncio.sleep(0.005)

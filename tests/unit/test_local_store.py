@@ -44,6 +44,7 @@ from tests.support.store import (
     tree,
     writer_elsewhere,
 )
+from tests.support.waits import ENOUGH
 
 REPOSITORY = Path(__file__).parents[2]
 DATA = random.Random(0).randbytes(10_000)
@@ -1019,7 +1020,7 @@ class SlowDevice:
 
         def slow(file: File, offset: int, size: int) -> bytes:
             self.begun.set()
-            assert self.go.wait(30)
+            assert self.go.wait(ENOUGH)
             return real(file, offset, size)
 
         monkeypatch.setattr(File, "read_at", slow)
@@ -1034,7 +1035,7 @@ async def test_the_event_loop_runs_on_while_a_device_is_waited_for(
     reader = await store.open(KEY)
     buffer = memoryview(bytearray(100))
     reading = asyncio.create_task(reader.readinto(buffer))
-    assert await asyncio.to_thread(device.begun.wait, 30)
+    assert await asyncio.to_thread(device.begun.wait, ENOUGH)
     assert not reading.done()
     device.go.set()
     assert await reading == 100
@@ -1050,7 +1051,7 @@ async def test_a_cancelled_read_leaves_the_callers_buffer_alone_and_loses_nothin
     reader = await store.open(KEY)
     first = bytearray(100)
     reading = asyncio.create_task(reader.readinto(memoryview(first)))
-    assert await asyncio.to_thread(device.begun.wait, 30)
+    assert await asyncio.to_thread(device.begun.wait, ENOUGH)
     reading.cancel()
     with pytest.raises(asyncio.CancelledError):
         await reading
@@ -1080,7 +1081,7 @@ async def test_bytes_that_come_into_the_cache_while_a_read_waits_are_not_read_tw
     monkeypatch.setattr(File, "read_cached_into", now_and_then)
     reader = await store.open(KEY)
     reading = asyncio.create_task(reader.readinto(memoryview(bytearray(100))))
-    assert await asyncio.to_thread(device.begun.wait, 30)
+    assert await asyncio.to_thread(device.begun.wait, ENOUGH)
     reading.cancel()
     with pytest.raises(asyncio.CancelledError):
         await reading
@@ -1099,7 +1100,7 @@ async def test_a_cancelled_read_that_waited_for_a_thread_loses_nothing_either(
         asyncio.create_task(reader.readinto(memoryview(bytearray(100))))
         for reader in readers
     ]
-    assert await asyncio.to_thread(device.begun.wait, 30)
+    assert await asyncio.to_thread(device.begun.wait, ENOUGH)
     assert not any(reading.done() for reading in readings)
     readings[-1].cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -1119,7 +1120,7 @@ async def test_closing_during_a_read_keeps_the_file_open_until_the_read_is_over(
     device = SlowDevice(monkeypatch)
     reader = await store.open(KEY)
     reading = asyncio.create_task(reader.readinto(memoryview(bytearray(10))))
-    assert await asyncio.to_thread(device.begun.wait, 30)
+    assert await asyncio.to_thread(device.begun.wait, ENOUGH)
     before = open_descriptors()
     reading.cancel()
     await reader.close()
@@ -1144,14 +1145,14 @@ async def test_an_open_that_is_cancelled_leaves_no_file_open(
 
     def slow(directory: Directory, name: str) -> File:
         begun.set()
-        assert go.wait(30)
+        assert go.wait(ENOUGH)
         return real(directory, name)
 
     monkeypatch.setattr(Directory, "open", slow)
     await store.list_job(JOB).__anext__()  # the threads are there from here on
     before = open_descriptors()
     opening = asyncio.create_task(store.open(KEY))
-    assert await asyncio.to_thread(begun.wait, 30)
+    assert await asyncio.to_thread(begun.wait, ENOUGH)
     opening.cancel()
     with pytest.raises(asyncio.CancelledError):
         await opening

@@ -30,6 +30,7 @@ class Pins:
         self.pinned: list[str] = []
         self.unpinned: list[str] = []
         self.asked = 0
+        self.length = PIN
         self.cut = False
         self.refuses = False
         self.away = False
@@ -38,7 +39,7 @@ class Pins:
     async def pin_output(
         self, tenant: str, job_id: str, reader: str, *, length: timedelta
     ) -> bool:
-        assert (tenant, job_id, length) == ("acme", JOB_ID, PIN)
+        assert (tenant, job_id, length) == ("acme", JOB_ID, self.length)
         self._reach()
         if self.refuses:
             return False
@@ -122,15 +123,18 @@ async def test_a_download_near_the_expiry_is_pinned_before_it_begins_and_until_i
     assert len(pins.pinned) == count
 
 
-async def test_a_download_is_pinned_in_time_before_its_job_expires(
-    readers: Readers, pins: Pins
-) -> None:
+async def test_a_download_is_pinned_in_time_before_its_job_expires(pins: Pins) -> None:
+    pins.length = timedelta(seconds=30)
+    readers = Readers(cast("Ledger", pins), pin=pins.length)
+    loop = asyncio.get_running_loop()
     with readers.reading(JOB_ID):
-        await readers.keep(job(0.4))
+        # Two thirds of a pin before the end, which is in a moment.
+        await readers.keep(job(20.2))
         assert not pins.pinned
-        begun = asyncio.get_running_loop().time()
+        begun = loop.time()
         await until(lambda: pins.pinned)
-        assert asyncio.get_running_loop().time() - begun < 0.4
+        assert loop.time() - begun < 20.2
+    await readers.close()
 
 
 async def test_two_downloads_of_a_job_share_a_pin(readers: Readers, pins: Pins) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import re
 import tomllib
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ GROUPS = {"E": 11, "S": 11, "D": 10, "P": 10, "L": 9, "Q": 2}
 IDS = [f"{group}{n}" for group, count in GROUPS.items() for n in range(1, count + 1)]
 
 
+@cache
 def defined(path: Path) -> set[str]:
     """Test functions of a file, and `Class::method` of its classes."""
     names: set[str] = set()

@@ -11,6 +11,7 @@ import pytest
 from exportd_server.platform.threads import in_daemon_thread, left_over
 from exportd_server.platform.waits import Backoff, first
 from tests.support.server import until
+from tests.support.waits import ENOUGH
 
 
 async def test_the_first_that_is_done_ends_the_waiting_and_the_others() -> None:
@@ -65,7 +66,7 @@ async def test_a_thread_gives_its_result_its_error_and_sees_the_callers_context(
 
 async def test_a_thread_that_nobody_waits_for_is_left_behind_and_ends_quietly() -> None:
     go_on = threading.Event()
-    blocked = in_daemon_thread(lambda: go_on.wait(60), "test-left")
+    blocked = in_daemon_thread(lambda: go_on.wait(10 * ENOUGH), "test-left")
     blocked.cancel()
     with pytest.raises(asyncio.CancelledError):
         await blocked
