@@ -217,8 +217,8 @@ async def test_the_event_loop_goes_on_meanwhile(case: SinkCase) -> None:
         turning = asyncio.create_task(turn())
         await sink.deliver(case.request, first(case, part))
         turning.cancel()
-    # Done on the loop, the work would leave it a turn for each of the 400 blocks at most;
-    # beside it there are a hundred thousand.
+    # One that holds the loop from its beginning to its end leaves it a handful; there are
+    # a hundred thousand.
     assert turns > 1000
 
 
