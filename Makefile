@@ -37,7 +37,7 @@ demo: $(VENV)/.runtime ## Export, watch, download and verify the sample data
 run: $(VENV)/.runtime ## Run a server on the sample data, in the foreground
 	$(BIN)/python tools/run.py --data-dir $(DATA)
 
-# Half of the tests' time is waiting: twice as many processes as this has cores pay.
+# Half of the tests' time is waiting: four processes are what two cores take.
 JOBS ?= 4
 
 # In the order of the directories: the unit tests, which are short, come last and fill up

@@ -19,13 +19,25 @@ if TYPE_CHECKING:
 def host_and_port(key: str, address: str) -> tuple[str, int]:
     """The two halves of a `host:port`; raises `ConfigurationError` naming the key."""
     host, colon, port = address.rpartition(":")
-    whole = host.startswith("[") == host.endswith("]")
     number = port.isascii() and port.isdigit() and int(port) <= 65_535
-    if not (colon and host and whole and number):
+    if not (colon and number and (_is_name(host) or _is_bracketed(host))):
         raise ConfigurationError(
-            f"{key}: {address!r} is not host:port, such as 127.0.0.1:50051"
+            f"{key}: {address!r} is not host:port, such as 127.0.0.1:50051 or [::1]:50051"
         )
     return host.strip("[]"), int(port)
+
+
+def _is_name(host: str) -> bool:
+    return bool(host) and not set(host) & set("[]:/ ")
+
+
+def _is_bracketed(host: str) -> bool:
+    """Whether it is an IPv6 address as RFC 3986 (3.2.2) writes it."""
+    try:
+        ipaddress.IPv6Address(host.removeprefix("[").removesuffix("]"))
+    except ValueError:
+        return False
+    return host[:1] == "[" and host[-1:] == "]"
 
 
 def is_loopback(host: str) -> bool:

@@ -264,6 +264,15 @@ _SAMPLES = {
 }
 
 
+def refuse_other_files(directory: Path) -> None:
+    """Raise `ConfigurationError` when the directory holds what `generate` did not write."""
+    marker = directory / _MARKER
+    if directory.exists() and not marker.is_file() and any(directory.iterdir()):
+        raise ConfigurationError(
+            f"{directory}: holds other files; name an empty or a new directory"
+        )
+
+
 def generate(directory: Path, token_transfers: int = 1_000_000, seed: int = 1) -> None:
     """Write the six datasets and their catalogue, `datasets.toml`, to a directory.
 
@@ -276,11 +285,8 @@ def generate(directory: Path, token_transfers: int = 1_000_000, seed: int = 1) -
         raise ConfigurationError("the sample data needs at least 1 row")
     if are_there(directory, token_transfers, seed):
         return
+    refuse_other_files(directory)
     identity, marker = _identity(token_transfers, seed), directory / _MARKER
-    if directory.exists() and not marker.is_file() and any(directory.iterdir()):
-        raise ConfigurationError(
-            f"{directory}: holds other files; name an empty or a new directory"
-        )
     directory.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:

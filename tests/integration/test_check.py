@@ -35,6 +35,8 @@ from exportd_server.operations.checking import (
 from exportd_server.operations.keeping import check_clock
 from exportd_server.platform.clock import SystemClock
 from exportd_server.samples import generate
+from exportd_server.sinks.connections import survey_connections
+from exportd_server.sinks.registry import SinkTypes
 from exportd_server.store.local import LocalStore
 from tests.support.canaries import Canaries
 from tests.support.identity import AUDIENCE, ISSUER, Authority, Issuer, api_key
@@ -454,6 +456,12 @@ async def test_a_fleet_whose_data_directory_takes_nothing_is_green(fleet: Site) 
     found = await fleet.found(data_dir=NO_FILES_HERE)
     assert {each.level for each in found.values()} == {Level.OK}
     red(await fleet.one("catalogue", "samples", data_dir=NO_FILES_HERE, catalogue=None))
+    # Nor are they where a start would refuse to.
+    other = fleet.path("data") / "samples" / "other"
+    other.parent.mkdir(parents=True)
+    other.touch()
+    red(await fleet.one("catalogue", "samples", catalogue=None), "holds other files")
+    other.unlink()
     # Samples that are there already are not generated.
     generate(fleet.path("data") / "samples", 10)
     there = await fleet.one("catalogue", "samples", catalogue=None, sample_rows=10)
@@ -908,6 +916,18 @@ async def test_a_directory_of_a_sink_that_is_not_there_is_told(sinks: SinkFile) 
     root.mkdir()
     green(await sinks.one(text), "would take a delivery")
     assert list(root.iterdir()) == []
+
+
+async def test_a_table_without_its_prefix_is_told_beside_the_connection_of_its_name(
+    sinks: SinkFile,
+) -> None:
+    text = '[it]\ntype = "local_file"\n[connections.it]\ntype = "none"\n'
+    path = sinks.site.path("sinks.toml")
+    path.write_text(text)
+    _, wrong = survey_connections(path, SinkTypes.installed())
+    assert [name for name, _ in wrong] == ["it", "it"]
+    assert "is not known; connections stand under" in wrong[0][1]
+    assert "connections.it" in wrong[1][1]
 
 
 async def test_places_of_tenants_are_tried_for_each_that_is_named(sinks: SinkFile) -> None:

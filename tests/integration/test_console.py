@@ -746,6 +746,15 @@ async def test_a_form_from_elsewhere_changes_nothing(tmp_path: Path) -> None:
             assert record.job_id == ""
 
 
+async def test_of_two_pages_to_sign_in_on_both_can_be_used(tmp_path: Path) -> None:
+    async with world(tmp_path) as here, Visitor(here.base) as visitor:
+        (first,) = (await visitor.get("/jobs")).forms("sign-in")
+        (second,) = (await visitor.get("/queues")).forms("sign-in")
+        for form, title in ((first, "Jobs"), (second, "Queues of sinks")):
+            page = await visitor.send(form, credential=here.keys["reader"])
+            assert page.title == title
+
+
 async def test_nobody_is_signed_in_by_a_form_from_elsewhere(tmp_path: Path) -> None:
     async with world(tmp_path) as here, Visitor(here.base) as visitor:
         assert (await visitor.post("/sign-in", credential=here.keys["admin"])).status == 403

@@ -172,7 +172,13 @@ def test_a_rule_reads_only_the_fields_that_it_names() -> None:
 READ: tuple[Literal["exports.read"]] = ("exports.read",)
 
 
-@pytest.mark.parametrize("address", ["[::1:80", "::1]:80", "x", "x:", ":80", "x:65536"])
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("[::1:80", "::1]:80", "::1:80", "[x]:80", "[]:80", "[127.0.0.1]:80"),
+        *("x", "x:", ":80", "x:65536", "x/y:80", "x y:80"),
+    ],
+)
 def test_an_address_that_is_none_is_told(tmp_path: Path, address: str) -> None:
     file = tmp_path / "server.toml"
     file.write_text(f'[http]\nconsole = true\nlisten = "{address}"\n')

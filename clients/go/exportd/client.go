@@ -166,7 +166,9 @@ func (c *Client) within(ctx context.Context, call func(context.Context) error) e
 	err := call(limited)
 	// By the clock: gRPC may tell of the deadline before the context's timer has run.
 	deadline, _ := limited.Deadline()
-	if status.Code(err) == codes.DeadlineExceeded && !time.Now().Before(deadline) && ctx.Err() == nil {
+	theirs, has := ctx.Deadline()
+	ours := (!has || deadline.Before(theirs)) && !time.Now().Before(deadline)
+	if status.Code(err) == codes.DeadlineExceeded && ours && ctx.Err() == nil {
 		return status.Errorf(codes.DeadlineExceeded, "the server did not answer within %g s: %s",
 			c.timeout.Seconds(), status.Convert(err).Message())
 	}

@@ -60,7 +60,7 @@ class _Area:
 
 _AREAS = (
     _Area("data_dir", data_dir_checks, ("data_dir",)),
-    _Area("ledger", ledger_checks, ("ledger.url", "worker.enabled")),
+    _Area("ledger", ledger_checks, ("ledger.url",)),
     _Area("store", store_checks, ("store",)),
     _Area("catalogue", catalogue_checks, ("catalogue",)),
     _Area("sinks", sink_checks, ("sinks", *IDENTITY_KEYS)),

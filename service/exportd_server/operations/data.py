@@ -62,7 +62,10 @@ def _samples(settings: Settings) -> Outcome:
     if samples.are_there(directory, settings.sample_rows):
         return ok(f"sample data, in {directory}")
     try:
+        samples.refuse_other_files(directory)
         try_to_write(settings.data_dir)
+    except ConfigurationError as error:
+        return failed(str(error))
     except OSError as error:
         return failed(
             f"sample data cannot be generated into {directory} ({error.strerror}); name "
@@ -105,7 +108,7 @@ def sink_checks(settings: Settings, serves: bool) -> Iterator[Check]:
         return
     types = SinkTypes.installed()
     found, wrong = survey_connections(path, types, identified=settings.identity.required)
-    for name, text in wrong.items():
+    for name, text in wrong:
         yield Check("sinks", name, told(failed(text)))
     for connection in found.all():
         type_ = types.get(connection.type)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import re
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
@@ -172,7 +172,7 @@ def load_connections(
 
 def survey_connections(
     path: Path, types: SinkTypes, *, identified: bool = False
-) -> tuple[Connections, Mapping[str, str]]:
+) -> tuple[Connections, Sequence[tuple[str, str]]]:
     """Those that can be read, and what is wrong with each of the others and with keys that
     are not known, by name; blocks.
     Raises `ConfigurationError` when the file is none."""
@@ -187,21 +187,21 @@ class _Loader:
 
     def load(self) -> Connections:
         tables, wrong = self._tables()
-        for text in wrong.values():
+        for _, text in wrong:
             raise ConfigurationError(text)
         return Connections({name: self._connection(name, t) for name, t in tables.items()})
 
-    def survey(self) -> tuple[Connections, Mapping[str, str]]:
+    def survey(self) -> tuple[Connections, Sequence[tuple[str, str]]]:
         tables, wrong = self._tables()
         good = dict[str, Connection]()
         for name, table in tables.items():
             try:
                 good[name] = self._connection(name, table)
             except ConfigurationError as error:
-                wrong[name] = str(error)
+                wrong.append((name, str(error)))
         return Connections(good), wrong
 
-    def _tables(self) -> tuple[dict[str, object], dict[str, str]]:
+    def _tables(self) -> tuple[dict[str, object], list[tuple[str, str]]]:
         """The connections, and what is wrong with all else at the top."""
         try:
             with self._path.open("rb") as stream:
@@ -212,11 +212,11 @@ class _Loader:
             ) from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigurationError(f"{self._path}: is not valid TOML: {error}") from None
-        wrong = {
-            key: f"{self._path}: {key}: is not known; connections stand under "
-            "[connections.NAME]"
+        mend = "is not known; connections stand under [connections.NAME]"
+        wrong = [
+            (key, f"{self._path}: {key}: {mend}")
             for key in sorted(found.keys() - {"connections"})
-        }
+        ]
         tables = found.get("connections", {})
         if not isinstance(tables, dict):
             self._fail("connections", "must be tables: [connections.NAME]")

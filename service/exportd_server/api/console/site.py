@@ -111,7 +111,8 @@ class Site:
         Whoever was not let in, or no more, is told why."""
         before = self.access.sessions.of(request)
         tried = request.method == "POST" or (before is not None and before.credential)
-        session = self.access.sessions.begin()
+        # The browser's own, or a second page would make the form of the first one old.
+        session = self.access.sessions.of_form(request) or self.access.sessions.begin()
         response = self.renderer.page(
             "sign_in.html",
             {
