@@ -156,10 +156,10 @@ def test_python_is_called_as_often_for_many_rows_as_for_few(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "most"),
     [
-        ("csv", 1200),
-        ("csv+gzip", 1250),
-        ("jsonl", 900),
-        ("jsonl+zstd", 950),
+        ("csv", 1050),
+        ("csv+gzip", 1075),
+        ("jsonl", 720),
+        ("jsonl+zstd", 770),
         ("parquet", 300),
         ("arrow", 450),
     ],

@@ -16,7 +16,7 @@ from exportd_server.encoders.values import (
     Chunks,
     encoding,
     is_text,
-    polars_frame,
+    polars_series,
     simple,
     unwrapped,
 )
@@ -62,13 +62,12 @@ class CsvEncoder(TextEncoder):
             zip(self._schema, piece.columns, strict=True)
         ):
             with encoding(field.name):
-                cells = _cells(column)
-                frame = polars_frame([str(index)], [cells])
+                cells = polars_series(str(index), _cells(column))
                 if self._all_text:
-                    frame = frame.select(pl.all().cast(pl.String))
+                    cells = cells.cast(pl.String)
                 if self._safe and not _is_number(unwrapped(field.type)):
-                    frame = frame.select(_harmless(pl.col(str(index))))
-            columns.append(frame.to_series())
+                    cells = cells.to_frame().select(_harmless(pl.col(cells.name)))[:, 0]
+            columns.append(cells)
         frame = pl.DataFrame(columns)
         with encoding():
             style: Literal["necessary", "never"] = "necessary"
