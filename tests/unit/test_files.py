@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import gc
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from exportd_server.platform import files
 from exportd_server.platform.files import Directory, File
 from tests.support.store import FaultySystem, tree
 
@@ -360,6 +362,43 @@ def test_a_directory_is_known_again_after_it_was_moved(
     with first, directory.make_child("d") as second, directory.child("moved") as moved:
         assert first.same_as(moved)
         assert not first.same_as(second)
+
+
+def test_a_range_is_sent_to_the_device_where_the_c_library_can(
+    directory: Directory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers: list[int] = []
+    call = files.find_sync_file_range()
+    assert call is not None
+
+    def noting(*arguments: int) -> int:
+        answers.append(call(*arguments))
+        return answers[-1]
+
+    monkeypatch.setattr(files, "_sync_file_range", noting)
+    with directory.create("part") as file:
+        file.write(b"x" * 10_000)
+        file.write_out(0, 10_000)
+        file.sync()
+    assert answers == [0]
+
+
+def test_a_c_library_without_that_call_leaves_all_to_the_sync(
+    directory: Directory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Bare:
+        """What another C library has."""
+
+        def __init__(self, _: None) -> None: ...
+
+    monkeypatch.setattr(ctypes, "CDLL", Bare)
+    assert files.find_sync_file_range() is None
+    monkeypatch.setattr(files, "_sync_file_range", None)
+    with directory.create("part") as file:
+        file.write(b"x")
+        file.write_out(0, 1)
+        file.sync()
+    assert directory.size("part") == 1
 
 
 def test_a_file_is_replaced_as_a_whole_and_for_its_owner_only(tmp_path: Path) -> None:

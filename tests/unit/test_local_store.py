@@ -129,6 +129,27 @@ async def test_bytes_are_durable_before_the_name_and_the_name_before_the_return(
     assert told == ["write", "fsync", "link", "unlink", "fsync"]
 
 
+async def test_a_long_part_is_sent_to_the_device_while_it_is_written(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise its end would wait for all of it."""
+    told: list[tuple[int, int]] = []
+    write_out = File.write_out
+
+    def noting(file: File, offset: int, size: int) -> None:
+        told.append((offset, size))
+        write_out(file, offset, size)
+
+    monkeypatch.setattr(File, "write_out", noting)
+    data, times, mib = os.urandom(3 << 20), 10, 1 << 20
+    writer = store.create(KEY)
+    for _ in range(times):
+        writer.write(data)
+    writer.finalize()
+    assert told == [(0, 9 * mib), (9 * mib, 9 * mib), (18 * mib, 9 * mib)]
+    assert await read(store, KEY) == data * times
+
+
 async def test_a_deletion_is_durable_when_it_returns(store: LocalStore) -> None:
     put(store, KEY, DATA)
     put(store, part_key(sequence=1), DATA)

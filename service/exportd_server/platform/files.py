@@ -9,6 +9,7 @@ file is expected is `ELOOP` or `ENOTDIR`.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import os
@@ -27,6 +28,22 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _NO_SURPRISE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _NOT_EMPTY = (errno.ENOTEMPTY, errno.EEXIST)
 _NOT_A_DIRECTORY = (errno.ENOTDIR, errno.ELOOP)
+# In linux/fs.h; see the manual page of sync_file_range.
+_SYNC_FILE_RANGE_WRITE = 2
+
+
+def find_sync_file_range() -> Callable[[int, int, int, int], int] | None:
+    """The C library's call; None where it has none."""
+    try:
+        call = ctypes.CDLL(None).sync_file_range
+    except (OSError, AttributeError):
+        return None
+    call.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+    found: Callable[[int, int, int, int], int] = call
+    return found
+
+
+_sync_file_range = find_sync_file_range()
 
 
 class _Descriptor:
@@ -86,6 +103,13 @@ class File(_Descriptor):
         while view:
             view = view[os.write(self._fd, view) :]
         return size
+
+    def write_out(self, offset: int, size: int) -> None:
+        """Have the kernel begin to write a range to the device, so that `sync` has less
+        to wait for. Promises nothing: where it cannot be asked for, or fails, `sync` does
+        all the work, and is told of every error."""
+        if _sync_file_range is not None:
+            _sync_file_range(self._fd, offset, size, _SYNC_FILE_RANGE_WRITE)
 
     def try_lock(self) -> bool:
         """Take the exclusive lock, unless another open file has it.

@@ -38,6 +38,9 @@ _THREADS = 8
 """Reads that wait for a device, and calls that look at directories, at one time."""
 _READ_BYTES = 1 << 20
 """Most bytes in one read: a longer copy would hold up the event loop noticeably."""
+_WRITE_OUT_BYTES = 8 << 20
+"""So much of a part is sent on to the device at a time while it is written: otherwise all
+of it would wait in memory for the end, and the writer then for all of it."""
 _PAGE = 1000
 """Directory entries that are fetched at one go."""
 _ATTEMPTS = 100
@@ -165,6 +168,8 @@ class LocalPartWriter:
         self._directory = directory
         self._name = name
         self._file = file
+        self._size = 0
+        self._written_out = 0
         self._failure: OSError | None = None
         self._done = False
 
@@ -172,11 +177,17 @@ class LocalPartWriter:
         """Append all of `data`; returns how many bytes that were."""
         self._require_open()
         try:
-            return self._file.write(data)
+            count = self._file.write(data)
         except OSError as error:
             self._failure = error
             self.abort()
             raise _failed(error) from error
+        self._size += count
+        waiting = self._size - self._written_out
+        if waiting >= _WRITE_OUT_BYTES:
+            self._file.write_out(self._written_out, waiting)
+            self._written_out = self._size
+        return count
 
     def finalize(self) -> None:
         """Make the part durable, then visible, then its name durable."""
