@@ -11,12 +11,15 @@ from contextlib import AbstractContextManager, closing
 from datetime import UTC, date, datetime
 from datetime import time as clock
 from decimal import Decimal
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
 
+from exportd_server.encoders.base import Format, OutputFormat
+from exportd_server.encoders.registry import open_encoder
 from exportd_server.errors import SourceFailed, ValueNotEncodable
 from exportd_server.sources.adbc import AdbcSource, Session
 from exportd_server.sources.base import Filter, FilterOperator, Query, SourceChanged
@@ -54,6 +57,18 @@ def read(path: Path, **types: pa.DataType) -> pa.ChunkedArray:
     query = Query(("v",))
     with source.open(query, source.plan(query).shards[0]) as stream:
         return pa.Table.from_batches(list(stream), stream.schema)["v"]
+
+
+def encoded(path: Path, output: Format) -> bytes:
+    source = AdbcSource(Sqlite(path), table("t"), {})
+    query = Query(("v",))
+    written = BytesIO()
+    with source.open(query, source.plan(query).shards[0]) as stream:
+        encoder = open_encoder(OutputFormat(output), stream.schema, written)
+        for batch in stream:
+            encoder.write(batch)
+        encoder.close()
+    return written.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -114,14 +129,16 @@ def test_a_value_that_breaks_its_declared_type_fails_and_names_its_column(
     assert failed.value.metadata == {"column": "v"}
 
 
+@pytest.mark.parametrize("output", list(Format))
 def test_text_that_is_no_unicode_is_refused(
-    path: Path, database: sqlite3.Connection
+    path: Path, database: sqlite3.Connection, output: Format
 ) -> None:
     fill(database, "TEXT")
     database.execute("INSERT INTO t VALUES (CAST(x'61ff' AS TEXT))")
     database.commit()
-    with pytest.raises(ValueNotEncodable):
-        read(path)
+    with pytest.raises(ValueNotEncodable) as failed:
+        encoded(path, output)
+    assert failed.value.metadata == {"column": "v"}
 
 
 def test_a_float_that_becomes_text_reads_back_the_same(

@@ -23,8 +23,9 @@ from exportd_server.encoders.base import Compression, Format, OutputFormat
 from exportd_server.pipeline.budget import Handover
 from exportd_server.pipeline.run import PartLimits, ShardRun, ShardTask
 from exportd_server.sources.base import Query, Shard
-from exportd_server.sources.batches import BATCH_BYTES, gather
+from exportd_server.sources.batches import BATCH_BYTES, Stop, gather
 from exportd_server.sources.duckdb import FileSource
+from exportd_server.sources.parquet import PlainRows
 from exportd_server.store.base import Buffer, OutputStore
 from exportd_server.store.key import JobPrefix, OutputKey
 
@@ -233,7 +234,12 @@ def test_rows_of_a_file_come_to_the_store_uncopied(
         store = run(source, OUTPUTS["arrow"])
     size = sum(weights)
     assert sum(store.sizes) > 0.9 * size > 16 * MIB
-    assert found[0] / size < 0.1
+    columns = source.columns()
+    rows = PlainRows.of([str(tmp_path / "rows.parquet")], columns, 0, None)
+    assert rows is not None
+    with allocated() as read:
+        assert sum(each.num_rows for each in rows.batches(Stop())) == 16 * 8192
+    assert (found[0] - read[0]) / size < 0.1
     assert len(weights) / (size / MIB) < 1
 
 

@@ -537,7 +537,7 @@ class DatabaseStream:
                     raise self._not_fitting(misfit) from misfit.__cause__
                 first = first and batch.num_rows == 0
                 arrays = self._masks.hashed(self._schema.names, arrays)
-                yield conform(arrays, self._schema, check_text=True)
+                yield conform(arrays, self._schema)
 
     def _read_loose(self) -> Iterator[pa.RecordBatch]:
         left = self._vendor.heading

@@ -57,20 +57,15 @@ def _joined(held: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
     return held[0] if len(held) == 1 else pa.concat_batches(held)
 
 
-def conform(
-    arrays: Sequence[pa.Array], schema: pa.Schema, *, check_text: bool = False
-) -> pa.RecordBatch:
+def conform(arrays: Sequence[pa.Array], schema: pa.Schema) -> pa.RecordBatch:
     """A batch of exactly this schema; raises `ValueNotEncodable` naming the column when
     a value does not fit it.
 
     Values that the source holds but Arrow's type does not, such as a database's
-    infinity, are refused here and never turned into another value. `check_text` also
-    verifies UTF-8, for sources that do not.
+    infinity, are refused here and never turned into another value. Whether text is UTF-8
+    is not looked at: every encoder does, and once costs enough.
     """
-    columns = [
-        fitted(array, field, check_text=check_text)
-        for array, field in zip(arrays, schema, strict=True)
-    ]
+    columns = [fitted(array, field) for array, field in zip(arrays, schema, strict=True)]
     try:
         return pa.RecordBatch.from_arrays(columns, schema=schema)
     except pa.ArrowException as error:
@@ -78,7 +73,8 @@ def conform(
 
 
 def fitted(array: pa.Array, field: pa.Field, *, check_text: bool = False) -> pa.Array:
-    """One column of what `conform` makes."""
+    """One column of what `conform` makes. `check_text` also verifies UTF-8, for sources
+    that do not, where the row must be told."""
     try:
         if array.type != field.type:
             array = array.cast(field.type, safe=True)

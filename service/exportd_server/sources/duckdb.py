@@ -3,7 +3,8 @@
 The one file that knows DuckDB. Each stream has an engine of its own with one thread
 and a memory limit, so that an export costs what it costs and no more, and an interrupt
 reaches nobody else. The engine may open the dataset's files and nothing else. One whose
-stream came to its end waits a while for the next stream over the same files.
+stream came to its end waits a while for the next stream over the same files. What it
+would only hand on as it lies there is read without it: see `parquet`.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from exportd_server.sources.files import (
 )
 from exportd_server.sources.loose import LooseBatch, Shape
 from exportd_server.sources.masks import Masks
+from exportd_server.sources.parquet import PlainRows
 from exportd_server.sources.query import Dialect, Field
 from exportd_server.sources.types import sql_type
 
@@ -305,6 +307,8 @@ class FileSource:
             )
             return sql.render(_DIALECT, tree.where(*conditions) if conditions else tree)
 
+        rows = state["rows"] or (0, None)
+        plain = self._plain(query, listing.files[first:last], rows, skip_rows)
         return FileStream(
             self._format,
             files,
@@ -312,6 +316,32 @@ class FileSource:
             [self._fields[name] for name in query.columns],
             self._masks,
             keep_footers=state["rows"] is not None,
+            plain=plain,
+        )
+
+    def _plain(
+        self,
+        query: Query,
+        files: Sequence[File],
+        rows: tuple[int, int | None],
+        skip_rows: int,
+    ) -> PlainRows | None:
+        """The rows without the engine, where it would add nothing to them."""
+        fields = [self._fields[name] for name in query.columns]
+        if (
+            self._format != "parquet"
+            or query.filters
+            or any(field.value != sql.identifier(field.column.name) for field in fields)
+        ):
+            return None
+        start, stop = rows
+        if query.limit is not None:
+            stop = start + query.limit  # a query with a limit is one shard
+        return PlainRows.of(
+            [file.path for file in files],
+            [field.column for field in fields],
+            start + skip_rows,
+            stop,
         )
 
     def _relation(self, paths: Sequence[str]) -> exp.Expr:
@@ -517,7 +547,9 @@ class FileStream:
         masks: Masks,
         *,
         keep_footers: bool,
+        plain: PlainRows | None,
     ) -> None:
+        self._plain = plain
         self._format: FileFormat = file_format
         self._files = files
         self._keep_footers = keep_footers
@@ -555,7 +587,11 @@ class FileStream:
         self._stop.stop()
 
     def __iter__(self) -> Iterator[pa.RecordBatch]:
-        for batch in gather(self._read(self._statement(loose=False))):
+        if self._plain is None:
+            batches = self._read(self._statement(loose=False))
+        else:
+            batches = self._read_plain(self._plain)
+        for batch in gather(batches):
             yield conform(batch.columns, self._schema)
 
     def loose(self) -> Iterator[LooseBatch]:
@@ -604,6 +640,20 @@ class FileStream:
             # A column that nobody asked for may be one that nobody is to know of.
             shown = error.name if error.name in self._schema.names else None
             raise not_fitting(shown) from error.__cause__
+        self._require_unchanged()
+
+    def _read_plain(self, plain: PlainRows) -> Iterator[pa.RecordBatch]:
+        self._stop.check()
+        batches = plain.batches(self._stop)
+        while True:
+            with _translated_misfit():
+                batch = next(batches, None)
+            if batch is None:
+                break
+            yield self._masks.hashed_batch(batch, self._schema.names)
+        self._require_unchanged()
+
+    def _require_unchanged(self) -> None:
         if not unchanged(self._files):
             raise SourceFailed("the dataset's files changed while they were read")
 
