@@ -31,6 +31,7 @@ _SERVER = (
     "alembic",
     "botocore",
     "cryptography.x509",
+    "duckdb",
     "exportd._aio",
     "exportd._download",
     "httpx",

@@ -11,20 +11,22 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
+import importlib.metadata
 import json
 import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
-import duckdb
 import pyarrow as pa
 import pyarrow.types as pat
 from sqlglot import exp
 
 from exportd_server.errors import SourceFailed, ValueNotEncodable
+from exportd_server.platform.lazy import LazyModule
 from exportd_server.sources import file_sql
 from exportd_server.sources import query as sql
 from exportd_server.sources.base import Column, Plan, Query, Shard, SourceChanged
@@ -43,9 +45,15 @@ from exportd_server.sources.files import (
 )
 from exportd_server.sources.loose import LooseBatch, Shape
 from exportd_server.sources.masks import Masks
-from exportd_server.sources.parquet import PlainRows
+from exportd_server.sources.parquet import PlainRows, plain_columns, row_count
 from exportd_server.sources.query import Dialect, Field
 from exportd_server.sources.types import sql_type
+
+if TYPE_CHECKING:
+    import duckdb
+else:
+    # Some 45 MiB that a server without need for it does not take.
+    duckdb = LazyModule("duckdb")
 
 _MEMORY_MB = 192
 _JSON_FILE_MB = 34
@@ -205,23 +213,35 @@ class FileSource:
         listing = list_files(pattern)
         if not listing.paths:
             raise FileNotFoundError(pattern)
-        with (
-            _translated_misfit(),
-            contextlib.closing(_engine(listing.paths, self._format)) as engine,
-        ):
-            self._names, self._pinned = self._describe(engine, listing.paths)
-            places = _PLACES.isdisjoint(name.casefold() for name in self._names)
-            self._whole = not (
-                self._pin_moments(engine, listing.paths[0])
-                and (places or file_format != "parquet")
-            )
-            self._fields = self._build(engine, listing.paths)
+        self._names: dict[str, str] = {}
+        self._pinned: dict[str, str] = {}
+        if not self._look_at_plain(listing.paths[0]):
+            with (
+                _translated_misfit(),
+                contextlib.closing(_engine(listing.paths, self._format)) as engine,
+            ):
+                self._names, self._pinned = self._describe(engine, listing.paths)
+                certain = self._pin_moments(engine, listing.paths[0])
+                self._fields = self._build(engine, listing.paths)
+            places = _PLACES.isdisjoint(map(str.casefold, self._names))
+            self._whole = not (certain and (places or file_format != "parquet"))
         self._nested = {
             name
             for name, kind in self._pinned.items()
             if file_format == "json" and ("(" in kind or "[" in kind)
             if _INTEGER_LEAF.search(kind) and not kind.startswith("DECIMAL")
         }
+
+    def _look_at_plain(self, path: str) -> bool:
+        """Settle the columns without the engine, if the first file lets us."""
+        if self._format != "parquet" or self._declared:
+            return False
+        columns = plain_columns(path)
+        if columns is None:
+            return False
+        self._fields = {column.name: Field.plain(column) for column in columns}
+        self._whole = not _PLACES.isdisjoint(map(str.casefold, self._fields))
+        return True
 
     def masked(self, masks: Masks) -> FileSource:
         """The same files under masks."""
@@ -254,7 +274,7 @@ class FileSource:
         state = {
             "digest": listing.digest,
             "settled": listing.settled,
-            "engine": duckdb.__version__,
+            "engine": engine_version(),
             "masks": self._masks.stamp,
         }
         shards = [
@@ -277,7 +297,7 @@ class FileSource:
         listing = list_files(self._pattern)
         if listing.digest != state["digest"]:
             raise SourceChanged
-        if skip_rows and not (state["settled"] and state["engine"] == duckdb.__version__):
+        if skip_rows and not (state["settled"] and state["engine"] == engine_version()):
             raise SourceChanged
         first, last = state["files"]
         files = listing.files[first:last]
@@ -480,14 +500,8 @@ class FileSource:
         known, counts = self._counted
         if known == listing.digest:
             return counts
-        paths = listing.paths
-        files = exp.Array(expressions=[sql.text(path) for path in paths])
-        footers = sql.function("parquet_file_metadata", files)
-        names = ("file_name", "num_rows")
-        tree = exp.select(*[sql.identifier(name) for name in names]).from_(footers)
-        with _translated(), contextlib.closing(_engine(paths, self._format)) as engine:
-            found = dict(engine.execute(sql.render(_DIALECT, tree)).fetchall())
-        counts = [int(found[path]) for path in paths]
+        with _translated():
+            counts = [row_count(path) for path in listing.paths]
         self._counted = (listing.digest, counts)
         return counts
 
@@ -674,6 +688,7 @@ def write_parquet(values: str, relation: str, target: Path) -> None:
         )
 
 
+@functools.cache
 def engine_version() -> str:
-    """Version of DuckDB: another one may write other bytes."""
-    return duckdb.__version__
+    """Version of DuckDB: another one may write other bytes, and read in another order."""
+    return importlib.metadata.version("duckdb")

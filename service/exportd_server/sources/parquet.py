@@ -56,8 +56,11 @@ class PlainRows:
         runs = []
         seen = 0
         for path in paths:
-            footer = _footer(path, columns)
-            if footer is None:
+            found = _footer(path)
+            if found is None:
+                return None
+            footer, schema = found
+            if not all(_is_plain(footer, schema, column) for column in columns):
                 return None
             every = list(map(footer.row_group, range(footer.num_row_groups)))
             sizes = [group.num_rows for group in every]
@@ -103,33 +106,89 @@ class PlainRows:
         raise SourceFailed("a file has fewer rows than it says")
 
 
-def _footer(path: str, columns: Sequence[Column]) -> pq.FileMetaData | None:
-    """What a file tells of itself, if Arrow reads these columns as they are declared."""
+def plain_columns(path: str) -> tuple[Column, ...] | None:
+    """The columns of a file, of the types that the engine gives them; nothing unless Arrow
+    reads each of them as the engine does."""
+    found = _footer(path)
+    if found is None:
+        return None
+    footer, schema = found
+    columns = tuple(Column(field.name, _engines(field.type)) for field in schema)
+    plain = columns and all(_is_plain(footer, schema, column) for column in columns)
+    return columns if plain else None
+
+
+def row_count(path: str) -> int:
+    """The rows of a file, as its footer tells. Raises `OSError` and Arrow's errors."""
+    return int(pq.read_metadata(path).num_rows)
+
+
+def _footer(path: str) -> tuple[pq.FileMetaData, pa.Schema] | None:
+    """What a file tells of itself, if it can be read and its names mean one column each,
+    letter case aside, as the engine has it."""
     try:
         with pa.OSFile(path) as file:
             reader = pq.ParquetFile(file)
             footer, schema = reader.metadata, reader.schema_arrow
     except (pa.ArrowException, OSError):
         return None
-    # The engine tells names apart without letter case, and Arrow takes a dot for a step
-    # into a nested column.
-    if len({name.casefold() for name in schema.names}) < len(schema.names):
-        return None
-    leaves = {
-        leaf.path: leaf.physical_type
+    names = schema.names
+    return (footer, schema) if len({*map(str.casefold, names)}) == len(names) else None
+
+
+def _is_plain(footer: pq.FileMetaData, schema: pa.Schema, column: Column) -> bool:
+    """Whether a file has a column just as it is declared, and that is the same to both."""
+    place = schema.get_field_index(column.name)
+    if place < 0 or schema.field(place).type != column.type:
+        return False
+    wanted = {*_paths(column.type, column.name)} if _clear([column.name]) else {""}
+    inside = f"{column.name}."
+    leaves = [
+        leaf
         for leaf in map(footer.schema.column, range(len(footer.schema)))
-    }
-    for column in columns:
-        place = schema.get_field_index(column.name)
-        if (
-            "." in column.name
-            or place < 0
-            or schema.field(place).type != column.type
-            or not _the_same_to_both(column.type)
-            or leaves.get(column.name) == "INT96"
-        ):
-            return None
-    return footer
+        if leaf.path == column.name or leaf.path.startswith(inside)
+    ]
+    return {leaf.path for leaf in leaves} == wanted and all(
+        leaf.physical_type != "INT96" and leaf.logical_type.type in _LOGICAL
+        for leaf in leaves
+    )
+
+
+_LOGICAL = frozenset({"NONE", "STRING", "INT", "DECIMAL", "DATE", "TIMESTAMP"})
+"""Not JSON and the like, of which the engine makes types of its own."""
+
+
+def _paths(kind: pa.DataType, path: str) -> Iterator[str]:
+    """Where the values of a column lie in a file, as the format has it since lists have
+    one layout; for what is not the same to both, a path that no file has.
+
+    https://github.com/apache/parquet-format/blob/master/LogicalTypes.md#lists
+    """
+    if pat.is_list(kind):
+        yield from _paths(kind.value_type, f"{path}.list.element")
+    elif pat.is_struct(kind):
+        if not _clear([field.name for field in kind]):
+            yield ""
+        for field in kind:
+            yield from _paths(field.type, f"{path}.{field.name}")
+    else:
+        yield path if _the_same_to_both(kind) else ""
+
+
+def _clear(names: Sequence[str]) -> bool:
+    """Whether each name means one thing: the engine tells them apart without letter case,
+    and Arrow takes a dot for a step into a nested column."""
+    whole = all(name and "." not in name for name in names)
+    return whole and len({*map(str.casefold, names)}) == len(names) > 0
+
+
+def _engines(kind: pa.DataType) -> pa.DataType:
+    """The type that the engine gives what Arrow calls so."""
+    if pat.is_list(kind):
+        return pa.list_(pa.field("l", _engines(kind.value_type)))
+    if pat.is_struct(kind):
+        return pa.struct([(field.name, _engines(field.type)) for field in kind])
+    return kind
 
 
 def _the_same_to_both(kind: pa.DataType) -> bool:
@@ -142,5 +201,5 @@ def _the_same_to_both(kind: pa.DataType) -> bool:
         or pat.is_binary(kind)
         or pat.is_decimal128(kind)
         or pat.is_date32(kind)
-        or (pat.is_timestamp(kind) and kind.unit == "us")
+        or (pat.is_timestamp(kind) and kind.unit == "us" and kind.tz in (None, "UTC"))
     )
