@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import click
-import pyarrow as pa
 
 from exportd_server.errors import ConfigurationError, ExportdError
 from exportd_server.identity.base import KeyStore, KeysUnreadable, Scope
@@ -109,9 +108,6 @@ def _run(
     configure_logging(log.level, log.style)
     log_everything()
     keep_large_buffers()
-    # Arrow's own allocator keeps a share of every peak; the C library's was just told
-    # not to.
-    pa.set_memory_pool(pa.system_memory_pool())
     with _configuration_errors():
         asyncio.run(command(settings))
     if left_over():

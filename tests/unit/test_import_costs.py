@@ -4,8 +4,10 @@ is first needed."""
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -79,3 +81,24 @@ def test_what_comes_later_is_there_all_the_same() -> None:
         [sys.executable, "-c", program], check=True, capture_output=True, text=True
     )
     assert done.stdout == "module 'exportd' has no attribute 'NoSuchThing'\n"
+
+
+def test_all_of_arrow_takes_its_memory_from_the_c_library(tmp_path: Path) -> None:
+    """What Parquet's reader and writer take inside of themselves too."""
+    program = """
+import sys
+import exportd_server
+import pyarrow as pa
+import pyarrow.parquet as pq
+pq.write_table(pa.table({"v": list(range(100_000))}), sys.argv[1])
+assert pq.ParquetFile(sys.argv[1], buffer_size=4096).read().num_rows == 100_000
+print(pa.default_memory_pool().backend_name, pa.mimalloc_memory_pool().max_memory())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "rows")],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={k: v for k, v in os.environ.items() if k != "ARROW_DEFAULT_MEMORY_POOL"},
+    )
+    assert done.stdout == "system 0\n"
