@@ -16,12 +16,14 @@ from uuid import UUID
 import psutil
 import psycopg
 import pytest
+import sqlalchemy as sa
 
 from exportd_server.errors import ConfigurationError, ErrorReason, LedgerUnavailable
 from exportd_server.jobs.ledger import lanes, news, schema
 from exportd_server.jobs.ledger.base import (
     ClaimLimits,
     DeliveryQuery,
+    JobQuery,
     Lease,
     LeaseLost,
     NewJob,
@@ -32,9 +34,12 @@ from exportd_server.jobs.ledger.postgres import (
     open_postgres_ledger,
 )
 from exportd_server.jobs.ledger.postgres_server import OLDEST, Address, require_version
+from exportd_server.jobs.ledger.prepared import Prepared
 from exportd_server.jobs.ledger.signals import Changes
 from exportd_server.jobs.ledger.sql import SqlLedger
 from exportd_server.jobs.ledger.statements import reading
+from exportd_server.jobs.ledger.tables import jobs
+from exportd_server.jobs.ledger.transaction import Transaction
 from exportd_server.jobs.model import (
     DeliveryState,
     DeliveryStatus,
@@ -100,6 +105,25 @@ async def test_no_task_is_ever_given_to_two(fleet: list[SqlLedger]) -> None:
     assert sorted(lease.job_id for lease in leases) == [
         str(UUID(int=n)) for n in range(1, 41)
     ]
+
+
+async def test_what_only_prepared_statements_wrote_is_committed(
+    fleet: list[SqlLedger],
+) -> None:
+    one, other, *_ = fleet
+    await one.create_job(new(1))
+    priority = Prepared(sa.update(jobs))
+
+    def write(tx: Transaction) -> None:
+        priority.rows(tx.connection, priority=7)
+
+    await one._database.write(write)
+    (job,) = await other.list_jobs("acme", JobQuery(), limit=2)
+    found = await other._database.read(
+        lambda tx: reading.visible_job(tx, "acme", job.job_id)
+    )
+    assert found is not None
+    assert found.priority == 7
 
 
 async def test_a_limit_of_running_jobs_is_exact_however_many_claim_at_once(

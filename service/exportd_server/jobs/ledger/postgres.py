@@ -287,6 +287,9 @@ class PostgresDatabase:
         connection, row = lane.ask(begin + _CLOCK)
         with connection:
             try:
+                # By the library, too: it commits only what it has begun, and does not see
+                # what goes to the driver.
+                connection.begin()
                 now = row[0] if self._clock is None else codec.to_micros(self._clock.now())
                 tx = Transaction(connection, self._dialect, now, self._max_attempts)
                 yield tx

@@ -13,6 +13,7 @@ import sqlite3
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +27,8 @@ from exportd_server.errors import ConfigurationError, LedgerUnavailable
 from exportd_server.jobs.ledger import codec, schema
 from exportd_server.jobs.ledger.base import ClaimLimits, Lease, TaskKind
 from exportd_server.jobs.ledger.counting import count
+from exportd_server.jobs.ledger.hands import Hands
+from exportd_server.jobs.ledger.prepared import Prepared
 from exportd_server.jobs.ledger.signals import Signals
 from exportd_server.jobs.ledger.sql import SqlLedger
 from exportd_server.jobs.ledger.statements import claiming, working
@@ -37,6 +40,16 @@ from exportd_server.platform.clock import Clock
 log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
+
+# Built once, as in `reading`.
+_NEXT_TOKEN = Prepared(
+    sa.update(counters)
+    .where(counters.c.name == sa.literal_column("'token'", sa.Text))
+    .values(value=counters.c.value + 1)
+    .returning(counters.c.value)
+)
+_ENSURE_TENANT = Prepared(sqlite.insert(tenants).on_conflict_do_nothing())
+_ADD_AUDIT_RECORDS = sqlite.insert(audit_records).on_conflict_do_nothing()
 
 _READERS = 2
 _BUSY_SECONDS = 10
@@ -71,12 +84,7 @@ class SqliteDialect:
 
     def next_token(self, connection: Connection) -> int:
         """Count up; the counter is part of the transaction."""
-        token: int = connection.execute(
-            sa.update(counters)
-            .where(counters.c.name == "token")
-            .values(value=counters.c.value + 1)
-            .returning(counters.c.value)
-        ).scalar_one()
+        token: int = _NEXT_TOKEN.scalar(connection)
         return token
 
     def alone_with_tenant(self, connection: Connection, tenant: str) -> bool:  # noqa: ARG002 - see below
@@ -85,9 +93,7 @@ class SqliteDialect:
 
     def ensure_tenant(self, connection: Connection, tenant: str) -> None:
         """Insert the row unless it is there."""
-        connection.execute(
-            sqlite.insert(tenants).values(tenant=tenant).on_conflict_do_nothing()
-        )
+        _ENSURE_TENANT.rows(connection, tenant=tenant)
 
     def ensure_queue(self, connection: Connection, values: Mapping[str, Any]) -> None:
         """Insert the row unless it is there."""
@@ -97,9 +103,7 @@ class SqliteDialect:
         self, connection: Connection, rows: Sequence[Mapping[str, Any]]
     ) -> None:
         """Insert those that are not there."""
-        connection.execute(
-            sqlite.insert(audit_records).on_conflict_do_nothing(), [*map(dict, rows)]
-        )
+        connection.execute(_ADD_AUDIT_RECORDS, [*map(dict, rows)])
 
 
 class SqliteDatabase:
@@ -113,9 +117,10 @@ class SqliteDatabase:
         self._loop = asyncio.get_running_loop()
         self._lock: int | None = None
         self._write_thread = ThreadPoolExecutor(1, "exportd-ledger-write")
-        self._read_threads = ThreadPoolExecutor(_READERS, "exportd-ledger-read")
+        self._read_threads = Hands(_READERS, "exportd-ledger-read")
         self._writer = _engine(path, 1, "BEGIN IMMEDIATE")
-        self._readers = _engine(path, _READERS, "BEGIN", "PRAGMA query_only = ON")
+        self._readers = _engine(path, _READERS, None, "PRAGMA query_only = ON")
+        self._reading: list[Connection] = []
 
     async def open(self) -> None:
         """Take the file. Raises `ConfigurationError`, and then holds nothing."""
@@ -138,8 +143,7 @@ class SqliteDatabase:
 
     async def read(self, work: Callable[[Transaction], T]) -> T:
         """See `Database`."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._read_threads, self._read, work)
+        return await self._read_threads.run(partial(self._read, work))
 
     async def write_apart(self, work: Callable[[Transaction], T]) -> T:
         """See `Database`. There is one writer, and its queue is short."""
@@ -215,8 +219,33 @@ class SqliteDatabase:
         return result
 
     def _read(self, work: Callable[[Transaction], T]) -> T:
-        with _available(), self._readers.begin() as connection:
+        with _available(), self._read_connection() as connection:
             return work(self._transaction(connection))
+
+    @contextmanager
+    def _read_connection(self) -> Iterator[Connection]:
+        """A connection within a transaction. The readers keep theirs, and begin by the
+        driver: a loan from the pool and the library's own transaction take longer than
+        what is read."""
+        try:
+            connection = self._reading.pop()
+        except IndexError:
+            connection = self._readers.connect()
+        driver: Any = connection.connection.driver_connection
+        try:
+            driver.execute("BEGIN")
+            try:
+                yield connection
+            finally:
+                # Nothing was written. The library may take it to have begun, too.
+                if connection.in_transaction():
+                    connection.rollback()
+                if driver.in_transaction:
+                    driver.execute("ROLLBACK")
+        except BaseException:
+            connection.close()
+            raise
+        self._reading.append(connection)
 
     def _transaction(self, connection: Connection) -> Transaction:
         now = self._dialect.now(connection)
@@ -224,7 +253,9 @@ class SqliteDatabase:
 
     def _close(self) -> None:
         self._write_thread.shutdown()
-        self._read_threads.shutdown()
+        self._read_threads.close()
+        for connection in self._reading:
+            connection.close()
         self._readers.dispose()
         # The last connection to close folds the journal into the file.
         self._writer.dispose()
@@ -238,13 +269,15 @@ def _available() -> Iterator[None]:
     """A disk that is full or fails is no fault of the caller's."""
     try:
         yield
-    except sa.exc.OperationalError as error:
+    except (sa.exc.OperationalError, sqlite3.OperationalError) as error:
         metrics.ledger_errors.inc()
-        log.warning("ledger failed", error=str(error.orig))
+        cause = error.orig if isinstance(error, sa.exc.OperationalError) else error
+        log.warning("ledger failed", error=str(cause))
         raise LedgerUnavailable from error
 
 
-def _engine(path: Path, connections: int, begin: str, *pragmas: str) -> Engine:
+def _engine(path: Path, connections: int, begin: str | None, *pragmas: str) -> Engine:
+    """Connections that begin transactions so, or not by themselves."""
     engine = sa.create_engine(
         sa.URL.create("sqlite", database=str(path)),
         poolclass=QueuePool,
@@ -265,8 +298,10 @@ def _engine(path: Path, connections: int, begin: str, *pragmas: str) -> Engine:
         ):
             connection.execute(pragma)
 
-    @sa.event.listens_for(engine, "begin")
-    def start(connection: Connection) -> None:
-        connection.exec_driver_sql(begin)
+    if begin is not None:
+
+        @sa.event.listens_for(engine, "begin")
+        def start(connection: Connection) -> None:
+            connection.exec_driver_sql(begin)
 
     return engine

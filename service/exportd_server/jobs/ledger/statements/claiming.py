@@ -17,6 +17,7 @@ from sqlalchemy.engine import Row
 from exportd_server.errors import TABLE, ErrorReason, ErrorRecord
 from exportd_server.jobs.ledger import codec
 from exportd_server.jobs.ledger.base import ClaimLimits, Lease, TaskKind
+from exportd_server.jobs.ledger.prepared import Prepared
 from exportd_server.jobs.ledger.statements import lifecycle
 from exportd_server.jobs.ledger.statements.lifecycle import EXPORT_KINDS
 from exportd_server.jobs.ledger.tables import (
@@ -36,7 +37,7 @@ _EXHAUSTED = ErrorRecord(
 )
 
 # Built once, as in `reading` and `lifecycle`.
-_TAKE = (
+_TAKE = Prepared(
     sa.update(tasks)
     .where(tasks.c.task_id == sa.bindparam("chosen"), tasks.c.token == sa.bindparam("seen"))
     .values(
@@ -60,7 +61,10 @@ _EXHAUSTED_JOBS = sa.select(tasks.c.job_id).where(
     tasks.c.kind.in_(lifecycle.literals(EXPORT_KINDS)),
     tasks.c.attempts >= sa.bindparam("most"),
 )
-_CHANGE_TENANT = sa.update(tenants).where(tenants.c.tenant == sa.bindparam("of_tenant"))
+_LOST_FOR_GOOD = Prepared(_EXHAUSTED_JOBS)
+_CHANGE_TENANT = Prepared(
+    sa.update(tenants).where(tenants.c.tenant == sa.bindparam("of_tenant"))
+)
 
 
 def claim(
@@ -80,22 +84,18 @@ def claim(
     # The job first, then its task: the order in which everybody locks them.
     job = lifecycle.lock_job(tx, chosen.job_id) if chosen.job_id else None
     token = tx.dialect.next_token(tx.connection)
-    taken = tx.connection.execute(
-        _TAKE,
-        {
-            "chosen": chosen.task_id,
-            "seen": chosen.token,
-            "owner": owner,
-            "token": token,
-            "lease_expires": tx.now + lease,
-        },
-    ).one()
+    (taken,) = _TAKE.rows(
+        tx.connection,
+        chosen=chosen.task_id,
+        seen=chosen.token,
+        owner=owner,
+        token=token,
+        lease_expires=tx.now + lease,
+    )
     if job is not None and taken.kind in EXPORT_KINDS:
         _take_up(tx, job, token, takeover=chosen.state == TaskState.LEASED)
     elif taken.kind == TaskKind.DELIVER:
-        tx.connection.execute(
-            _CHANGE_TENANT, {"of_tenant": taken.tenant, "delivered": token}
-        )
+        _CHANGE_TENANT.rows(tx.connection, of_tenant=taken.tenant, delivered=token)
     return replace(to_lease(taken, job), takeover=chosen.state == TaskState.LEASED)
 
 
@@ -107,10 +107,10 @@ def _choose(
     limited = running_per_tenant is not None
     chosen = None
     if others := kinds - {TaskKind.DELIVER}:
-        chosen = tx.connection.execute(
-            choice(others, limited=limited),
-            {"now": tx.now} | ({"running_limit": running_per_tenant} if limited else {}),
-        ).first()
+        values = {"running_limit": running_per_tenant} if limited else {}
+        chosen = _prepared_choice(others, limited=limited).first(
+            tx.connection, now=tx.now, **values
+        )
     if chosen is None and TaskKind.DELIVER in kinds:
         left = sorted(limits.no_deliveries_of)
         chosen = tx.connection.execute(
@@ -121,7 +121,7 @@ def _choose(
 
 def _take_up(tx: Transaction, job: Row[Any], token: int, *, takeover: bool) -> None:
     """Note on the job and its tenant that a worker is at it."""
-    tx.connection.execute(_CHANGE_TENANT, {"of_tenant": job.tenant, "served": token})
+    _CHANGE_TENANT.rows(tx.connection, of_tenant=job.tenant, served=token)
     values: dict[str, Any] = {"start_time": job.start_time or tx.now}
     if takeover:
         # The former holder may have stored parts that it never recorded, and may be at
@@ -168,8 +168,8 @@ def fail_exhausted(tx: Transaction) -> None:
 
 def exhausted_jobs(tx: Transaction) -> list[str]:
     """The jobs whose last attempt was lost."""
-    which = {"now": tx.now, "most": tx.max_attempts}
-    return sorted(set(tx.connection.scalars(_EXHAUSTED_JOBS, which)))
+    found = _LOST_FOR_GOOD.rows(tx.connection, now=tx.now, most=tx.max_attempts)
+    return sorted({row.job_id for row in found})
 
 
 def bury(tx: Transaction, job_id: str) -> None:
@@ -189,6 +189,10 @@ def fail_exhausted_job(tx: Transaction, job: Row[Any]) -> None:
 
 
 @lru_cache(maxsize=64)
+def _prepared_choice(kinds: frozenset[TaskKind], *, limited: bool) -> Prepared:
+    return Prepared(choice(kinds, limited=limited))
+
+
 def choice(kinds: frozenset[TaskKind], *, limited: bool) -> sa.Select[Any]:
     """The next task of these kinds at `now`; with `limited` only such that no tenant
     gets more than `running_limit` running jobs."""
@@ -210,7 +214,10 @@ def choice(kinds: frozenset[TaskKind], *, limited: bool) -> sa.Select[Any]:
 
     at_work = (
         sa.select(tasks.c.tenant, sa.func.count().label("tasks"))
-        .where(tasks.c.state == TaskState.LEASED.sql, tasks.c.kind.in_(EXPORT_KINDS))
+        .where(
+            tasks.c.state == TaskState.LEASED.sql,
+            tasks.c.kind.in_(lifecycle.literals(EXPORT_KINDS)),
+        )
         .group_by(tasks.c.tenant)
         .cte("at_work")
     )
@@ -255,7 +262,7 @@ def choice(kinds: frozenset[TaskKind], *, limited: bool) -> sa.Select[Any]:
     expired = sa.select(tasks.c.task_id).where(
         tasks.c.state == TaskState.LEASED.sql,
         tasks.c.lease_expires <= now,
-        tasks.c.kind.in_(names),
+        tasks.c.kind.in_(lifecycle.literals(names)),
     )
     candidates = [heads, expired]
     if limited:
@@ -263,7 +270,7 @@ def choice(kinds: frozenset[TaskKind], *, limited: bool) -> sa.Select[Any]:
             running, running.c.tenant == waiting.c.tenant
         ).where(
             sa.or_(
-                waiting.c.kind.not_in(EXPORT_KINDS),
+                waiting.c.kind.not_in(lifecycle.literals(EXPORT_KINDS)),
                 sa.func.coalesce(running.c.jobs, 0) < sa.bindparam("running_limit"),
             )
         )
@@ -273,7 +280,7 @@ def choice(kinds: frozenset[TaskKind], *, limited: bool) -> sa.Select[Any]:
             .where(
                 ready.c.job_id == jobs.c.job_id,
                 ready.c.state == TaskState.READY.sql,
-                ready.c.kind.in_(names),
+                ready.c.kind.in_(lifecycle.literals(names)),
             )
             .correlate(jobs)
             .scalar_subquery()

@@ -8,11 +8,12 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Row
 
 from exportd_server.jobs.ledger.base import Lease, LeaseLost, TaskKind
+from exportd_server.jobs.ledger.prepared import Prepared
 from exportd_server.jobs.ledger.statements import lifecycle
 from exportd_server.jobs.ledger.tables import TaskState, tasks
 from exportd_server.jobs.ledger.transaction import Transaction
 
-_HELD = (
+_HELD = Prepared(
     sa.select(tasks)
     .where(
         tasks.c.task_id == sa.bindparam("task_id"),
@@ -32,10 +33,9 @@ def holding(
     if kinds and lease.kind not in kinds:
         raise ValueError(f"not for a task of kind {lease.kind}")
     job = lifecycle.lock_job(tx, lease.job_id) if lease.job_id else None
-    task = tx.connection.execute(
-        _HELD,
-        {"task_id": lease.task_id, "token": lease.token, "kind": lease.kind.value},
-    ).first()
+    task = _HELD.first(
+        tx.connection, task_id=lease.task_id, token=lease.token, kind=lease.kind.value
+    )
     if task is None or (task.job_id or "") != lease.job_id:
         raise LeaseLost
     return task, job

@@ -1,6 +1,6 @@
 """Changes to a job's state. Nothing else writes `jobs.state`.
 
-Statements are built once, as in `reading`. One that updates sets, besides what it says
+Statements are `Prepared`, as in `reading`. One that updates sets, besides what it says
 itself, the columns that its parameters name.
 """
 
@@ -17,6 +17,7 @@ from sqlalchemy.engine import Row
 
 from exportd_server.jobs.ledger import codec
 from exportd_server.jobs.ledger.base import TaskKind
+from exportd_server.jobs.ledger.prepared import Prepared
 from exportd_server.jobs.ledger.signals import Ended
 from exportd_server.jobs.ledger.tables import TaskState, deliveries, jobs, tasks
 from exportd_server.jobs.ledger.transaction import Transaction
@@ -43,20 +44,28 @@ def literals(values: Iterable[str]) -> list[sa.ColumnClause[str]]:
 
 
 _OF_JOB: sa.BindParameter[str] = sa.bindparam("of_job")
-_LOCK = sa.select(jobs).where(jobs.c.job_id == _OF_JOB).with_for_update()
-_LOCK_OR_NOT = _LOCK.with_for_update(skip_locked=True)
-_BUMP = (
+_LOCKED = sa.select(jobs).where(jobs.c.job_id == _OF_JOB).with_for_update()
+_LOCK = Prepared(_LOCKED)
+_LOCK_OR_NOT = Prepared(_LOCKED.with_for_update(skip_locked=True))
+_BUMPED = (
     sa.update(jobs)
     .where(jobs.c.job_id == _OF_JOB)
     .values(revision=jobs.c.revision + 1)
     .returning(jobs.c.revision)
 )
-_TOUCH = _BUMP.where(
-    jobs.c.state.in_(literals(state for state in JobState if not state.terminal))
+_BUMP = Prepared(_BUMPED)
+_TOUCH = Prepared(
+    _BUMPED.where(
+        jobs.c.state.in_(literals(state for state in JobState if not state.terminal))
+    )
 )
 _MOVE = {
-    to: _BUMP.where(
-        jobs.c.state.in_(literals(state for state in JobState if to in TRANSITIONS[state]))
+    to: Prepared(
+        _BUMPED.where(
+            jobs.c.state.in_(
+                literals(state for state in JobState if to in TRANSITIONS[state])
+            )
+        )
     )
     for to in JobState
     if any(to in TRANSITIONS[state] for state in JobState)
@@ -91,7 +100,7 @@ def lock_job(tx: Transaction, job_id: str, *, wait: bool = True) -> Row[Any] | N
     somebody else has it."""
     began = time.monotonic()
     lock = _LOCK if wait else _LOCK_OR_NOT
-    job = tx.connection.execute(lock, {"of_job": job_id}).first()
+    job: Row[Any] | None = lock.first(tx.connection, of_job=job_id)
     if time.monotonic() - began > _WAITED:
         # What is decided now is decided now, not when the wait began.
         tx.now = tx.dialect.now(tx.connection)
@@ -100,9 +109,7 @@ def lock_job(tx: Transaction, job_id: str, *, wait: bool = True) -> Row[Any] | N
 
 def move(tx: Transaction, job_id: str, to: JobState, **values: Any) -> None:
     """Change a job's state, and other columns with it."""
-    revision = tx.connection.execute(
-        _MOVE[to], {"of_job": job_id, "state": to.value, **values}
-    ).scalar_one_or_none()
+    revision = _MOVE[to].scalar(tx.connection, of_job=job_id, state=to.value, **values)
     if revision is None:
         raise IllegalTransition(f"job {job_id} cannot become {to}")
     tx.changes.revisions[job_id] = revision
@@ -110,9 +117,7 @@ def move(tx: Transaction, job_id: str, to: JobState, **values: Any) -> None:
 
 def touch(tx: Transaction, job_id: str, **values: Any) -> None:
     """Change an unfinished job without changing its state."""
-    revision = tx.connection.execute(
-        _TOUCH, {"of_job": job_id, **values}
-    ).scalar_one_or_none()
+    revision = _TOUCH.scalar(tx.connection, of_job=job_id, **values)
     if revision is None:
         raise IllegalTransition(f"job {job_id} has ended and cannot change")
     tx.changes.revisions[job_id] = revision
@@ -120,7 +125,7 @@ def touch(tx: Transaction, job_id: str, **values: Any) -> None:
 
 def bump(tx: Transaction, job_id: str) -> None:
     """Tell those who watch a job of a change beside it, whatever its state."""
-    revision = tx.connection.execute(_BUMP, {"of_job": job_id}).scalar_one()
+    (revision,) = _BUMP.rows(tx.connection, of_job=job_id)[0]
     tx.changes.revisions[job_id] = revision
 
 

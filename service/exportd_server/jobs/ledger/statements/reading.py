@@ -1,12 +1,12 @@
 """Jobs as callers see them.
 
-Statements that calls run all the time are built once: building one takes the library
-several times as long as the database takes to run it.
+Statements that calls run all the time are `Prepared`: the library takes many times as
+long over one as the database takes to run it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from functools import lru_cache
@@ -18,6 +18,7 @@ from sqlalchemy.engine import Row, RowMapping
 
 from exportd_server.jobs.ledger import codec
 from exportd_server.jobs.ledger.base import JobQuery
+from exportd_server.jobs.ledger.prepared import Prepared
 from exportd_server.jobs.ledger.statements.lifecycle import EXPORT_KINDS, literals
 from exportd_server.jobs.ledger.tables import (
     PENDING,
@@ -62,40 +63,55 @@ _PART_COLUMNS = tuple(
         "kind",
     )
 )
+"""In the order of `PartRecord`."""
 
 _PARTS = sa.select(*_PART_COLUMNS).order_by(parts.c.shard, parts.c.sequence, parts.c.kind)
-_BEGINNING = _PARTS.where(
-    parts.c.job_id == sa.bindparam("job_id"),
-    parts.c.generation == sa.bindparam("generation"),
-    parts.c.shard <= sa.bindparam("last"),
-    parts.c.kind == OutputKind.OUTPUT.value,
+_BEGINNING = Prepared(
+    _PARTS.where(
+        parts.c.job_id == sa.bindparam("job_id"),
+        parts.c.generation == sa.bindparam("generation"),
+        parts.c.shard <= sa.bindparam("last"),
+        parts.c.kind == OutputKind.OUTPUT.value,
+    )
 )
 
-_VISIBLE_JOB = sa.select(jobs).where(
+_VISIBLE = (
     jobs.c.job_id == sa.bindparam("job_id"),
     jobs.c.tenant == sa.bindparam("tenant"),
     jobs.c.hidden_time.is_(None),
 )
-_REVISION = sa.select(jobs.c.revision).where(
-    jobs.c.job_id == sa.bindparam("job_id"), jobs.c.hidden_time.is_(None)
+_VISIBLE_JOB = Prepared(sa.select(jobs).where(*_VISIBLE))
+_REVISION = Prepared(
+    sa.select(jobs.c.revision).where(
+        jobs.c.job_id == sa.bindparam("job_id"), jobs.c.hidden_time.is_(None)
+    )
 )
 
+_SUMS_COLUMNS = (
+    sa.func.sum(tasks.c.rows).label("rows"),
+    sa.func.sum(tasks.c.bytes).label("bytes"),
+    sa.func.sum(tasks.c.parts).label("parts"),
+    sa.func.sum(tasks.c.row_errors).label("row_errors"),
+    sa.func.sum(tasks.c.error_parts).label("error_parts"),
+    sa.func.sum(tasks.c.rows_per_second).label("rows_per_second"),
+    sa.func.max(tasks.c.attempts).label("attempts"),
+)
 _SUMS = (
-    sa.select(
-        tasks.c.job_id,
-        sa.func.sum(tasks.c.rows).label("rows"),
-        sa.func.sum(tasks.c.bytes).label("bytes"),
-        sa.func.sum(tasks.c.parts).label("parts"),
-        sa.func.sum(tasks.c.row_errors).label("row_errors"),
-        sa.func.sum(tasks.c.error_parts).label("error_parts"),
-        sa.func.sum(tasks.c.rows_per_second).label("rows_per_second"),
-        sa.func.max(tasks.c.attempts).label("attempts"),
-    )
+    sa.select(tasks.c.job_id, *_SUMS_COLUMNS)
     .where(tasks.c.kind.in_(literals(EXPORT_KINDS)))
     .group_by(tasks.c.job_id)
 )
 """A restart drops the tasks of the generation before, so these are the current ones."""
-_SUMS_OF_ONE = _SUMS.where(tasks.c.job_id == sa.bindparam("job_id"))
+_SUMS_OF_ONE = Prepared(_SUMS.where(tasks.c.job_id == sa.bindparam("job_id")))
+_OF_VISIBLE = (
+    sa.select(*_SUMS_COLUMNS)
+    .where(
+        tasks.c.job_id == sa.bindparam("job_id"), tasks.c.kind.in_(literals(EXPORT_KINDS))
+    )
+    .subquery()
+)
+_VISIBLE_JOB_WITH_SUMS = Prepared(sa.select(jobs, _OF_VISIBLE).where(*_VISIBLE))
+"""In one statement what is asked for all the time."""
 _SUMS_OF_MANY = _SUMS.where(tasks.c.job_id.in_(sa.bindparam("job_ids", expanding=True)))
 
 _SENT = (
@@ -124,18 +140,20 @@ _AHEAD = (
     jobs.c.state == PENDING,
     jobs.c.due_time <= sa.bindparam("due"),
 )
-_POSITION = sa.select(
-    sa.select(sa.func.count())
-    .where(*_AHEAD, jobs.c.priority > sa.bindparam("priority"))
-    .scalar_subquery()
-    + sa.select(sa.func.count())
-    .where(
-        *_AHEAD,
-        jobs.c.priority == sa.bindparam("priority"),
-        sa.tuple_(jobs.c.create_time, jobs.c.job_id)
-        < sa.tuple_(sa.bindparam("create_time"), sa.bindparam("job_id")),
+_POSITION = Prepared(
+    sa.select(
+        sa.select(sa.func.count())
+        .where(*_AHEAD, jobs.c.priority > sa.bindparam("priority"))
+        .scalar_subquery()
+        + sa.select(sa.func.count())
+        .where(
+            *_AHEAD,
+            jobs.c.priority == sa.bindparam("priority"),
+            sa.tuple_(jobs.c.create_time, jobs.c.job_id)
+            < sa.tuple_(sa.bindparam("create_time"), sa.bindparam("job_id")),
+        )
+        .scalar_subquery()
     )
-    .scalar_subquery()
 )
 _RANKED = (
     sa.select(
@@ -152,40 +170,50 @@ _POSITIONS = sa.select(_RANKED.c.job_id, (_RANKED.c.place - 1).label("position")
 )
 
 
-_NEXT_DUE = sa.select(
-    sa.select(sa.func.min(tasks.c.run_at))
-    .where(tasks.c.state == TaskState.SCHEDULED.sql, tasks.c.run_at > sa.bindparam("since"))
-    .scalar_subquery(),
-    sa.select(sa.func.min(tasks.c.lease_expires))
-    .where(
-        tasks.c.state == TaskState.LEASED.sql,
-        tasks.c.lease_expires > sa.bindparam("since"),
+_NEXT_DUE = Prepared(
+    sa.select(
+        sa.select(sa.func.min(tasks.c.run_at))
+        .where(
+            tasks.c.state == TaskState.SCHEDULED.sql,
+            tasks.c.run_at > sa.bindparam("since"),
+        )
+        .scalar_subquery(),
+        sa.select(sa.func.min(tasks.c.lease_expires))
+        .where(
+            tasks.c.state == TaskState.LEASED.sql,
+            tasks.c.lease_expires > sa.bindparam("since"),
+        )
+        .scalar_subquery(),
     )
-    .scalar_subquery(),
 )
 
 
 def visible_job(tx: Transaction, tenant: str, job_id: str) -> Row[Any] | None:
     """The job's row unless it is another tenant's or hidden."""
-    return tx.connection.execute(_VISIBLE_JOB, {"job_id": job_id, "tenant": tenant}).first()
+    found: Row[Any] | None = _VISIBLE_JOB.first(tx.connection, job_id=job_id, tenant=tenant)
+    return found
 
 
 def get_job(tx: Transaction, tenant: str, job_id: str) -> Job | None:
     """The job as it stands, with its manifest."""
-    row = visible_job(tx, tenant, job_id)
-    return None if row is None else to_job(tx, row)
+    row = _VISIBLE_JOB_WITH_SUMS.first(tx.connection, job_id=job_id, tenant=tenant)
+    return None if row is None else _whole(tx, row, {job_id: row})
 
 
 def to_job(tx: Transaction, row: Row[Any]) -> Job:
     """The whole job of a row."""
+    return _whole(tx, row, _sums(tx, [row.job_id]))
+
+
+def _whole(tx: Transaction, row: Row[Any], sums: Mapping[str, Row[Any]]) -> Job:
     manifest = manifest_of(tx, row) if row.state == JobState.SUCCEEDED else None
-    job = _to_jobs(tx, row.tenant, [row], manifest)[0]
+    job = _to_jobs(tx, row.tenant, [row], sums, manifest)[0]
     return _with_last_errors(tx, job) if job.deliveries else job
 
 
 def to_job_without_manifest(tx: Transaction, row: Row[Any]) -> Job:
     """The job of a row, for those who need no parts of it."""
-    return _to_jobs(tx, row.tenant, [row], None)[0]
+    return _to_jobs(tx, row.tenant, [row], _sums(tx, [row.job_id]), None)[0]
 
 
 def manifest_of(tx: Transaction, row: Row[Any]) -> Manifest:
@@ -198,15 +226,23 @@ def manifest_of(tx: Transaction, row: Row[Any]) -> Manifest:
     )
 
 
-def _to_jobs(
-    tx: Transaction, tenant: str, rows: Sequence[Row[Any]], manifest: Manifest | None
-) -> list[Job]:
-    job_ids = [row.job_id for row in rows]
+def _sums(tx: Transaction, job_ids: Sequence[str]) -> dict[str, Row[Any]]:
+    """What the tasks of jobs come to."""
+    found: Iterable[Row[Any]]
     if len(job_ids) == 1:
-        found = tx.connection.execute(_SUMS_OF_ONE, {"job_id": job_ids[0]})
+        found = _SUMS_OF_ONE.rows(tx.connection, job_id=job_ids[0])
     else:
         found = tx.connection.execute(_SUMS_OF_MANY, {"job_ids": job_ids})
-    sums = {row["job_id"]: row for row in found.mappings()}
+    return {row.job_id: row for row in found}
+
+
+def _to_jobs(
+    tx: Transaction,
+    tenant: str,
+    rows: Sequence[Row[Any]],
+    sums: Mapping[str, Row[Any]],
+    manifest: Manifest | None,
+) -> list[Job]:
     places = _places(tx, tenant, [row for row in rows if row.state == JobState.PENDING])
     sent = _deliveries(tx, [row.job_id for row in rows if row.sinks])
     return [
@@ -225,7 +261,7 @@ def _to_jobs(
 def _to_job(
     now: int,
     row: Row[Any],
-    sums: RowMapping,
+    sums: Row[Any],
     place: int | None,
     manifest: Manifest | None,
     sent: Sequence[RowMapping],
@@ -245,18 +281,18 @@ def _to_job(
         expired=row.expire_time is not None and row.expire_time <= now,
         read_time=codec.to_moment(now),
         generation=row.generation,
-        attempt=sums["attempts"],
+        attempt=sums.attempts,
         revision=row.revision,
         progress=Progress(
-            rows=int(sums["rows"]),
-            bytes=int(sums["bytes"]),
-            parts_done=int(sums["parts"]),
-            parts_total=int(sums["parts"]) if state is JobState.SUCCEEDED else None,
+            rows=int(sums.rows),
+            bytes=int(sums.bytes),
+            parts_done=int(sums.parts),
+            parts_total=int(sums.parts) if state is JobState.SUCCEEDED else None,
             estimated_rows=row.estimated_rows,
             queue_position=place,
-            rows_per_second=sums["rows_per_second"] if state is JobState.RUNNING else None,
-            row_errors=int(sums["row_errors"]),
-            error_parts=int(sums["error_parts"]),
+            rows_per_second=sums.rows_per_second if state is JobState.RUNNING else None,
+            row_errors=int(sums.row_errors),
+            error_parts=int(sums.error_parts),
         ),
         error=codec.load_error(row.error),
         manifest=manifest,
@@ -338,16 +374,14 @@ def _places(tx: Transaction, tenant: str, pending: Sequence[Row[Any]]) -> dict[s
         places = {row.job_id: row.position for row in ranked}
     for row in pending:
         if row.job_id not in places:
-            places[row.job_id] = tx.connection.execute(
-                _POSITION,
-                {
-                    "tenant": tenant,
-                    "due": max(tx.now, row.due_time),
-                    "priority": row.priority,
-                    "create_time": row.create_time,
-                    "job_id": row.job_id,
-                },
-            ).scalar_one()
+            places[row.job_id] = _POSITION.scalar(
+                tx.connection,
+                tenant=tenant,
+                due=max(tx.now, row.due_time),
+                priority=row.priority,
+                create_time=row.create_time,
+                job_id=row.job_id,
+            )
     return places
 
 
@@ -367,7 +401,8 @@ def list_jobs(
         for state in states
     )
     rows = sorted(found, key=lambda row: (row.create_time, row.job_id), reverse=True)
-    return _to_jobs(tx, tenant, rows[:limit], None)
+    page = rows[:limit]
+    return _to_jobs(tx, tenant, page, _sums(tx, [row.job_id for row in page]), None)
 
 
 def _page(
@@ -433,18 +468,16 @@ def parts_of_place(
 
 def _parts(tx: Transaction, **values: str | int) -> list[PartRecord]:
     """The parts with these values in these columns."""
-    return _part_records(tx.connection.execute(_parts_by(tuple(values)), values))
+    return _part_records(_parts_by(tuple(values)).rows(tx.connection, **values))
 
 
 @lru_cache
-def _parts_by(names: tuple[str, ...]) -> sa.Select[Any]:
-    return _PARTS.where(*(parts.c[name] == sa.bindparam(name) for name in names))
+def _parts_by(names: tuple[str, ...]) -> Prepared:
+    return Prepared(_PARTS.where(*(parts.c[name] == sa.bindparam(name) for name in names)))
 
 
-def _part_records(rows: sa.CursorResult[Any]) -> list[PartRecord]:
-    return [
-        PartRecord(**{**row, "kind": OutputKind(row["kind"])}) for row in rows.mappings()
-    ]
+def _part_records(rows: Iterable[Any]) -> list[PartRecord]:
+    return [PartRecord(*row._replace(kind=OutputKind(row.kind))) for row in rows]
 
 
 def finished_parts(tx: Transaction, tenant: str, job_id: str) -> list[PartRecord]:
@@ -464,8 +497,10 @@ def finished_parts(tx: Transaction, tenant: str, job_id: str) -> list[PartRecord
     ).scalar_one()
     if first_open is None:
         return []
-    place = {"job_id": job_id, "generation": job.generation, "last": first_open}
-    return _part_records(tx.connection.execute(_BEGINNING, place))
+    found = _BEGINNING.rows(
+        tx.connection, job_id=job_id, generation=job.generation, last=first_open
+    )
+    return _part_records(found)
 
 
 def known_jobs(tx: Transaction, job_ids: Sequence[str]) -> set[str]:
@@ -487,12 +522,13 @@ def ledger_id(tx: Transaction) -> str:
 
 def revision_of(tx: Transaction, job_id: str) -> int | None:
     """The job's revision; None when it is missing or hidden."""
-    return tx.connection.execute(_REVISION, {"job_id": job_id}).scalar_one_or_none()
+    found: int | None = _REVISION.scalar(tx.connection, job_id=job_id)
+    return found
 
 
 def next_due(tx: Transaction, since: int) -> int | None:
     """Microseconds until the first task comes due after `since`, by its time or because
     its lease runs out; None when there is none."""
-    moments = tx.connection.execute(_NEXT_DUE, {"since": since}).one()
+    moments = _NEXT_DUE.first(tx.connection, since=since)
     found = [moment for moment in moments if moment is not None]
     return min(found) - tx.now if found else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
 
 import sqlalchemy as sa
 
@@ -16,6 +15,7 @@ from exportd_server.jobs.ledger.base import (
     TooManyActiveJobs,
     TooManyQueuedJobs,
 )
+from exportd_server.jobs.ledger.prepared import Prepared
 from exportd_server.jobs.ledger.signals import Created
 from exportd_server.jobs.ledger.statements import (
     delivering,
@@ -31,8 +31,8 @@ _UNFINISHED = [state.value for state in JobState if not state.terminal]
 _QUEUED = [JobState.PENDING.value]
 
 # Built once, as in `reading` and `lifecycle`.
-_ADD_JOB = sa.insert(jobs).returning(jobs)
-_ADD_TASK = sa.insert(tasks)
+_ADD_JOB = Prepared(sa.insert(jobs).returning(jobs))
+_ADD_TASK = Prepared(sa.insert(tasks))
 
 
 def create_job(
@@ -60,28 +60,26 @@ def create_job(
     disabled = delivering.disabled_among(tx, new.queues)
     if disabled is not None:
         raise EndpointDisabled(disabled, new.queues[disabled].queue)
-    row = tx.connection.execute(
-        _ADD_JOB,
-        {
-            "job_id": new.job_id,
-            "tenant": new.tenant,
-            "state": JobState.PENDING.value,
-            "dataset": spec.dataset,
-            "spec": codec.dump_spec(spec),
-            "priority": spec.priority,
-            "ttl": codec.span_to_micros(spec.ttl),
-            "request_id": new.request_id or None,
-            "fingerprint": new.fingerprint,
-            "create_time": tx.now,
-            "due_time": tx.now,
-            "generation": 1,
-            "revision": 1,
-            "untidy": 0,
-            "writers_until": 0,
-            "sinks": len(spec.sinks),
-            "trace_context": new.trace_context or None,
-        },
-    ).one()
+    row = _ADD_JOB.first(
+        tx.connection,
+        job_id=new.job_id,
+        tenant=new.tenant,
+        state=JobState.PENDING.value,
+        dataset=spec.dataset,
+        spec=codec.dump_spec(spec),
+        priority=spec.priority,
+        ttl=codec.span_to_micros(spec.ttl),
+        request_id=new.request_id or None,
+        fingerprint=new.fingerprint,
+        create_time=tx.now,
+        due_time=tx.now,
+        generation=1,
+        revision=1,
+        untidy=0,
+        writers_until=0,
+        sinks=len(spec.sinks),
+        trace_context=new.trace_context or None,
+    )
     if spec.labels:
         tx.connection.execute(
             sa.insert(labels),
@@ -96,18 +94,16 @@ def create_job(
                 for name, value in spec.labels.items()
             ],
         )
-    tx.connection.execute(
-        _ADD_TASK,
-        {
-            "kind": TaskKind.PLAN.value,
-            "tenant": new.tenant,
-            "job_id": new.job_id,
-            "generation": 1,
-            "state": TaskState.READY.value,
-            "priority": spec.priority,
-            "since": tx.now,
-            "run_at": tx.now,
-        },
+    _ADD_TASK.rows(
+        tx.connection,
+        kind=TaskKind.PLAN.value,
+        tenant=new.tenant,
+        job_id=new.job_id,
+        generation=1,
+        state=TaskState.READY.value,
+        priority=spec.priority,
+        since=tx.now,
+        run_at=tx.now,
     )
     tx.changes.work = True
     tx.changes.created.append(Created(spec.dataset, spec.output.format.value))
@@ -117,11 +113,11 @@ def create_job(
 def _count(tx: Transaction, tenant: str, states: list[str], enough: int) -> int:
     """Jobs of the tenant in these states, counted no further than `enough`."""
     counting = _counting(tuple(states), enough)
-    return int(tx.connection.execute(counting, {"tenant": tenant}).scalar_one())
+    return int(counting.scalar(tx.connection, tenant=tenant))
 
 
 @lru_cache
-def _counting(states: tuple[str, ...], enough: int) -> sa.Select[Any]:
+def _counting(states: tuple[str, ...], enough: int) -> Prepared:
     some = (
         sa.select(jobs.c.job_id)
         .where(
@@ -131,7 +127,7 @@ def _counting(states: tuple[str, ...], enough: int) -> sa.Select[Any]:
         .limit(enough)
         .subquery()
     )
-    return sa.select(sa.func.count()).select_from(some)
+    return Prepared(sa.select(sa.func.count()).select_from(some))
 
 
 def cancel_job(

@@ -12,6 +12,7 @@ from sqlalchemy.engine import Row
 from exportd_server.errors import TABLE, ErrorReason, ErrorRecord
 from exportd_server.jobs.ledger import codec
 from exportd_server.jobs.ledger.base import Lease, LeaseLost, TaskKind, Totals
+from exportd_server.jobs.ledger.prepared import Prepared
 from exportd_server.jobs.ledger.statements import delivering, lifecycle, reading
 from exportd_server.jobs.ledger.statements.claiming import fail_exhausted_job, to_lease
 from exportd_server.jobs.ledger.statements.holding import holding
@@ -37,15 +38,15 @@ _GOOD = sa.select(tasks.c.task_id).where(
     tasks.c.state == TaskState.LEASED.sql,
 )
 _GOOD_UNLOCKED = _GOOD.with_for_update(skip_locked=True)
-_CHANGE = sa.update(tasks).where(tasks.c.task_id == sa.bindparam("of_task"))
-_ADD_AND_TELL = sa.insert(tasks).returning(tasks)
+_CHANGE = Prepared(sa.update(tasks).where(tasks.c.task_id == sa.bindparam("of_task")))
+_ADD_AND_TELL = Prepared(sa.insert(tasks).returning(tasks))
 _ADD_PARTS = sa.insert(parts)
 _TOTALS = sa.select(
     sa.func.sum(tasks.c.rows),
     sa.func.sum(tasks.c.bytes),
     sa.func.sum(tasks.c.row_errors),
 ).where(tasks.c.job_id == sa.bindparam("job_id"), tasks.c.kind == TaskKind.SHARD.value)
-_OTHERS = (
+_OTHERS = Prepared(
     sa.select(tasks.c.task_id)
     .where(
         tasks.c.job_id == sa.bindparam("job_id"),
@@ -93,7 +94,7 @@ def _give_up(tx: Transaction, task: Row[Any], *, at: int, attempts: int) -> None
 
 
 def _change(tx: Transaction, task_id: int, **values: Any) -> None:
-    tx.connection.execute(_CHANGE, {"of_task": task_id, **values})
+    _CHANGE.rows(tx.connection, of_task=task_id, **values)
 
 
 def record_plan(
@@ -120,20 +121,18 @@ def record_plan(
         "since": task.since,
         "run_at": tx.now,
     }
-    first = tx.connection.execute(
-        _ADD_AND_TELL,
-        {
-            **common,
-            "shard": shards[0].index,
-            "shard_state": shards[0].state,
-            "state": TaskState.LEASED.value,
-            "owner": task.owner,
-            "token": tx.dialect.next_token(tx.connection),
-            "lease_expires": task.lease_expires,
-            # Going on with what was planned is the same attempt.
-            "attempts": task.attempts,
-        },
-    ).one()
+    first = _ADD_AND_TELL.first(
+        tx.connection,
+        **common,
+        shard=shards[0].index,
+        shard_state=shards[0].state,
+        state=TaskState.LEASED.value,
+        owner=task.owner,
+        token=tx.dialect.next_token(tx.connection),
+        lease_expires=task.lease_expires,
+        # Going on with what was planned is the same attempt.
+        attempts=task.attempts,
+    )
     if len(shards) > 1:
         tx.connection.execute(
             sa.insert(tasks).values(state=TaskState.READY.value),
@@ -272,8 +271,8 @@ def complete_shard(tx: Transaction, lease: Lease, *, manifest: bool = False) -> 
 
 def _is_last(tx: Transaction, task: Row[Any]) -> bool:
     """Whether no other task of the job's export is left."""
-    which = {"job_id": task.job_id, "task_id": task.task_id}
-    return tx.connection.execute(_OTHERS, which).first() is None
+    found = _OTHERS.first(tx.connection, job_id=task.job_id, task_id=task.task_id)
+    return found is None
 
 
 def restart_output(tx: Transaction, lease: Lease) -> None:
