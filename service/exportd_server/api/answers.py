@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Mapping
 from datetime import datetime
+from types import MappingProxyType
 
 from exportd.v1 import dataset_pb2, export_service_pb2, job_pb2
 from exportd_server.api.sinks import (
@@ -34,6 +36,13 @@ from exportd_server.jobs.output import (
 from exportd_server.sources.base import ColumnKind
 from exportd_server.sources.catalogue import Dataset
 
+_KINDS: Mapping[str, dataset_pb2.ColumnKind.ValueType] = MappingProxyType(
+    {kind.value: dataset_pb2.ColumnKind.Value(f"COLUMN_KIND_{kind}") for kind in ColumnKind}
+)
+_STATES = MappingProxyType(
+    {state: job_pb2.JobState.Value(f"JOB_STATE_{state}") for state in JobState}
+)
+
 
 def dataset_message(
     dataset: Dataset,
@@ -50,7 +59,7 @@ def dataset_message(
         columns=[
             dataset_pb2.Column(
                 name=column.name,
-                kind=_kind(column.kind),
+                kind=_KINDS[column.kind],
                 type=str(column.type),
                 nullable=column.nullable,
                 operators=[
@@ -72,10 +81,6 @@ def dataset_message(
         max_bytes=max_bytes or 0,
         estimated_rows=estimated_rows,
     )
-
-
-def _kind(kind: str) -> dataset_pb2.ColumnKind.ValueType:
-    return dataset_pb2.ColumnKind.Value(f"COLUMN_KIND_{ColumnKind(kind)}")
 
 
 def request_message(job: Job) -> job_pb2.CreateExportRequest:
@@ -169,7 +174,7 @@ def job_message(job: Job) -> job_pb2.Job:
     """A job as its caller sees it."""
     message = job_pb2.Job(
         job_id=job.job_id,
-        state=job_pb2.JobState.Value(f"JOB_STATE_{job.state}"),
+        state=_STATES[job.state],
         request=request_message(job),
         progress=_progress_message(job),
         create_time=timestamp(job.create_time),
@@ -189,7 +194,7 @@ def job_message(job: Job) -> job_pb2.Job:
     if job.error is not None:
         message.error.CopyFrom(record_status(job.error))
     if job.manifest is not None:
-        message.manifest.CopyFrom(_manifest_message(job, job.manifest))
+        _write_manifest(message.manifest, job, job.manifest)
     return message
 
 
@@ -212,46 +217,40 @@ def _progress_message(job: Job) -> job_pb2.Progress:
     return message
 
 
-def _manifest_message(job: Job, manifest: Manifest) -> job_pb2.Manifest:
+def _write_manifest(message: job_pb2.Manifest, job: Job, manifest: Manifest) -> None:
+    """Write it where it belongs: a message that is put into another one is copied."""
     output = job.spec.output
+    for column in manifest.columns:
+        message.columns.add(
+            name=column.name,
+            kind=_KINDS[column.kind],
+            type=column.type,
+            nullable=column.nullable,
+        )
+    for index, part in enumerate(manifest.parts):
+        message.parts.add(
+            index=index,
+            rows=part.rows,
+            bytes=part.bytes,
+            crc32c=part.crc32c,
+            sha256=part.sha256,
+            file_name=part_file_name(job, index),
+            prefix_bytes=part.prefix_bytes,
+            suffix_bytes=part.suffix_bytes,
+        )
+    message.rows = sum(part.rows for part in manifest.parts)
+    message.bytes = sum(part.bytes for part in manifest.parts)
+    message.content_type = output.content_type
+    message.content_encoding = output.content_encoding
+    message.file_name = file_name(job)
+    message.row_errors = sum(part.rows for part in manifest.error_parts)
+    message.error_parts.extend(_error_parts(job, manifest))
     layout = joined_layout(output, manifest.parts)
-    message = job_pb2.Manifest(
-        columns=[
-            dataset_pb2.Column(
-                name=column.name,
-                kind=_kind(column.kind),
-                type=column.type,
-                nullable=column.nullable,
-            )
-            for column in manifest.columns
-        ],
-        parts=[
-            job_pb2.Part(
-                index=index,
-                rows=part.rows,
-                bytes=part.bytes,
-                crc32c=part.crc32c,
-                sha256=part.sha256,
-                file_name=part_file_name(job, index),
-                prefix_bytes=part.prefix_bytes,
-                suffix_bytes=part.suffix_bytes,
-            )
-            for index, part in enumerate(manifest.parts)
-        ],
-        rows=sum(part.rows for part in manifest.parts),
-        bytes=sum(part.bytes for part in manifest.parts),
-        content_type=output.content_type,
-        content_encoding=output.content_encoding,
-        file_name=file_name(job),
-        row_errors=sum(part.rows for part in manifest.error_parts),
-        error_parts=_error_parts(job, manifest),
-    )
     if layout is not None:
         message.joinable = True
         message.bytes = layout.bytes
         message.crc32c = layout.crc32c
         message.sha256 = layout.sha256
-    return message
 
 
 def _error_parts(job: Job, manifest: Manifest) -> list[job_pb2.ErrorPart]:

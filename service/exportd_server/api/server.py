@@ -17,6 +17,7 @@ from exportd.v1 import export_service_pb2
 from exportd_server.api.interceptors.audit import AuditInterceptor, noting
 from exportd_server.api.interceptors.draining import DrainInterceptor
 from exportd_server.api.interceptors.errors import ErrorInterceptor
+from exportd_server.api.interceptors.handlers import OncePerMethod
 from exportd_server.api.interceptors.identity import IdentityInterceptor
 from exportd_server.api.interceptors.limits import (
     CapacityInterceptor,
@@ -113,20 +114,25 @@ class GrpcServer:
         errors = ErrorInterceptor(services)
         self._active = errors.active
         self._drain = DrainInterceptor(services)
-        # The first is the outermost.
         self._server = grpc.aio.server(
             interceptors=(
-                MetricsInterceptor(_measured()),
-                TracingInterceptor(services, tracer),
-                self._drain,
-                CapacityInterceptor(services, limits.max_calls, limits.request_timeout),
-                OpenStreamsInterceptor(
-                    services, limits.max_calls // 10, limits.max_open_seconds
+                OncePerMethod(
+                    (
+                        MetricsInterceptor(_measured()),
+                        TracingInterceptor(services, tracer),
+                        self._drain,
+                        CapacityInterceptor(
+                            services, limits.max_calls, limits.request_timeout
+                        ),
+                        OpenStreamsInterceptor(
+                            services, limits.max_calls // 10, limits.max_open_seconds
+                        ),
+                        errors,
+                        AuditInterceptor(services, audit),
+                        IdentityInterceptor(services, authenticator, caller_limits.rates),
+                        StreamsInterceptor(services, caller_limits),
+                    )
                 ),
-                errors,
-                AuditInterceptor(services, audit),
-                IdentityInterceptor(services, authenticator, caller_limits.rates),
-                StreamsInterceptor(services, caller_limits),
             ),
             options=limits.options(),
         )

@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING, Any
 import grpc
 from grpc_status import rpc_status
 
-from exportd_server.api.interceptors.handlers import Continuation, split
+from exportd_server.api.interceptors.handlers import (
+    Behaviour,
+    Continuation,
+    split,
+    wrapped,
+)
 from exportd_server.api.status import error_status
 from exportd_server.errors import ErrorReason, ExportdError
 
@@ -29,6 +34,9 @@ class DrainInterceptor(grpc.aio.ServerInterceptor):
 
     The library cancels what it has taken in and not begun when it stops, without a word
     that tells a caller to try again: so calls are refused first, until hardly any come.
+
+    Belongs outside the interceptor that has methods called before a request is there, so
+    that refusals do not wait for one.
     """
 
     def __init__(self, services: frozenset[str]) -> None:
@@ -49,15 +57,28 @@ class DrainInterceptor(grpc.aio.ServerInterceptor):
     async def intercept_service(
         self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
     ) -> Handler | None:
-        """Give the method's handler, or one that refuses."""
-        service, _ = split(handler_call_details)
-        if not self._refusing or service not in self._services:
-            return await continuation(handler_call_details)
+        """Give the method's handler, which then refuses."""
+        handler = await continuation(handler_call_details)
+        if split(handler_call_details)[0] not in self._services:
+            return handler
+        if handler is None:
+            # One that this release does not have, and another one may.
+            return (
+                grpc.stream_stream_rpc_method_handler(self._refuse)
+                if self._refusing
+                else None
+            )
+        return wrapped(handler, unary=self._unless_refusing, stream=self._unless_refusing)
+
+    def _unless_refusing(self, behaviour: Behaviour) -> Behaviour:
+        async def call(request: Any, context: Any) -> Any:
+            if self._refusing:
+                await self._refuse(request, context)
+            return await behaviour(request, context)
+
+        return call
+
+    async def _refuse(self, _requests: object, context: Any) -> None:
         self._refused += 1
-        # Of this kind, so that it answers at once and does not wait for a request.
-        return grpc.stream_stream_rpc_method_handler(_refuse)
-
-
-async def _refuse(_requests: object, context: Any) -> None:
-    error = ExportdError(ErrorReason.DRAINING)
-    await context.abort_with_status(rpc_status.to_status(error_status(error)))
+        error = ExportdError(ErrorReason.DRAINING)
+        await context.abort_with_status(rpc_status.to_status(error_status(error)))

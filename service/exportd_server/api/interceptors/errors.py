@@ -4,6 +4,7 @@ the call."""
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import time
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from exportd_server.api.interceptors.handlers import Handler
 
 log = structlog.get_logger(__name__)
+_LEVEL = logging.getLogger(__name__)
 
 
 class ActiveCalls:
@@ -112,7 +114,11 @@ async def _abort(context: Any, error: Exception, method: str, started: float) ->
 
 
 def _log_call(method: str, started: float, code: str, reason: str | None = None) -> None:
-    level = log.warning if code == Code.INTERNAL.name else log.debug
+    fault = code == Code.INTERNAL.name
+    # To have the log throw a line away costs more than the rest of this.
+    if not fault and not _LEVEL.isEnabledFor(logging.DEBUG):
+        return
+    level = log.warning if fault else log.debug
     level(
         "call",
         method=method,

@@ -1,8 +1,9 @@
-"""What every interceptor of ours does with a method: put behaviour around its own."""
+"""What every interceptor of ours does with a method: put behaviour around its own, once
+for all calls of it."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -56,17 +57,56 @@ def wrapped(
         return grpc.unary_unary_rpc_method_handler(
             unary(handler.unary_unary), read, handler.response_serializer
         )
+    if handler.stream_unary is not None:
+        return grpc.stream_unary_rpc_method_handler(
+            unary(handler.stream_unary), read, handler.response_serializer
+        )
     if handler.unary_stream is not None:
         return grpc.unary_stream_rpc_method_handler(
             stream(_writing(handler.unary_stream, write)), read, handler.response_serializer
         )
-    if handler.stream_stream is not None:
-        return grpc.stream_stream_rpc_method_handler(
-            stream(_writing(handler.stream_stream, write)),
-            read,
-            handler.response_serializer,
-        )
-    raise RuntimeError("a method streams requests to one answer, which nothing here wraps")
+    own: Any = handler.stream_stream
+    return grpc.stream_stream_rpc_method_handler(
+        stream(_writing(own, write)), read, handler.response_serializer
+    )
+
+
+class OncePerMethod(grpc.aio.ServerInterceptor):
+    """Runs interceptors, the first of them the outermost, when a method is called for the
+    first time, and gives later calls the handler that came of it. What they decide call by
+    call they leave to the behaviour.
+
+    Methods that nobody serves are not kept: callers may name them as they like.
+    """
+
+    def __init__(self, interceptors: Sequence[grpc.aio.ServerInterceptor]) -> None:
+        self._interceptors = tuple(interceptors)
+        self._handlers: dict[str, Handler] = {}
+
+    async def intercept_service(
+        self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
+    ) -> Handler | None:
+        """Give the method's handler with the behaviour of all of them around it."""
+        method = handler_call_details.method
+        kept = self._handlers.get(method)
+        if kept is not None:
+            return kept
+        served = await continuation(handler_call_details)
+        handler = await self._through(0, served, handler_call_details)
+        if served is not None and handler is not None:
+            self._handlers[method] = handler
+        return handler
+
+    async def _through(
+        self, index: int, served: Handler | None, details: grpc.HandlerCallDetails
+    ) -> Handler | None:
+        if index == len(self._interceptors):
+            return served
+
+        async def inner(details: grpc.HandlerCallDetails) -> Handler | None:
+            return await self._through(index + 1, served, details)
+
+        return await self._interceptors[index].intercept_service(inner, details)
 
 
 def _writing(behaviour: Callable[[Any, Any], Any], write: Write) -> Behaviour:

@@ -4,6 +4,7 @@ anything is read of them, and streams of one tenant, once it is known."""
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,48 @@ for a dead one."""
 _RETRY_AFTER = timedelta(seconds=1)
 
 
+class _Room:
+    """Room for `most` calls at a time."""
+
+    def __init__(self, what: str, most: int) -> None:
+        self._what = what
+        self._most = most
+        self._calls: set[asyncio.Task[Any]] = set()
+
+    def refused(self) -> bool:
+        """Take a place for the call that is under way, until all of it has ended. True
+        when there is none."""
+        if len(self._calls) >= self._most:
+            return True
+        # The library runs a call in one task from here to its end.
+        task = asyncio.current_task()
+        if task is None:
+            raise RuntimeError("a call without a task")
+        self._calls.add(task)
+        task.add_done_callback(self._calls.discard)
+        return False
+
+    def guarded(self, behaviour: Behaviour) -> Behaviour:
+        """The behaviour for calls that find a place."""
+
+        async def call(requests: Any, context: Any) -> Any:
+            if self.refused():
+                await self.refuse(requests, context)
+            return await behaviour(requests, context)
+
+        return call
+
+    async def refuse(self, _requests: object, context: Any) -> None:
+        """Tell that there is no room."""
+        error = QuotaExceeded(
+            f"server/{self._what}",
+            f"this server has {self._most} calls under way already; try again, perhaps at "
+            "another one",
+            _RETRY_AFTER,
+        )
+        await context.abort_with_status(rpc_status.to_status(error_status(error)))
+
+
 class CapacityInterceptor(grpc.aio.ServerInterceptor):
     """Lets `most` calls of the services named be under way at a time, and a tenth of that
     of other services, whose callers nobody knows. Belongs outside all others: a call
@@ -44,75 +87,58 @@ class CapacityInterceptor(grpc.aio.ServerInterceptor):
     def __init__(self, services: frozenset[str], most: int, patience: float) -> None:
         self._services = services
         self._patience = patience
-        self._calls: set[asyncio.Task[Any]] = set()
-        self._open_calls: set[asyncio.Task[Any]] = set()
-        self._most = most
-        self._most_open = max(1, most // 10)
+        self._calls = _Room("calls", most)
+        self._open_calls = _Room("open_calls", max(1, most // 10))
 
     async def intercept_service(
         self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
     ) -> Handler | None:
-        """Give the method's handler, or one that refuses."""
-        if handler_call_details.method == _ALWAYS:
-            return await continuation(handler_call_details)
-        service, _ = split(handler_call_details)
-        known = service in self._services
-        calls, what, most = (
-            (self._calls, "calls", self._most)
-            if known
-            else (self._open_calls, "open_calls", self._most_open)
-        )
-        if len(calls) >= most:
-            return _refusal(what, most)
-        # The library runs a call in one task from here to its end.
-        task = asyncio.current_task()
-        if task is None:
-            raise RuntimeError("a call without a task")
-        calls.add(task)
-        task.add_done_callback(calls.discard)
+        """Give the method's handler, which refuses when there are too many."""
         handler = await continuation(handler_call_details)
-        return self._patient(handler) if handler is not None and known else handler
+        if handler_call_details.method == _ALWAYS:
+            return handler
+        known = split(handler_call_details)[0] in self._services
+        room = self._calls if known else self._open_calls
+        if handler is None:
+            # The library answers that one, which makes it a call as well.
+            return (
+                grpc.stream_stream_rpc_method_handler(room.refuse)
+                if room.refused()
+                else None
+            )
+        if known:
+            handler = self._patient(handler)
+        return wrapped(handler, unary=room.guarded, stream=room.guarded)
 
     def _patient(self, handler: Handler) -> Handler:
         """The same method as one that streams requests and takes the first of them, for
         only such ones are called before a request is there."""
-        unary: Behaviour | None = handler.unary_unary
-        stream: Any = handler.unary_stream
-        if unary is None and stream is None:
+        # One answer stays one: the library sends it together with the status.
+        make: Callable[..., Handler] = (
+            grpc.stream_stream_rpc_method_handler
+            if handler.response_streaming
+            else grpc.stream_unary_rpc_method_handler
+        )
+        behaviour: Any = handler.unary_unary or handler.unary_stream
+        if behaviour is None:
             return handler
 
-        async def call(requests: Any, context: Any) -> None:
+        async def call(_requests: object, context: Any) -> Any:
             try:
                 async with asyncio.timeout(self._patience):
-                    request = await anext(requests)
-            except (TimeoutError, StopAsyncIteration):
+                    # Not from the iterator, which is one more task to end when it is left.
+                    request = await context.read()
+            except TimeoutError:
+                request = grpc.aio.EOF
+            if request is grpc.aio.EOF:
                 error = ExportdError(
                     ErrorReason.INVALID_REQUEST,
                     f"the call has no request, or none came within {self._patience:g} s",
                 )
                 await context.abort_with_status(rpc_status.to_status(error_status(error)))
-            if unary is not None:
-                await context.write(await unary(request, context))
-            elif stream is not None:
-                await stream(request, context)
+            return await behaviour(request, context)
 
-        return grpc.stream_stream_rpc_method_handler(
-            call, handler.request_deserializer, handler.response_serializer
-        )
-
-
-def _refusal(what: str, most: int) -> Handler:
-    async def refuse(_requests: object, context: Any) -> None:
-        error = QuotaExceeded(
-            f"server/{what}",
-            f"this server has {most} calls under way already; try again, perhaps at "
-            "another one",
-            _RETRY_AFTER,
-        )
-        await context.abort_with_status(rpc_status.to_status(error_status(error)))
-
-    # Of this kind, so that it answers at once and does not wait for a request.
-    return grpc.stream_stream_rpc_method_handler(refuse)
+        return make(call, handler.request_deserializer, handler.response_serializer)
 
 
 class StreamsInterceptor(grpc.aio.ServerInterceptor):

@@ -16,7 +16,6 @@ from exportd_server.api.interceptors.handlers import (
 from exportd_server.platform.tracing import (
     Kind,
     Span,
-    TraceContext,
     Tracer,
     read_metadata,
 )
@@ -55,19 +54,17 @@ class TracingInterceptor(grpc.aio.ServerInterceptor):
         service, method = split(handler_call_details)
         if handler is None or service not in self._services:
             return handler
-        parent = read_metadata(handler_call_details.invocation_metadata or ())
-        if parent is None and not self._tracer.enabled:
-            return handler
 
         def traced(behaviour: Behaviour) -> Behaviour:
-            return self._traced(behaviour, service, method, parent)
+            return self._traced(behaviour, service, method)
 
         return wrapped(handler, unary=traced, stream=traced)
 
-    def _traced(
-        self, behaviour: Behaviour, service: str, method: str, parent: TraceContext | None
-    ) -> Behaviour:
+    def _traced(self, behaviour: Behaviour, service: str, method: str) -> Behaviour:
         async def call(request: Any, context: Any) -> Any:
+            parent = read_metadata(context.invocation_metadata())
+            if parent is None and not self._tracer.enabled:
+                return await behaviour(request, context)
             with self._tracer.span(
                 f"{service}/{method}",
                 parent=parent,
