@@ -76,7 +76,9 @@ class PlainRows:
                 begin = max(start, first)
                 end = last if stop is None else min(stop, last)
                 widest = max(every[at].total_byte_size // sizes[at] for at in groups)
-                at_once = max(1, min(BATCH_BYTES // max(widest, 1), _BATCH_ROWS))
+                # Beyond the last row nothing is decoded.
+                most = min(BATCH_BYTES // max(widest, 1), _BATCH_ROWS, end - first)
+                at_once = max(1, most)
                 runs.append(_Run(path, tuple(groups), begin - first, end - begin, at_once))
         return cls([column.name for column in columns], runs)
 
