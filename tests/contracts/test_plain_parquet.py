@@ -24,9 +24,10 @@ from hypothesis import strategies as st
 
 from exportd_server.encoders.base import Format, OutputFormat
 from exportd_server.encoders.registry import open_encoder
-from exportd_server.errors import SourceFailed
-from exportd_server.sources import duckdb
+from exportd_server.errors import SourceFailed, ValueNotEncodable
+from exportd_server.sources import duckdb, parquet
 from exportd_server.sources.base import Filter, FilterOperator, Query, Shard
+from exportd_server.sources.batches import Stop
 from exportd_server.sources.duckdb import FileSource
 from exportd_server.sources.masks import Mask, Masks
 from exportd_server.sources.parquet import PlainRows
@@ -221,6 +222,7 @@ def test_a_server_on_plain_files_does_not_load_the_engine(tmp_path: Path) -> Non
     import sys
     from pathlib import Path
     from exportd_server import app
+    from exportd_server.errors import SourceFailed
     from exportd_server.sources.base import Query
     from exportd_server.sources.catalogue import load_catalogue
     dataset = load_catalogue(Path(sys.argv[1])).find("d", "default")
@@ -228,6 +230,14 @@ def test_a_server_on_plain_files_does_not_load_the_engine(tmp_path: Path) -> Non
     plan = dataset.source.plan(query, shard_rows=2)
     with dataset.source.open(query, plan.shards[0]) as stream:
         assert sum(batch.num_rows for batch in stream) == 5
+    with dataset.source.open(query, plan.shards[0]) as stream:
+        stream.cancel()
+        try:
+            list(stream)
+        except SourceFailed:
+            pass
+        else:
+            raise AssertionError("a cancelled read went on")
     assert "duckdb" not in sys.modules
     """
     command = [sys.executable, "-c", textwrap.dedent(script), str(catalogue)]
@@ -362,6 +372,64 @@ def test_a_batch_of_wide_rows_is_short(tmp_path: Path) -> None:
         sizes = [batch.nbytes for batch in stream]
     assert sum(sizes) >= 24 * 2**20
     assert max(sizes) < 6 * 2**20
+
+
+def test_one_wide_row_makes_no_other_batch_short(tmp_path: Path) -> None:
+    schema = pa.schema([("v", pa.string()), ("unread", pa.binary())])
+    with pq.ParquetWriter(tmp_path / "a", schema, use_dictionary=False) as writer:
+        narrow = {"v": ["x"] * 50_000, "unread": [os.urandom(1000)] * 50_000}
+        for group in (narrow, {"v": ["x" * 5_000_000], "unread": [b""]}, narrow):
+            writer.write_table(pa.table(group, schema))
+    source = file_source(tmp_path / "a")
+    query = Query(("v",))
+    rows = PlainRows.of([str(tmp_path / "a")], source.columns()[:1], 0, None)
+    assert rows is not None
+    sizes = [batch.num_rows for batch in rows.batches(Stop())]
+    assert sum(sizes) == read(source, query).num_rows == 100_001
+    assert len(sizes) < 20
+
+
+def test_a_limit_looks_at_no_file_that_it_does_not_reach(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(9):
+        pq.write_table(some_rows(10), tmp_path / f"{number}")
+    source = file_source(tmp_path / "*")
+    query = Query(("n",), (), 15)
+    plan = source.plan(query)
+    opened: list[str] = []
+    of = parquet._Footer.of
+
+    def noting(path: str) -> Any:
+        opened.append(path)
+        return of(path)
+
+    monkeypatch.setattr(parquet._Footer, "of", noting)
+    assert read(source, query, plan.shards[0]).num_rows == 15
+    assert len(opened) == 2
+
+
+def test_many_files_are_the_engines(
+    tmp_path: Path, engines: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To look at all their footers takes long, and nobody could stop it."""
+    monkeypatch.setattr(parquet, "_MOST_FILES", 3)
+    for number in range(4):
+        pq.write_table(some_rows(10), tmp_path / f"{number}")
+    source = file_source(tmp_path / "*")
+    engines.clear()
+    assert read(source, Query(("n",))).num_rows == 40
+    assert engines
+
+
+def test_what_is_no_text_is_refused_under_a_mask_too(tmp_path: Path) -> None:
+    """Of its hash no encoder can tell."""
+    broken = pa.array([b"good", b"\xff\xfe"]).view(pa.string())
+    pq.write_table(pa.table({"v": broken}), tmp_path / "a")
+    masked = file_source(tmp_path / "a").masked(Masks({"v": Mask.HASH}, "key"))
+    with pytest.raises(ValueNotEncodable) as failed:
+        read(masked, Query(("v",)))
+    assert failed.value.metadata == {"column": "v"}
 
 
 def test_a_large_row_group_is_read_a_little_at_a_time(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -133,6 +135,39 @@ async def test_work_of_a_caller_who_has_gone_is_not_begun_and_errors_are_told() 
         hands.close()
     with pytest.raises(RuntimeError, match="ended"):
         await hands.run(lambda: None)
+
+
+async def test_an_error_that_no_future_takes_leaves_the_others_theirs() -> None:
+    hands = Hands(1, "test-hands")
+    hold = threading.Event()
+
+    def stop() -> None:
+        raise StopIteration
+
+    try:
+        holding = asyncio.ensure_future(hands.run(lambda: hold.wait(60)))
+        odd = asyncio.ensure_future(hands.run(stop))
+        even = asyncio.ensure_future(hands.run(lambda: 2))
+        await asyncio.sleep(0)
+        hold.set()
+        assert await holding
+        with pytest.raises(RuntimeError, match="StopIteration"):
+            await odd
+        assert await even == 2
+    finally:
+        hands.close()
+
+
+def test_threads_that_nobody_closed_do_not_keep_a_process() -> None:
+    program = """
+import asyncio
+from exportd_server.jobs.ledger.hands import Hands
+async def main():
+    await Hands(2, "left").run(lambda: None)
+asyncio.run(main())
+"""
+    command = [sys.executable, "-c", program]
+    subprocess.run(command, check=True, timeout=60)
 
 
 # --- statements

@@ -30,7 +30,7 @@ from exportd_server.platform.lazy import LazyModule
 from exportd_server.sources import file_sql
 from exportd_server.sources import query as sql
 from exportd_server.sources.base import Column, Plan, Query, Shard, SourceChanged
-from exportd_server.sources.batches import Stop, conform, gather, not_fitting
+from exportd_server.sources.batches import Stop, conform, fitted, gather, not_fitting
 from exportd_server.sources.file_sql import INTEGERS, MARK, FileFormat, Reading
 from exportd_server.sources.files import (
     File,
@@ -108,6 +108,15 @@ def _translated() -> Iterator[None]:
             raise _Misfit(bytes.fromhex(marked[1]).decode()) from error
         if text.startswith(_MISFITS):
             raise _Misfit(None) from error
+        raise SourceFailed from error
+
+
+@contextlib.contextmanager
+def _translated_arrow() -> Iterator[None]:
+    """Arrow's errors, as exportd's. The engine's are not asked for, which would load it."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
         raise SourceFailed from error
 
 
@@ -371,7 +380,7 @@ class FileSource:
     def _cut(self, listing: Listing, rows: int) -> Sequence[Piece]:
         if self._format == "parquet":
             files = listing.files
-            with _translated():
+            with _translated_arrow():
                 return cut_rows(
                     self._counts(listing), rows, lambda place: group_rows(files[place].path)
                 )
@@ -500,7 +509,7 @@ class FileSource:
         known, counts = self._counted
         if known == listing.digest:
             return counts
-        with _translated():
+        with _translated_arrow():
             counts = [row_count(path) for path in listing.paths]
         self._counted = (listing.digest, counts)
         return counts
@@ -660,10 +669,14 @@ class FileStream:
         self._stop.check()
         batches = plain.batches(self._stop)
         while True:
-            with _translated_misfit():
+            with _translated_arrow():
                 batch = next(batches, None)
             if batch is None:
                 break
+            for column, field in zip(batch.columns, self._schema, strict=True):
+                if field.name in self._masks:
+                    # Of a hash no encoder can tell any more what it was made of.
+                    fitted(column, field.with_type(column.type), check_text=True)
             yield self._masks.hashed_batch(batch, self._schema.names)
         self._require_unchanged()
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,26 +26,34 @@ text that stands in many rows is counted once."""
 _BUFFER_BYTES = 256 * 2**10
 """How much of a column of a row group is read at a time. Without such a bound Arrow reads
 all of it, however large row groups are."""
+_MOST_FILES = 200
+"""Of more files than that the engine reads a shard: here all their footers are looked at
+first, and until then nobody can stop it."""
+
+
+class _Groups(NamedTuple):
+    """Neighbouring row groups, and how many of their rows to read at a time."""
+
+    indexes: list[int]
+    at_once: int
 
 
 @dataclass(frozen=True, slots=True)
-class _Run:
-    """Neighbouring row groups of a file, which of their rows are wanted, and how many at
-    a time."""
+class _Piece:
+    """What is wanted of a file: so many rows of some row groups, after the first `skip`."""
 
     path: str
-    groups: tuple[int, ...]
+    groups: tuple[_Groups, ...]
     skip: int
     rows: int
-    at_once: int
 
 
 class PlainRows:
     """A range of the rows of some files, one file after another."""
 
-    def __init__(self, names: Sequence[str], runs: Sequence[_Run]) -> None:
+    def __init__(self, names: Sequence[str], pieces: Sequence[_Piece]) -> None:
         self._names = list(names)
-        self._runs = runs
+        self._pieces = pieces
 
     @classmethod
     def of(
@@ -52,72 +61,59 @@ class PlainRows:
     ) -> PlainRows | None:
         """The rows from `start` up to `stop`, that one left out, None: to the end.
         Nothing where a file is not one that Arrow reads as the engine does, or cannot be
-        read at all, which the engine then tells in its own way."""
-        runs = []
+        read at all, which the engine then tells in its own way, and for many files."""
+        if len(paths) > _MOST_FILES:
+            return None
+        pieces = []
         seen = 0
         for path in paths:
-            found = _footer(path)
-            if found is None:
+            if stop is not None and seen >= stop:
+                break
+            footer = _Footer.of(path)
+            if footer is None or not all(map(footer.has, columns)):
                 return None
-            footer, schema = found
-            if not all(_is_plain(footer, schema, column) for column in columns):
-                return None
-            every = list(map(footer.row_group, range(footer.num_row_groups)))
-            sizes = [group.num_rows for group in every]
-            groups: list[int] = []
-            first = seen
-            for group, size in enumerate(sizes):
-                if size and seen + size > start and (stop is None or seen < stop):
-                    first = first if groups else seen
-                    groups.append(group)
-                seen += size
-            if groups:
-                last = first + sum(sizes[groups[0] : groups[-1] + 1])
-                begin = max(start, first)
-                end = last if stop is None else min(stop, last)
-                widest = max(every[at].total_byte_size // sizes[at] for at in groups)
-                # Beyond the last row nothing is decoded.
-                most = min(BATCH_BYTES // max(widest, 1), _BATCH_ROWS, end - first)
-                at_once = max(1, most)
-                runs.append(_Run(path, tuple(groups), begin - first, end - begin, at_once))
-        return cls([column.name for column in columns], runs)
+            piece, seen = footer.piece(columns, start, stop, seen)
+            if piece is not None:
+                pieces.append(piece)
+        return cls([column.name for column in columns], pieces)
 
     def batches(self, stop: Stop) -> Iterator[pa.RecordBatch]:
         """The rows. Raises what Arrow does, and `SourceFailed` once stopped."""
-        for run in self._runs:
-            with pa.OSFile(run.path) as file:
-                yield from self._read(file, run, stop)
+        for piece in self._pieces:
+            with pa.OSFile(piece.path) as file:
+                yield from self._read(file, piece, stop)
 
-    def _read(self, file: pa.NativeFile, run: _Run, stop: Stop) -> Iterator[pa.RecordBatch]:
+    def _read(
+        self, file: pa.NativeFile, piece: _Piece, stop: Stop
+    ) -> Iterator[pa.RecordBatch]:
         reader = pq.ParquetFile(file, buffer_size=_BUFFER_BYTES, pre_buffer=False)
-        skip, left = run.skip, run.rows
-        for batch in reader.iter_batches(
-            run.at_once,
-            row_groups=list(run.groups),
-            columns=self._names,
-            use_threads=False,
-        ):
-            stop.check()
-            wanted = batch.slice(min(skip, batch.num_rows), left)
-            skip -= min(skip, batch.num_rows)
-            left -= wanted.num_rows
-            if wanted.num_rows:
-                yield wanted.select(self._names)
-            if not left:
-                return
+        skip, left = piece.skip, piece.rows
+        for groups in piece.groups:
+            for batch in reader.iter_batches(
+                groups.at_once,
+                row_groups=groups.indexes,
+                columns=self._names,
+                use_threads=False,
+            ):
+                stop.check()
+                wanted = batch.slice(min(skip, batch.num_rows), left)
+                skip -= min(skip, batch.num_rows)
+                left -= wanted.num_rows
+                if wanted.num_rows:
+                    yield wanted.select(self._names)
+                if not left:
+                    return
         raise SourceFailed("a file has fewer rows than it says")
 
 
 def plain_columns(path: str) -> tuple[Column, ...] | None:
     """The columns of a file, of the types that the engine gives them; nothing unless Arrow
     reads each of them as the engine does."""
-    found = _footer(path)
-    if found is None:
+    footer = _Footer.of(path)
+    if footer is None:
         return None
-    footer, schema = found
-    columns = tuple(Column(field.name, _engines(field.type)) for field in schema)
-    plain = columns and all(_is_plain(footer, schema, column) for column in columns)
-    return columns if plain else None
+    columns = tuple(Column(field.name, _engines(field.type)) for field in footer.schema)
+    return columns if columns and all(map(footer.has, columns)) else None
 
 
 def row_count(path: str) -> int:
@@ -125,35 +121,82 @@ def row_count(path: str) -> int:
     return int(pq.read_metadata(path).num_rows)
 
 
-def _footer(path: str) -> tuple[pq.FileMetaData, pa.Schema] | None:
-    """What a file tells of itself, if it can be read and its names mean one column each,
-    letter case aside, as the engine has it."""
-    try:
-        with pa.OSFile(path) as file:
-            reader = pq.ParquetFile(file)
-            footer, schema = reader.metadata, reader.schema_arrow
-    except (pa.ArrowException, OSError):
-        return None
-    names = schema.names
-    return (footer, schema) if len({*map(str.casefold, names)}) == len(names) else None
+class _Footer:
+    """What a file tells of itself."""
+
+    def __init__(self, path: str, metadata: pq.FileMetaData, schema: pa.Schema) -> None:
+        self._path = path
+        self._metadata = metadata
+        self.schema = schema
+        # The places of the values of each column, by its name.
+        self._leaves: dict[str, list[int]] = {}
+        for place in range(len(metadata.schema)):
+            name, _, _ = metadata.schema.column(place).path.partition(".")
+            self._leaves.setdefault(name, []).append(place)
+
+    @classmethod
+    def of(cls, path: str) -> _Footer | None:
+        """That of a file that can be read and whose names mean one column each, letter
+        case aside, as the engine has it."""
+        try:
+            with pa.OSFile(path) as file:
+                reader = pq.ParquetFile(file)
+                metadata, schema = reader.metadata, reader.schema_arrow
+        except (pa.ArrowException, OSError):
+            return None
+        if len({*map(str.casefold, schema.names)}) < len(schema.names):
+            return None
+        return cls(path, metadata, schema)
+
+    def has(self, column: Column) -> bool:
+        """Whether it has a column just as it is declared, and that is the same to both."""
+        place = self.schema.get_field_index(column.name)
+        if place < 0 or self.schema.field(place).type != column.type:
+            return False
+        wanted = {*_paths(column.type, column.name)} if _clear([column.name]) else {""}
+        leaves = [
+            self._metadata.schema.column(each) for each in self._leaves.get(column.name, ())
+        ]
+        return {leaf.path for leaf in leaves} == wanted and all(
+            leaf.physical_type != "INT96" and leaf.logical_type.type in _LOGICAL
+            for leaf in leaves
+        )
+
+    def piece(
+        self, columns: Sequence[Column], start: int, stop: int | None, seen: int
+    ) -> tuple[_Piece | None, int]:
+        """Its part of the rows from `start` to `stop`, `seen` of which came before it, and
+        how many have then been seen."""
+        leaves = [leaf for column in columns for leaf in self._leaves[column.name]]
+        found: list[_Groups] = []
+        first = last = seen
+        for index in range(self._metadata.num_row_groups):
+            group = self._metadata.row_group(index)
+            after = seen + group.num_rows
+            if group.num_rows and after > start and (stop is None or seen < stop):
+                first = first if found else seen
+                last = after
+                at_once = _at_once(group, leaves)
+                if found and found[-1].at_once == at_once:
+                    found[-1].indexes.append(index)
+                else:
+                    found.append(_Groups([index], at_once))
+            seen = after
+        if not found:
+            return None, seen
+        begin = max(start, first)
+        end = last if stop is None else min(stop, last)
+        # Beyond the last row nothing is decoded.
+        groups = [each._replace(at_once=min(each.at_once, end - first)) for each in found]
+        return _Piece(self._path, tuple(groups), begin - first, end - begin), seen
 
 
-def _is_plain(footer: pq.FileMetaData, schema: pa.Schema, column: Column) -> bool:
-    """Whether a file has a column just as it is declared, and that is the same to both."""
-    place = schema.get_field_index(column.name)
-    if place < 0 or schema.field(place).type != column.type:
-        return False
-    wanted = {*_paths(column.type, column.name)} if _clear([column.name]) else {""}
-    inside = f"{column.name}."
-    leaves = [
-        leaf
-        for leaf in map(footer.schema.column, range(len(footer.schema)))
-        if leaf.path == column.name or leaf.path.startswith(inside)
-    ]
-    return {leaf.path for leaf in leaves} == wanted and all(
-        leaf.physical_type != "INT96" and leaf.logical_type.type in _LOGICAL
-        for leaf in leaves
-    )
+def _at_once(group: pq.RowGroupMetaData, leaves: Sequence[int]) -> int:
+    """How many rows of a group to read at a time, in few steps, so that most neighbours
+    are read alike."""
+    size: int = sum(group.column(leaf).total_uncompressed_size for leaf in leaves)
+    rows: int = BATCH_BYTES * group.num_rows // max(size, 1)
+    return 1 << max(min(rows, _BATCH_ROWS).bit_length() - 1, 0)
 
 
 _LOGICAL = frozenset({"NONE", "STRING", "INT", "DECIMAL", "DATE", "TIMESTAMP"})

@@ -28,28 +28,32 @@ class Hands:
         )
         self._done: deque[tuple[asyncio.Future[Any], Any, BaseException | None]] = deque()
         self._threads = [
-            threading.Thread(target=self._run, name=f"{name}_{number}")
+            # Left open, they must not keep the process from ending.
+            threading.Thread(target=self._run, name=f"{name}_{number}", daemon=True)
             for number in range(threads)
         ]
         self._woken = False
         self._closed = False
+        self._closing = threading.Lock()
         for thread in self._threads:
             thread.start()
 
     async def run(self, call: Callable[[], T]) -> T:
         """Call it in one of the threads. If the caller is cancelled before its turn it is
         not called."""
-        if self._closed:
-            raise RuntimeError("the threads have ended")
         future: asyncio.Future[T] = self._loop.create_future()
-        self._work.put((future, call))
+        with self._closing:
+            if self._closed:
+                raise RuntimeError("the threads have ended")
+            self._work.put((future, call))
         return await future
 
     def close(self) -> None:
         """Let what waits be done, and end the threads; blocks."""
-        self._closed = True
-        for _ in self._threads:
-            self._work.put(None)
+        with self._closing:
+            self._closed = True
+            for _ in self._threads:
+                self._work.put(None)
         for thread in self._threads:
             thread.join()
 
@@ -68,6 +72,9 @@ class Hands:
         failed: BaseException | None = None
         try:
             result = call()
+        except StopIteration as error:
+            failed = RuntimeError("a read raised StopIteration")  # no future takes that
+            failed.__cause__ = error
         except BaseException as error:  # noqa: BLE001 - told to whoever waits
             failed = error
         # What is added before this looks is taken by the loop, which is to look after that.
