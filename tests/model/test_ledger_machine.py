@@ -86,7 +86,8 @@ DELIVER = {TaskKind.DELIVER}
 
 POLICIES = {
     "b": QueuePolicy("b", concurrency=2, depth=2, on_full=OnFull.BLOCK),
-    "d": QueuePolicy("d", concurrency=1, depth=1, on_full=OnFull.DROP),
+    # A tenant's own, which its failures may disable; the other one is shared.
+    "d": QueuePolicy("d", concurrency=1, depth=1, on_full=OnFull.DROP, tenant="a"),
 }
 SINKS = {
     "parts": sink("parts", "b"),
@@ -428,7 +429,8 @@ class Model:
                 queue.failing_since = self.now
             failed_for = self.now - queue.failing_since
             tired = disable_after is not None and failed_for >= disable_after
-            queue.disabled = by_this = gone or tired
+            own = bool(POLICIES[delivery.queue].tenant)
+            queue.disabled = by_this = own and (gone or tired)
         if by_this:
             for task in self.tasks:
                 if task.queue == delivery.queue and task.state == "waiting":

@@ -12,8 +12,11 @@ import pytest
 
 from exportd_server.errors import SourceFailed
 from exportd_server.sources import duckdb as module
-from exportd_server.sources.base import Query
+from exportd_server.sources.base import Filter, FilterOperator, Query
 from exportd_server.sources.duckdb import FileSource
+
+QUERY = Query(("v",), (Filter("v", FilterOperator.IS_NOT_NULL),))
+"""One with a condition: without, no engine is needed."""
 
 
 @pytest.fixture
@@ -39,8 +42,7 @@ def numbers(folder: Path, name: str, *values: int) -> FileSource:
 
 
 def read(source: FileSource) -> list[int]:
-    query = Query(("v",))
-    with source.open(query, source.plan(query).shards[0]) as stream:
+    with source.open(QUERY, source.plan(QUERY).shards[0]) as stream:
         return [row["v"] for batch in stream for row in batch.to_pylist()]
 
 
@@ -69,7 +71,7 @@ def test_two_readers_at_once_have_an_engine_each(
     source = numbers(tmp_path, "a", 1)
     read(source)
     made.clear()
-    query = Query(("v",))
+    query = QUERY
     shard = source.plan(query).shards[0]
     with source.open(query, shard) as one, source.open(query, shard) as other:
         first, second = iter(one), iter(other)
@@ -82,7 +84,7 @@ def test_an_engine_whose_reader_stopped_on_the_way_is_not_used_again(
 ) -> None:
     source = numbers(tmp_path, "a", *range(100_000))
     made.clear()
-    query = Query(("v",))
+    query = QUERY
     with source.open(query, source.plan(query).shards[0]) as stream:
         batches = iter(stream)
         next(batches)
