@@ -20,7 +20,8 @@ started = Counter(
 )
 handled = Counter(
     "grpc_server_handled",
-    "Calls that ended, streams among them, by the code they ended with.",
+    "Calls that ended, streams among them, by the code they ended with. One that has a "
+    "single answer ends when that is made, whether or not it still reaches its caller.",
     (*_METHOD, "grpc_code"),
     registry=REGISTRY,
 )
