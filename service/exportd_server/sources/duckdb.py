@@ -224,7 +224,13 @@ class FileSource:
             raise FileNotFoundError(pattern)
         self._names: dict[str, str] = {}
         self._pinned: dict[str, str] = {}
-        if not self._look_at_plain(listing.paths[0]):
+        certain = True
+        columns = None
+        if file_format == "parquet" and not self._declared:
+            columns = plain_columns(listing.paths[0])
+        if columns is not None:
+            self._fields = {column.name: Field.plain(column) for column in columns}
+        else:
             with (
                 _translated_misfit(),
                 contextlib.closing(_engine(listing.paths, self._format)) as engine,
@@ -232,25 +238,14 @@ class FileSource:
                 self._names, self._pinned = self._describe(engine, listing.paths)
                 certain = self._pin_moments(engine, listing.paths[0])
                 self._fields = self._build(engine, listing.paths)
-            places = _PLACES.isdisjoint(map(str.casefold, self._names))
-            self._whole = not (certain and (places or file_format != "parquet"))
+        places = _PLACES.isdisjoint(map(str.casefold, self._fields))
+        self._whole = not (certain and (places or file_format != "parquet"))
         self._nested = {
             name
             for name, kind in self._pinned.items()
             if file_format == "json" and ("(" in kind or "[" in kind)
             if _INTEGER_LEAF.search(kind) and not kind.startswith("DECIMAL")
         }
-
-    def _look_at_plain(self, path: str) -> bool:
-        """Settle the columns without the engine, if the first file lets us."""
-        if self._format != "parquet" or self._declared:
-            return False
-        columns = plain_columns(path)
-        if columns is None:
-            return False
-        self._fields = {column.name: Field.plain(column) for column in columns}
-        self._whole = not _PLACES.isdisjoint(map(str.casefold, self._fields))
-        return True
 
     def masked(self, masks: Masks) -> FileSource:
         """The same files under masks."""
