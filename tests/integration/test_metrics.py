@@ -94,6 +94,9 @@ async def test_a_job_moves_what_it_touches(tmp_path: Path, unused_tcp_port: int)
         job = await rpc.export(it.stub, "plain", max_part_rows=BATCH_ROWS)
         size = len(await rpc.download(it.stub, job.job_id))
         data = {"dataset": "plain", "format": "CSV"}
+        # What a transaction did is counted when it is committed: its reader may be ahead.
+        await it.until_moved(1, "exportd_job_seconds_count", state="SUCCEEDED")
+        await it.until_moved(1, "exportd_attempts_total", kind="plan", outcome="done")
         assert await it.moved("exportd_jobs_created_total", **data) == 1
         assert await it.moved("exportd_jobs_finished_total", **data, state="SUCCEEDED") == 1
         assert await it.moved("exportd_jobs_failed_total") == 0
@@ -105,7 +108,6 @@ async def test_a_job_moves_what_it_touches(tmp_path: Path, unused_tcp_port: int)
         for stage in ("source", "encode", "write"):
             assert await it.moved("exportd_stage_seconds_count", stage=stage) == 1
             assert await it.moved("exportd_stage_seconds_sum", stage=stage) > 0
-        await it.until_moved(1, "exportd_attempts_total", kind="plan", outcome="done")
         assert await it.moved("exportd_claims_total", outcome="claimed") >= 1
         assert await it.moved("exportd_claim_seconds_count") >= 1
         # Its parts and its manifest.
@@ -181,12 +183,14 @@ async def test_jobs_that_fail_or_are_cancelled_are_counted_with_the_reason(
         job = await rpc.finish(it.stub, (await rpc.create(it.stub, "gated")).job_id)
         assert job.state == job_pb2.JOB_STATE_FAILED
         failed = {"dataset": "gated", "reason": "SOURCE_FAILED"}
-        assert await it.moved("exportd_jobs_failed_total", **failed) == 1
+        await it.until_moved(1, "exportd_job_seconds_count", state="FAILED")
         await it.until_moved(1, "exportd_attempts_total", kind="plan", outcome="failed")
+        assert await it.moved("exportd_jobs_failed_total", **failed) == 1
         gate.allow()
         job = await rpc.create(it.stub, "gated")
         await it.until(lambda n: n == 1, "exportd_store_uploads_open")
         await it.stub.CancelJob(pb.CancelJobRequest(job_id=job.job_id))
+        await it.until_moved(1, "exportd_job_seconds_count", state="CANCELLED")
         for state in ("FAILED", "CANCELLED"):
             assert await it.moved("exportd_jobs_finished_total", state=state) == 1
         await it.until_moved(1, "exportd_leases_lost_total", kind="plan", cause="job_ended")
