@@ -3,7 +3,7 @@
     export ADDRESS                          one export after the other, until it is ended
     download ADDRESS JOB                    one download after the other, until it is ended
     small ADDRESS ROWS JOBS CALLERS         small exports from creation to their file
-    unary ADDRESS REQUEST CALLS CALLERS     GetJob, the request in hex
+    unary ADDRESS CALLS CALLERS REQUEST...  GetJob, the requests in hex, in turns
 
 The last two tell as one JSON object how long all of it took, and each of it, in seconds.
 """
@@ -63,16 +63,16 @@ async def small(address: str, rows: str, jobs: str, callers: str) -> None:
             await _timed(one, int(jobs), int(callers))
 
 
-async def unary(address: str, request: str, calls: str, callers: str) -> None:
+async def unary(address: str, calls: str, callers: str, *requests: str) -> None:
     """Call GetJob so many times. The answers are not read: that is the client's work."""
-    wire = bytes.fromhex(request)
+    wires = [*map(bytes.fromhex, requests)]
     async with grpc.aio.insecure_channel(address) as channel:
         method: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(
             GET_JOB
         )
 
-        async def one(_number: int) -> None:
-            await method(wire)
+        async def one(number: int) -> None:
+            await method(wires[number % len(wires)])
 
         for number in range(_WARM_UP):
             await one(number)
@@ -103,8 +103,10 @@ def main() -> None:
         export(*arguments)
     elif kind == "download":
         download(*arguments)
+    elif kind == "small":
+        asyncio.run(small(*arguments))
     else:
-        asyncio.run({"small": small, "unary": unary}[kind](*arguments))
+        asyncio.run(unary(*arguments))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """GetJob beside an empty method on a bare grpc.aio server: what the service adds to what
-a call costs in Python anyway. The caller is the same process for both, and works with
-bytes."""
+a call costs in Python anyway. Each of several callers asks for a job of its own; all are
+one process, the same for both servers, which works with bytes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from json import loads
 from pathlib import Path
 
@@ -37,23 +37,27 @@ def results() -> Iterator[Result]:
         ) as empty,
     ):
         with exportd.Client(served.address) as client:
-            job = client.export("token_transfers", format="csv", limit=1000)
-            job.wait(timeout=600)
-        request = pb.GetJobRequest(job_id=job.id).SerializeToString()
+            jobs = [
+                client.export("token_transfers", format="csv", limit=1000)
+                for _ in range(max(CALLERS))
+            ]
+            for job in jobs:
+                job.wait(timeout=600)
+        requests = [pb.GetJobRequest(job_id=job.id).SerializeToString() for job in jobs]
         for callers in CALLERS:
-            yield from _compare(served, empty, request, callers)
+            yield from _compare(served, empty, requests[:callers], callers)
 
 
 def _compare(
-    served: Measured, empty: Measured, request: bytes, callers: int
+    served: Measured, empty: Measured, requests: Sequence[bytes], callers: int
 ) -> Iterator[Result]:
     calls = scaled(CALLS)
     name = f"GetJob, {callers} caller{'s' if callers > 1 else ''}"
     latencies: dict[str, list[list[float]]] = {name: [], _EMPTY: []}
     runs = contest(
         {
-            name: _calls(served, request, calls, callers, latencies[name]),
-            _EMPTY: _calls(empty, request, calls, callers, latencies[_EMPTY]),
+            name: _calls(served, requests, calls, callers, latencies[name]),
+            _EMPTY: _calls(empty, requests, calls, callers, latencies[_EMPTY]),
         }
     )
     yield from beside(
@@ -77,7 +81,7 @@ def _compare(
 
 def _calls(
     served: Measured,
-    request: bytes,
+    requests: Sequence[bytes],
     calls: int,
     callers: int,
     latencies: list[list[float]],
@@ -87,7 +91,7 @@ def _calls(
         done = subprocess.run(
             [
                 *(sys.executable, "-m", "bench.load", "unary", served.address),
-                *(request.hex(), str(calls), str(callers)),
+                *(str(calls), str(callers), *(each.hex() for each in requests)),
             ],
             check=True,
             stdout=subprocess.PIPE,

@@ -750,8 +750,8 @@ async def test_metrics_of_every_sink_are_there_from_the_start_and_count(
         assert value("exportd_sink_queue_depth", **sink, state="waiting") == 0
         job = await create(server, to("a", connection="counted", takes="whole"))
         await settled(server, job.job_id)
-    # An attempt is counted when the ledger has it, so a reader of the ledger may be ahead of
-    # the count; a server that has stopped has counted all it did.
+    # An attempt is counted once the ledger has it, so a reader of the ledger may be ahead
+    # of the count; a server that has stopped has counted all it did.
     assert value("exportd_sink_deliveries_total", **sink, outcome="retried") == 1
     assert value("exportd_sink_deliveries_total", **sink, outcome="dead_lettered") == 1
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
+from uuid import UUID
 
 import grpc
 import pytest
@@ -20,11 +21,14 @@ from exportd_server.api.interceptors.handlers import OncePerMethod
 from exportd_server.api.interceptors.limits import CapacityInterceptor
 from exportd_server.errors import LedgerUnavailable
 from exportd_server.jobs.ledger import codec
+from exportd_server.jobs.ledger.base import NewJob
 from exportd_server.jobs.ledger.hands import Hands
 from exportd_server.jobs.ledger.prepared import Prepared
+from exportd_server.jobs.ledger.sql import SqlLedger
 from exportd_server.jobs.ledger.sqlite import SqliteDatabase
 from exportd_server.jobs.ledger.tables import counters
 from exportd_server.platform.clock import SystemClock
+from tests.support.ledger import spec
 
 METHOD = "/exportd.v1.ExportService/GetJob"
 
@@ -54,6 +58,14 @@ class Counting(grpc.aio.ServerInterceptor):
     async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
         self.runs += 1
         return await continuation(handler_call_details)
+
+
+@pytest.fixture
+async def database(tmp_path: Path) -> Any:
+    database = SqliteDatabase(tmp_path / "ledger.db", SystemClock(), 5)
+    await database.open()
+    yield database
+    await database.close()
 
 
 # --- interceptors
@@ -170,15 +182,29 @@ asyncio.run(main())
     subprocess.run(command, check=True, timeout=60)
 
 
+async def test_jobs_that_are_asked_for_at_once_are_read_at_one_go(
+    database: SqliteDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = SqlLedger(database)
+    ids = [str(UUID(int=number)) for number in range(40)]
+    for job_id in ids:
+        await ledger.create_job(NewJob(job_id, "acme", spec()))
+    transactions: list[Any] = []
+    read = SqliteDatabase._read
+
+    def counted(self: SqliteDatabase, work: Callable[[Any], Any]) -> Any:
+        transactions.append(work)
+        return read(self, work)
+
+    monkeypatch.setattr(SqliteDatabase, "_read", counted)
+    found = await asyncio.gather(*(ledger.get_job("acme", job_id) for job_id in ids))
+    assert [job and job.job_id for job in found] == ids
+    # The first one alone, and then sixteen at a time.
+    assert len(transactions) == 4
+    assert await ledger.get_job("other", ids[0]) is None
+
+
 # --- statements
-
-
-@pytest.fixture
-async def database(tmp_path: Path) -> Any:
-    database = SqliteDatabase(tmp_path / "ledger.db", SystemClock(), 5)
-    await database.open()
-    yield database
-    await database.close()
 
 
 async def test_a_statement_is_compiled_once_for_the_values_it_is_given(

@@ -198,6 +198,32 @@ def job_message(job: Job) -> job_pb2.Job:
     return message
 
 
+class GetJobAnswers:
+    """GetJob's answers. Callers poll, mostly for jobs that have ended and stay as they
+    are, and to write such a message takes longer than to see that it is the same one."""
+
+    _MOST = 256
+    _MOST_BYTES = 16 << 10
+    """Larger ones are not kept: all of them stay below a few MiB."""
+
+    def __init__(self) -> None:
+        # In the order in which they were last asked for.
+        self._kept: dict[str, tuple[Job, export_service_pb2.GetJobResponse]] = {}
+
+    def of(self, job: Job) -> export_service_pb2.GetJobResponse:
+        """The answer that tells the job; nobody changes it."""
+        kept = self._kept.pop(job.job_id, None)
+        if kept is not None and kept[0] == job:
+            self._kept[job.job_id] = kept
+            return kept[1]
+        answer = export_service_pb2.GetJobResponse(job=job_message(job))
+        if job.state.terminal and answer.ByteSize() <= self._MOST_BYTES:
+            self._kept[job.job_id] = (job, answer)
+            if len(self._kept) > self._MOST:
+                del self._kept[next(iter(self._kept))]
+        return answer
+
+
 def _progress_message(job: Job) -> job_pb2.Progress:
     progress = job.progress
     message = job_pb2.Progress(

@@ -50,6 +50,7 @@ class ExportService:
         self._urls = urls
         self._tenant = tenant
         self._fingerprints = fingerprints
+        self._get_job_answers = answers.GetJobAnswers()
 
     async def ListDatasets(  # noqa: N802 - the contract's name
         self, request: pb.ListDatasetsRequest, context: object
@@ -125,7 +126,7 @@ class ExportService:
         """See the contract."""
         job_id = _job_id(request)
         job = await self._manager.get(self._tenant(context), job_id)
-        return pb.GetJobResponse(job=answers.job_message(job))
+        return self._get_job_answers.of(job)
 
     async def ListJobs(  # noqa: N802 - the contract's name
         self, request: pb.ListJobsRequest, context: object

@@ -42,6 +42,7 @@ from exportd_server.jobs.ledger.statements import (
     tidying,
     working,
 )
+from exportd_server.jobs.ledger.together import Together
 from exportd_server.jobs.ledger.transaction import Database, Transaction
 from exportd_server.jobs.model import (
     CancelOutcome,
@@ -65,6 +66,11 @@ _LOCKED_PAUSE = 0.02
 _REDRIVEN = 200
 """Deliveries that one transaction makes due again, and with them as many jobs at most."""
 
+_JOBS_AT_ONCE = 16
+"""Jobs that one transaction reads for callers."""
+_LOOKS = 4
+"""Such transactions at a time, where they take long."""
+
 L = TypeVar("L", Lease, Lease | None)
 
 
@@ -75,6 +81,7 @@ class SqlLedger:
         self._database = database
         self._giving_back: set[asyncio.Task[None]] = set()
         self.keys = LedgerKeys(database)
+        self._jobs = Together(self._get_jobs, at_once=_JOBS_AT_ONCE, looks=_LOOKS)
 
     # --- callers
 
@@ -93,7 +100,14 @@ class SqlLedger:
 
     async def get_job(self, tenant: str, job_id: str) -> Job | None:
         """See `Ledger`."""
-        return await self._database.read(lambda tx: reading.get_job(tx, tenant, job_id))
+        return await self._jobs.find((tenant, job_id))
+
+    async def _get_jobs(
+        self, asked: Sequence[tuple[str, str]]
+    ) -> dict[tuple[str, str], Job | None]:
+        return await self._database.read(
+            lambda tx: {each: reading.get_job(tx, *each) for each in asked}
+        )
 
     async def list_jobs(
         self,
