@@ -275,6 +275,33 @@ def test_a_new_generation_between_two_streams_begins_again_from_zero(
     assert offsets(server)[-1] == 0
 
 
+def test_a_job_known_to_have_succeeded_is_asked_for_only_if_it_was_made_anew(
+    server: ScriptedServer, tmp_path: Path
+) -> None:
+    with client(server) as c:
+        job = c.job(JOB)
+        job.download(tmp_path / "out.csv")
+        assert server.calls["GetJob"] == 1
+        server.script.generation = 2
+        job.download(tmp_path / "again.csv")
+    assert server.calls["GetJob"] == 2
+    assert (tmp_path / "again.csv").read_bytes() == DATA
+    streams = [r for r in server.requests if hasattr(r, "if_generation_match")]
+    assert [r.if_generation_match for r in streams] == [1, 1, 2]
+
+
+def test_a_job_seen_while_it_ran_is_asked_for_before_its_download(
+    server: ScriptedServer, tmp_path: Path
+) -> None:
+    with client(server) as c:
+        server.script.state = "RUNNING"
+        job = c.job(JOB)
+        server.script.state = "SUCCEEDED"
+        job.download(tmp_path / "out.csv")
+    assert server.calls["GetJob"] == 2
+    assert (tmp_path / "out.csv").read_bytes() == DATA
+
+
 def test_bytes_of_an_older_generation_on_disk_are_not_used(
     server: ScriptedServer, tmp_path: Path
 ) -> None:

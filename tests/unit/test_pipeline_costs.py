@@ -22,12 +22,14 @@ import pytest
 from exportd_server.encoders.base import Compression, Format, OutputFormat
 from exportd_server.pipeline.budget import Handover
 from exportd_server.pipeline.run import PartLimits, ShardRun, ShardTask
+from exportd_server.platform import malloc
 from exportd_server.sources.base import Query, Shard
 from exportd_server.sources.batches import BATCH_BYTES, Stop, gather
 from exportd_server.sources.duckdb import FileSource
 from exportd_server.sources.parquet import PlainRows
 from exportd_server.store.base import Buffer, OutputStore
 from exportd_server.store.key import JobPrefix, OutputKey
+from tests.support.waits import ENOUGH
 
 PREFIX = JobPrefix("acme", "0197c1f0-7a3e-7000-8000-000000000001")
 MIB = 2**20
@@ -100,8 +102,8 @@ class Nowhere:
         pass
 
 
-def run(source: Any, output: OutputFormat) -> Nowhere:
-    store = Nowhere()
+def run(source: Any, output: OutputFormat, store: Nowhere | None = None) -> Nowhere:
+    store = store or Nowhere()
     schema = source.schema if isinstance(source, Batches) else None
     names = schema.names if schema else [column.name for column in source.columns()]
     query = Query(tuple(names))
@@ -134,6 +136,41 @@ def calls(work: Callable[[], object]) -> int:
         sys.setprofile(None)
         threading.setprofile(None)
     return next(count)
+
+
+def test_small_exports_leave_free_memory_to_the_next_and_large_ones_give_it_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    released: list[str] = []
+    monkeypatch.setattr(malloc, "release_free_memory", lambda: released.append("all"))
+    monkeypatch.setattr(malloc, "_used", 0)
+    small = Batches([batch(1000)])
+    for _ in range(20):
+        run(small, OUTPUTS["csv"])
+    assert not released
+    # Whether it goes through at one go or in many exports.
+    run(Batches([batch(8192)] * 40), OUTPUTS["csv"])
+    assert len(released) == 1
+    malloc.release_memory_after(malloc.RELEASE_BYTES - 1)
+    run(small, OUTPUTS["csv"])
+    assert len(released) == 2
+
+
+def test_the_first_part_is_made_while_the_source_looks_for_its_first_rows() -> None:
+    made = threading.Event()
+
+    class Waits(Batches):
+        def __iter__(self) -> Iterator[pa.RecordBatch]:
+            assert made.wait(ENOUGH)
+            return iter(self.batches)
+
+    class Tells(Nowhere):
+        def create(self, key: OutputKey) -> Self:
+            made.set()
+            return self
+
+    store = run(Waits([batch(10)]), OUTPUTS["csv"], Tells())
+    assert sum(store.sizes) > 0
 
 
 @contextmanager

@@ -40,6 +40,8 @@ class Handover(Generic[B]):
         self._max_bytes = max_bytes
         self._batches: deque[tuple[B, int]] = deque()
         self._in_flight = 0
+        self.handed_over = 0
+        """Bytes that were put, all in all."""
         self._finished = False
         self._error: BaseException | None = None
         self._closed = False
@@ -56,6 +58,7 @@ class Handover(Generic[B]):
             if self._closed:
                 raise HandoverClosed
             self._in_flight += weight
+            self.handed_over += weight
             self._batches.append((batch, weight))
             self._changed.notify_all()
 

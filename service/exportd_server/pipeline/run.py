@@ -22,7 +22,7 @@ from exportd_server.pipeline.budget import Handover, HandoverClosed
 from exportd_server.pipeline.digest import HashingSink, PartDigest
 from exportd_server.pipeline.sift import line, sift
 from exportd_server.platform import metrics_exports as metrics
-from exportd_server.platform.malloc import release_free_memory
+from exportd_server.platform.malloc import release_memory_after
 from exportd_server.sources.base import BatchStream, Query, Shard, Source
 from exportd_server.sources.loose import LooseBatch
 from exportd_server.store.base import Buffer, OutputStore, PartWriter
@@ -127,7 +127,8 @@ class ShardRun:
             metrics.source_stage.observe(self._source_seconds)
             metrics.encode_stage.observe(self._encode_seconds)
             metrics.write_stage.observe(self._writing.seconds)
-            release_free_memory()
+            written = self.bytes - self._task.done_bytes
+            release_memory_after(self._handover.handed_over + written)
 
     def _run(self) -> None:
         try:
@@ -201,6 +202,10 @@ class ShardRun:
     def _write_parts(self, schema: pa.Schema) -> None:
         part: _OpenPart | None = None
         limits = self._task.limits
+        if self._sequence == 0 and self._task.shard.index == 0:
+            # An export without rows is still a file: a header, a schema. So this one is
+            # made in any case, and while the source looks for the first rows.
+            part = self._open_part(schema)
         try:
             for batch in self._handover:
                 rest = batch
@@ -218,9 +223,6 @@ class ShardRun:
                     if part.full(limits):
                         self._finish_part(part)
                         part = None
-            if part is None and self._sequence == 0 and self._task.shard.index == 0:
-                # An export without rows is still a file: a header, a schema.
-                part = self._open_part(schema)
             if part is not None:
                 self._finish_part(part)
                 part = None

@@ -144,7 +144,7 @@ class AsyncJob(JobHandle):
         """As `Job.download`; `on_progress` is called on the event loop. Cancelling the
         task ends the download, and what is there is kept."""
         plan = Plan(path, part, parallel, overwrite, follow)
-        return await self._client._download(self.id, plan, on_progress)  # noqa: SLF001 - one unit
+        return await self._client._download(self._info, plan, on_progress)  # noqa: SLF001 - one unit
 
     async def download_errors(
         self,
@@ -155,7 +155,7 @@ class AsyncJob(JobHandle):
     ) -> Download:
         """As `Job.download_errors`."""
         plan = Plan(path, overwrite=overwrite, errors=True)
-        return await self._client._download(self.id, plan, on_progress)  # noqa: SLF001 - one unit
+        return await self._client._download(self._info, plan, on_progress)  # noqa: SLF001 - one unit
 
     async def download_urls(
         self, *, lifetime: timedelta | None = None, part: int | None = None
@@ -178,7 +178,7 @@ class AsyncJob(JobHandle):
     async def _frame(self, build: Callable[[JobInfo, _frames.Fetch], Any]) -> Any:
         def work(downloader: Downloader) -> Any:
             def fetch(directory: Path) -> Download:
-                return downloader.download(self.id, Plan(directory))
+                return downloader.download(self._info, Plan(directory))
 
             return build(self._info, fetch)
 
@@ -379,7 +379,7 @@ class AsyncClient:
 
     async def _download(
         self,
-        job_id: str,
+        job: JobInfo,
         plan: Plan,
         on_progress: Callable[[DownloadProgress], object] | None,
     ) -> Download:
@@ -390,7 +390,7 @@ class AsyncClient:
             def report(progress: DownloadProgress) -> None:
                 loop.call_soon_threadsafe(on_progress, progress)
 
-        return await self._in_thread(lambda d: d.download(job_id, plan, report))
+        return await self._in_thread(lambda d: d.download(job, plan, report))
 
     async def _download_urls(
         self, job_id: str, lifetime: timedelta | None, part: int | None

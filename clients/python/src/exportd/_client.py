@@ -163,7 +163,7 @@ class Job(JobHandle):
         from exportd._download import Plan  # noqa: PLC0415 - many never download
 
         plan = Plan(path, part, parallel, overwrite, follow)
-        return self._client._download(self.id, plan, on_progress)  # noqa: SLF001 - one unit
+        return self._client._download(self._info, plan, on_progress)  # noqa: SLF001 - one unit
 
     def download_errors(
         self,
@@ -182,7 +182,7 @@ class Job(JobHandle):
         from exportd._download import Plan  # noqa: PLC0415 - many never download
 
         plan = Plan(path, overwrite=overwrite, errors=True)
-        return self._client._download(self.id, plan, on_progress)  # noqa: SLF001 - one unit
+        return self._client._download(self._info, plan, on_progress)  # noqa: SLF001 - one unit
 
     def download_urls(
         self, *, lifetime: timedelta | None = None, part: int | None = None
@@ -487,14 +487,14 @@ class Client:
 
     def _download(
         self,
-        job_id: str,
+        job: JobInfo,
         plan: Plan,
         on_progress: Callable[[DownloadProgress], object] | None,
     ) -> Download:
         from exportd._download import Downloader, Stop  # noqa: PLC0415 - as above
 
         downloader = Downloader(self._connection, self._get_job, Stop())
-        return downloader.download(job_id, plan, on_progress)
+        return downloader.download(job, plan, on_progress)
 
     def _download_urls(
         self, job_id: str, lifetime: timedelta | None, part: int | None

@@ -190,8 +190,10 @@ class Downloader:
         self._get_job = get_job
         self._stop = stop
 
-    def download(self, job_id: str, plan: Plan, report: Report | None = None) -> Download:
-        """Download a job's output.
+    def download(self, job: JobInfo, plan: Plan, report: Report | None = None) -> Download:
+        """Download the output of a job, which is asked for anew unless it had succeeded:
+        its manifest stays as it is, and whether the output is still there the server
+        tells.
 
         Raises:
             NotFinished, JobFailed, JobCancelled, OutputExpired: There is nothing to get.
@@ -205,8 +207,9 @@ class Downloader:
         if plan.follow and plan.part is not None:
             raise InvalidRequest.of("follow", "follows the whole output, not one part")
         restarts = 0
+        if job.manifest is None:
+            job = self._get_job(job.id)
         while True:
-            job = self._get_job(job_id)
             try:
                 if plan.follow and not job.state.final:
                     return self._follow(job, plan, report)
@@ -215,6 +218,7 @@ class Downloader:
                 restarts += 1
                 if restarts > _RESTARTS:
                     raise
+            job = self._get_job(job.id)
 
     def _fetch(
         self, job: JobInfo, manifest: Manifest, plan: Plan, report: Report | None
