@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from datetime import datetime
 from types import MappingProxyType
+from typing import Generic, TypeVar
+
+from google.protobuf.message import Message
 
 from exportd.v1 import dataset_pb2, export_service_pb2, job_pb2
 from exportd_server.api.sinks import (
@@ -21,6 +24,7 @@ from exportd_server.encoders.base import (
 from exportd_server.jobs.model import (
     CancelOutcome,
     DeliveryStatus,
+    ExportSpec,
     FilterLiteral,
     FilterSpec,
     Job,
@@ -81,6 +85,42 @@ def dataset_message(
         max_bytes=max_bytes or 0,
         estimated_rows=estimated_rows,
     )
+
+
+K = TypeVar("K", bound=Hashable)
+T = TypeVar("T")
+M = TypeVar("M", bound=Message)
+
+
+class Kept(Generic[K, T, M]):
+    """The messages that were last used and what they tell, under a key; few and small
+    ones, so that all of them stay below a few MiB."""
+
+    MOST = 256
+    MOST_BYTES = 16 << 10
+
+    def __init__(self) -> None:
+        # In the order in which they were last asked for.
+        self._kept: dict[K, tuple[T, M]] = {}
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def find(self, key: K) -> tuple[T, M] | tuple[None, None]:
+        """What was kept, if it still is."""
+        kept = self._kept.pop(key, None)
+        if kept is None:
+            return None, None
+        self._kept[key] = kept
+        return kept
+
+    def keep(self, key: K, told: T, message: M) -> None:
+        """Keep it unless it is large, for as long as others are not asked for instead."""
+        if message.ByteSize() > self.MOST_BYTES:
+            return
+        self._kept[key] = (told, message)
+        if len(self._kept) > self.MOST:
+            del self._kept[next(iter(self._kept))]
 
 
 def request_message(job: Job) -> job_pb2.CreateExportRequest:
@@ -170,12 +210,15 @@ def _literal_message(literal: FilterLiteral) -> job_pb2.FilterValue:
             return job_pb2.FilterValue(bytes_value=base64.b64decode(literal.text))
 
 
-def job_message(job: Job) -> job_pb2.Job:
-    """A job as its caller sees it."""
+def job_message(
+    job: Job, request: job_pb2.CreateExportRequest | None = None
+) -> job_pb2.Job:
+    """A job as its caller sees it; `request` is its request's message, if there is one
+    already."""
     message = job_pb2.Job(
         job_id=job.job_id,
         state=_STATES[job.state],
-        request=request_message(job),
+        request=request_message(job) if request is None else request,
         progress=_progress_message(job),
         create_time=timestamp(job.create_time),
         start_time=timestamp(job.start_time),
@@ -198,29 +241,33 @@ def job_message(job: Job) -> job_pb2.Job:
     return message
 
 
-class GetJobAnswers:
-    """GetJob's answers. Callers poll, mostly for jobs that have ended and stay as they
-    are, and to write such a message takes longer than to see that it is the same one."""
-
-    _MOST = 256
-    _MOST_BYTES = 16 << 10
-    """Larger ones are not kept: all of them stay below a few MiB."""
+class JobAnswers:
+    """Tells jobs, without writing again what it has written before. Nobody changes the
+    messages."""
 
     def __init__(self) -> None:
-        # In the order in which they were last asked for.
-        self._kept: dict[str, tuple[Job, export_service_pb2.GetJobResponse]] = {}
+        self._requests: Kept[str, tuple[ExportSpec, str], job_pb2.CreateExportRequest] = (
+            Kept()
+        )
+        self._got: Kept[str, Job, export_service_pb2.GetJobResponse] = Kept()
 
-    def of(self, job: Job) -> export_service_pb2.GetJobResponse:
-        """The answer that tells the job; nobody changes it."""
-        kept = self._kept.pop(job.job_id, None)
-        if kept is not None and kept[0] == job:
-            self._kept[job.job_id] = kept
-            return kept[1]
-        answer = export_service_pb2.GetJobResponse(job=job_message(job))
-        if job.state.terminal and answer.ByteSize() <= self._MOST_BYTES:
-            self._kept[job.job_id] = (job, answer)
-            if len(self._kept) > self._MOST:
-                del self._kept[next(iter(self._kept))]
+    def job(self, job: Job) -> job_pb2.Job:
+        """A job as its caller sees it."""
+        # The ledger shares what it has read before: whoever watches a job meets it again.
+        told, request = self._requests.find(job.job_id)
+        if told is None or told[0] is not job.spec or told[1] != job.request_id:
+            request = request_message(job)
+            self._requests.keep(job.job_id, (job.spec, job.request_id), request)
+        return job_message(job, request)
+
+    def get_job(self, job: Job) -> export_service_pb2.GetJobResponse:
+        """GetJob's answer. Callers poll, mostly for jobs that have ended and stay as they
+        are, and to write it takes longer than to see that it is the same one."""
+        told, answer = self._got.find(job.job_id)
+        if answer is None or told != job:
+            answer = export_service_pb2.GetJobResponse(job=self.job(job))
+            if job.state.terminal:
+                self._got.keep(job.job_id, job, answer)
         return answer
 
 

@@ -50,7 +50,7 @@ class ExportService:
         self._urls = urls
         self._tenant = tenant
         self._fingerprints = fingerprints
-        self._get_job_answers = answers.GetJobAnswers()
+        self._jobs = answers.JobAnswers()
 
     async def ListDatasets(  # noqa: N802 - the contract's name
         self, request: pb.ListDatasetsRequest, context: object
@@ -118,7 +118,7 @@ class ExportService:
                     fingerprints=self._fingerprints.of(requests.payload(request)),
                 )
             )
-        return pb.CreateExportResponse(job=answers.job_message(job))
+        return pb.CreateExportResponse(job=self._jobs.job(job))
 
     async def GetJob(  # noqa: N802 - the contract's name
         self, request: pb.GetJobRequest, context: object
@@ -126,7 +126,7 @@ class ExportService:
         """See the contract."""
         job_id = _job_id(request)
         job = await self._manager.get(self._tenant(context), job_id)
-        return self._get_job_answers.of(job)
+        return self._jobs.get_job(job)
 
     async def ListJobs(  # noqa: N802 - the contract's name
         self, request: pb.ListJobsRequest, context: object
@@ -156,7 +156,7 @@ class ExportService:
             last = page[-1]
             token = _token(digest, _micros(last.create_time), last.job_id)
         return pb.ListJobsResponse(
-            jobs=[answers.job_message(job) for job in page], next_page_token=token
+            jobs=[self._jobs.job(job) for job in page], next_page_token=token
         )
 
     async def WatchJob(  # noqa: N802 - the contract's name
@@ -169,7 +169,7 @@ class ExportService:
         )
         async with aclosing(watch) as jobs:
             async for job in jobs:
-                yield pb.WatchJobResponse(job=answers.job_message(job))
+                yield pb.WatchJobResponse(job=self._jobs.job(job))
 
     async def CancelJob(  # noqa: N802 - the contract's name
         self, request: pb.CancelJobRequest, context: object
@@ -179,7 +179,7 @@ class ExportService:
         tenant = self._tenant(context)
         job, outcome = await to_its_end(self._manager.cancel(tenant, job_id))
         return pb.CancelJobResponse(
-            job=answers.job_message(job), outcome=answers.CANCEL_OUTCOMES[outcome]
+            job=self._jobs.job(job), outcome=answers.CANCEL_OUTCOMES[outcome]
         )
 
     async def DeleteJob(  # noqa: N802 - the contract's name

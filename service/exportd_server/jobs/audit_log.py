@@ -6,7 +6,8 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import fields
+from typing import Any
 
 import structlog
 
@@ -45,7 +46,9 @@ _LONGEST_PAUSE = 5.0
 
 def write_line(record: AuditRecord) -> None:
     """Write the record's line of the log."""
-    told = {name: value for name, value in asdict(record).items() if value not in _NOTHING}
+    told: dict[str, Any] = {
+        name: value for name in _NAMES if (value := getattr(record, name)) not in _NOTHING
+    }
     told |= {
         "time": record.time.isoformat(),
         "duration": record.duration.total_seconds(),
@@ -57,6 +60,7 @@ def write_line(record: AuditRecord) -> None:
     _lines.info("audit", **told)
 
 
+_NAMES = tuple(each.name for each in fields(AuditRecord))
 _NOTHING: tuple[object, ...] = ("", None, (), False)
 
 

@@ -33,6 +33,12 @@ _QUEUED = [JobState.PENDING.value]
 # Built once, as in `reading` and `lifecycle`.
 _ADD_JOB = Prepared(sa.insert(jobs).returning(jobs))
 _ADD_TASK = Prepared(sa.insert(tasks))
+_OF_REQUEST = Prepared(
+    sa.select(jobs).where(
+        jobs.c.tenant == sa.bindparam("tenant"),
+        jobs.c.request_id == sa.bindparam("request_id"),
+    )
+)
 
 
 def create_job(
@@ -41,11 +47,9 @@ def create_job(
     """Record a job and its plan, unless the request was recorded before."""
     tx.dialect.ensure_tenant(tx.connection, new.tenant)
     if new.request_id:
-        known = tx.connection.execute(
-            sa.select(jobs).where(
-                jobs.c.tenant == new.tenant, jobs.c.request_id == new.request_id
-            )
-        ).first()
+        known = _OF_REQUEST.first(
+            tx.connection, tenant=new.tenant, request_id=new.request_id
+        )
         if known is not None:
             if known.fingerprint not in {new.fingerprint, *new.older_fingerprints}:
                 raise RequestIdConflict(known.job_id)

@@ -1,4 +1,4 @@
-"""GetJob's answers: which are kept, and that none of them is ever an old one."""
+"""What is told of jobs: which messages are kept, and that none is ever an old one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from uuid import UUID
 
 from exportd.v1 import export_service_pb2 as pb
-from exportd_server.api.answers import GetJobAnswers, job_message
+from exportd_server.api.answers import JobAnswers, Kept, job_message
 from exportd_server.encoders.base import Format, OutputFormat
 from exportd_server.jobs.model import (
     ExportSpec,
@@ -38,21 +38,21 @@ def finished(number: int = 1, *, parts: int = 1) -> Job:
     )
 
 
-def told(answers: GetJobAnswers, job: Job) -> pb.GetJobResponse:
-    answer = answers.of(job)
+def told(answers: JobAnswers, job: Job) -> pb.GetJobResponse:
+    answer = answers.get_job(job)
     assert answer == pb.GetJobResponse(job=job_message(job))
     return answer
 
 
 def test_a_job_that_is_as_it_was_is_told_by_the_same_answer() -> None:
-    answers = GetJobAnswers()
+    answers = JobAnswers()
     first = told(answers, finished())
     later = replace(finished(), read_time=datetime(2026, 1, 3, tzinfo=UTC))
     assert told(answers, later) is first
 
 
 def test_whatever_changes_of_a_job_is_told() -> None:
-    answers = GetJobAnswers()
+    answers = JobAnswers()
     job = finished()
     told(answers, job)
     for changed in (
@@ -67,18 +67,36 @@ def test_whatever_changes_of_a_job_is_told() -> None:
 
 
 def test_nothing_is_kept_of_a_job_that_goes_on() -> None:
-    answers = GetJobAnswers()
+    answers = JobAnswers()
     told(answers, replace(finished(), state=JobState.RUNNING, manifest=None))
-    assert not answers._kept
+    assert not len(answers._got)
+
+
+def test_a_request_is_written_once_for_all_that_is_told_of_its_job() -> None:
+    answers = JobAnswers()
+    job = replace(finished(), state=JobState.RUNNING, manifest=None, request_id="mine")
+    first = answers.job(job)
+    (written,) = (message for _, message in answers._requests._kept.values())
+    again = answers.job(replace(job, revision=2))
+    assert [message for _, message in answers._requests._kept.values()] == [written]
+    assert answers._requests._kept[job.job_id][1] is written
+    assert first == job_message(job)
+    assert again.request == first.request
+    # What is not the same is told as it is.
+    for changed in (
+        replace(job, request_id="another"),
+        replace(job, spec=replace(job.spec, limit=3)),
+    ):
+        assert answers.job(changed) == job_message(changed)
 
 
 def test_few_answers_are_kept_and_no_large_ones() -> None:
-    answers = GetJobAnswers()
+    answers = JobAnswers()
     told(answers, finished(parts=1000))
-    assert not answers._kept
+    assert not len(answers._got)
     often = told(answers, finished())
-    for number in range(2, 2 * answers._MOST):
+    for number in range(2, 2 * Kept.MOST):
         told(answers, finished(number))
         # One that is asked for again and again stays.
         assert told(answers, finished()) is often
-    assert len(answers._kept) == answers._MOST
+    assert len(answers._got) == Kept.MOST
