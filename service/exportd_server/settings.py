@@ -149,7 +149,7 @@ class WorkerSettings(Section):
         "then, and another one follows",
     )
     bytes_in_flight: PositiveInt = Field(
-        8 * 2**20, description="bytes of batches between reading and encoding an export"
+        6 * 2**20, description="bytes of batches between reading and encoding an export"
     )
 
 

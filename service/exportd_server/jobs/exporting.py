@@ -64,7 +64,7 @@ class ExportOptions:
     source."""
 
     shard_rows: int = 2_000_000
-    max_bytes_in_flight: int = 8 * 2**20
+    max_bytes_in_flight: int = 6 * 2**20
     progress_interval: float = 0.5
     source_timeout: float = 900.0
     block_timeout: float = 600.0
