@@ -1,6 +1,7 @@
 """GetJob beside an empty method on a bare grpc.aio server: what the service adds to what
-a call costs in Python anyway. Each of several callers asks for a job of its own; all are
-one process, the same for both servers, which works with bytes."""
+a call costs in Python anyway. Several callers ask for as many jobs, in turns, all of which
+have ended, as is polled most; they are one process, the same for both servers, which works
+with bytes."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from datetime import timedelta
@@ -11,6 +12,7 @@ import pytest
 
 from exportd_server.errors import ErrorReason, ErrorRecord
 from exportd_server.jobs.ledger.base import Kept, Lease, LeaseLost, TaskKind
+from exportd_server.jobs.ledger.statements import reading
 from exportd_server.jobs.ledger.statements.working import MOST_GENERATIONS
 from exportd_server.jobs.model import JobState, ManifestColumn
 from exportd_server.sources.base import Shard
@@ -720,3 +722,15 @@ async def test_beginning_anew_costs_no_attempt_and_gives_none_back(world: World)
     assert second.attempt == 2
     await world.ledger.restart_output(await world.plan(second))
     assert (await world.lease()).attempt == 2
+
+
+async def test_a_job_of_many_parts_is_told_whole_whoever_else_asks(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = await world.succeeded()
+    monkeypatch.setattr(reading, "_FEW_PARTS", 0)
+    waiting = await world.create("other")
+    asked = [waiting, done, done, waiting, done]
+    assert await asyncio.gather(*map(world.job, asked)) == asked
+    assert done.manifest is not None
+    assert await world.ledger.get_job("other", done.job_id) is None

@@ -290,6 +290,18 @@ def test_a_job_known_to_have_succeeded_is_asked_for_only_if_it_was_made_anew(
     assert [r.if_generation_match for r in streams] == [1, 1, 2]
 
 
+def test_an_output_without_a_byte_is_made_only_while_the_job_is_there(
+    tmp_path: Path,
+) -> None:
+    with scripted(parts=[ScriptedPart(b"")]) as server, client(server) as c:
+        job = c.job(JOB)
+        job.download(tmp_path / "out.csv")
+        server.script.state = "CANCELLED"
+        with pytest.raises(JobCancelled):
+            job.download(tmp_path / "again.csv")
+    assert leftovers(tmp_path) == ["out.csv"]
+
+
 def test_a_job_seen_while_it_ran_is_asked_for_before_its_download(
     server: ScriptedServer, tmp_path: Path
 ) -> None:

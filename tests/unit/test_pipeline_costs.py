@@ -20,8 +20,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from exportd_server.encoders.base import Compression, Format, OutputFormat
+from exportd_server.errors import SourceFailed
 from exportd_server.pipeline.budget import Handover
-from exportd_server.pipeline.run import PartLimits, ShardRun, ShardTask
+from exportd_server.pipeline.run import PartLimits, ShardRun, ShardTask, Stopped
 from exportd_server.platform import malloc
 from exportd_server.sources.base import Query, Shard
 from exportd_server.sources.batches import BATCH_BYTES, Stop, gather
@@ -102,20 +103,27 @@ class Nowhere:
         pass
 
 
-def run(source: Any, output: OutputFormat, store: Nowhere | None = None) -> Nowhere:
+def run(
+    source: Any,
+    output: OutputFormat,
+    store: Nowhere | None = None,
+    begins: Callable[[ShardRun], None] = lambda _: None,
+) -> Nowhere:
     store = store or Nowhere()
     schema = source.schema if isinstance(source, Batches) else None
     names = schema.names if schema else [column.name for column in source.columns()]
     query = Query(tuple(names))
     shard = Shard(0) if schema else source.plan(query).shards[0]
     task = ShardTask(source, query, shard, output, PartLimits(), PREFIX, token=1)
-    ShardRun(
+    own = ShardRun(
         task,
         cast("OutputStore", store),
         commit=lambda _: None,
         check=lambda *_: None,
         max_bytes_in_flight=8 * MIB,
-    )()
+    )
+    begins(own)
+    own()
     return store
 
 
@@ -138,22 +146,72 @@ def calls(work: Callable[[], object]) -> int:
     return next(count)
 
 
+@pytest.fixture
+def released(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Grows whenever free memory is given back; just now it was."""
+    times: list[str] = []
+    monkeypatch.setattr(malloc, "_releases", malloc._Releases())
+    malloc._releases.due_after(0)
+    monkeypatch.setattr(malloc, "release_free_memory", lambda: times.append("all"))
+    monkeypatch.setattr(malloc, "RELEASE_SECONDS", 1e6)
+    return times
+
+
 def test_small_exports_leave_free_memory_to_the_next_and_large_ones_give_it_back(
-    monkeypatch: pytest.MonkeyPatch,
+    released: list[str],
 ) -> None:
-    released: list[str] = []
-    monkeypatch.setattr(malloc, "release_free_memory", lambda: released.append("all"))
-    monkeypatch.setattr(malloc, "_used", 0)
     small = Batches([batch(1000)])
     for _ in range(20):
         run(small, OUTPUTS["csv"])
     assert not released
-    # Whether it goes through at one go or in many exports.
     run(Batches([batch(8192)] * 40), OUTPUTS["csv"])
     assert len(released) == 1
+    # Whether it goes through at one go or in many exports.
     malloc.release_memory_after(malloc.RELEASE_BYTES - 1)
     run(small, OUTPUTS["csv"])
     assert len(released) == 2
+
+
+def test_after_a_while_the_next_export_gives_free_memory_back_however_small(
+    released: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(Batches([batch(1)]), OUTPUTS["csv"])
+    assert not released
+    monkeypatch.setattr(malloc, "RELEASE_SECONDS", 0.0)
+    run(Batches([batch(1)]), OUTPUTS["csv"])
+    assert len(released) == 1
+
+
+@pytest.mark.parametrize("stops", ["fails", "is cancelled"])
+def test_a_source_that_ends_before_its_first_row_leaves_no_part(stops: str) -> None:
+    made = threading.Event()
+
+    class Ends(Batches):
+        def __iter__(self) -> Iterator[pa.RecordBatch]:
+            assert made.wait(ENOUGH)
+            if stops == "fails":
+                raise SourceFailed("it is away")
+            runs[0].cancel()
+            return iter(())
+
+    class Tells(Nowhere):
+        aborted = 0
+
+        def create(self, key: OutputKey) -> Self:
+            made.set()
+            return self
+
+        def finalize(self) -> None:
+            raise AssertionError
+
+        def abort(self) -> None:
+            self.aborted += 1
+
+    runs: list[ShardRun] = []
+    store = Tells()
+    with pytest.raises(SourceFailed if stops == "fails" else Stopped):
+        run(Ends([batch(10)]), OUTPUTS["csv"], store, runs.append)
+    assert store.aborted == 1
 
 
 def test_the_first_part_is_made_while_the_source_looks_for_its_first_rows() -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Sequence
 
 import pytest
 
+from exportd_server.errors import LedgerUnavailable
+from exportd_server.jobs.ledger import together
 from exportd_server.jobs.ledger.together import Together
 from tests.support.waits import ENOUGH
 
@@ -17,7 +20,11 @@ class Looks:
     def __init__(self, *, at_once: int = 100, looks: int = 1) -> None:
         self.begun: list[list[int]] = []
         self.open: list[asyncio.Event] = []
-        self.broken: set[int] = set()
+        self.at_once = False
+        """Looks need not be let."""
+        self.broken: dict[int, Exception] = {}
+        self.large: set[int] = set()
+        """Left out where there are others."""
         self._began = asyncio.Condition()
         self.together = Together(self._look, at_once=at_once, looks=looks)
 
@@ -27,10 +34,12 @@ class Looks:
         async with self._began:
             self.begun.append([*keys])
             self._began.notify_all()
-        await gate.wait()
-        if bad := self.broken & {*keys}:
-            raise ValueError(*bad)
-        return {key: 2 * key for key in keys}
+        if not self.at_once:
+            await gate.wait()
+        for key in keys:
+            if key in self.broken:
+                raise self.broken[key]
+        return {key: 2 * key for key in keys if len(keys) == 1 or key not in self.large}
 
     def ask(self, *keys: int) -> list[asyncio.Task[int]]:
         return [asyncio.create_task(self.together.find(key)) for key in keys]
@@ -71,16 +80,51 @@ async def test_one_look_has_so_many_keys_at_most() -> None:
 
 async def test_what_one_key_fails_by_is_no_failure_of_the_others() -> None:
     looks = Looks()
-    looks.broken = {2}
+    looks.broken = {2: ValueError("odd")}
     everyone = looks.ask(0, 1, 2, 2, 3)
-    # Those who failed at one go are looked up one by one.
-    for number in range(1, 6):
+    for number in (1, 2):
         await looks.until_begun(number)
+        looks.end(number)
+    # Those who failed at one go are looked up by themselves, at the same time.
+    await looks.until_begun(5)
+    for number in (3, 4, 5):
         looks.end(number)
     told = await asyncio.gather(*everyone, return_exceptions=True)
     assert [told[0], told[1], told[4]] == [0, 2, 6]
-    assert all(isinstance(each, ValueError) and each.args == (2,) for each in told[2:4])
+    assert told[2] is told[3] is looks.broken[2]
     assert looks.begun == [[0], [1, 2, 3], [1], [2], [3]]
+
+
+async def test_a_ledger_that_is_away_is_told_to_all_without_asking_again() -> None:
+    looks = Looks()
+    looks.broken = dict.fromkeys(range(20), LedgerUnavailable())
+    everyone = looks.ask(*range(20))
+    await looks.until_begun(1)
+    looks.at_once = True
+    looks.end(1)
+    told = await asyncio.gather(*everyone, return_exceptions=True)
+    assert all(isinstance(each, LedgerUnavailable) for each in told)
+    assert len(looks.begun) == 2
+
+
+async def test_what_is_left_out_is_looked_up_by_itself_and_holds_up_nobody() -> None:
+    looks = Looks()
+    looks.large = {2}
+    everyone = looks.ask(0, 1, 2, 3)
+    await looks.until_begun(1)
+    looks.end(1)
+    await looks.until_begun(2)
+    looks.end(2)
+    assert await asyncio.gather(*everyone[:2], everyone[3]) == [0, 2, 6]
+    await looks.until_begun(3)
+    later = looks.ask(4)
+    await looks.until_begun(4)
+    looks.end(4)
+    assert await later[0] == 8
+    assert not everyone[2].done()
+    looks.end(3)
+    assert await everyone[2] == 4
+    assert looks.begun == [[0], [1, 2, 3], [2], [4]]
 
 
 async def test_whoever_goes_away_takes_nothing_from_the_others() -> None:
@@ -114,6 +158,59 @@ async def test_a_look_that_takes_long_does_not_hold_up_who_comes_after() -> None
     assert not stuck[0].done()
     looks.end(1)
     assert await stuck[0] == 2
+
+
+async def test_nobody_waits_longer_beside_a_look_that_has_taken_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looks = Looks(looks=2)
+    stuck = looks.ask(1)
+    await looks.until_begun(1)
+    others = looks.ask(2)
+    await looks.until_begun(2)
+    looks.end(2)
+    assert await others[0] == 4
+    # From here on nobody's patience ends: what waited for that would wait for ever.
+    monkeypatch.setattr(together, "_PATIENCE", 1e6)
+    looks.at_once = True
+    async with asyncio.timeout(ENOUGH):
+        assert [await looks.together.find(key) for key in range(50)] == [*range(0, 100, 2)]
+        found = await asyncio.gather(*looks.ask(*range(50)))
+        assert [*found] == [*range(0, 100, 2)]
+    looks.end(1)
+    assert await stuck[0] == 2
+
+
+async def test_what_nobody_waits_for_any_more_is_not_looked_up() -> None:
+    looks = Looks()
+    first, gone, kept = looks.ask(1, 2, 3)
+    await looks.until_begun(1)
+    gone.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await gone
+    assert list(looks.together._waiting) == [3]
+    looks.at_once = True
+    looks.end(1)
+    assert [await first, await kept] == [2, 6]
+    assert looks.begun == [[1], [3]]
+
+
+def test_a_loop_that_ends_leaves_nothing_behind(
+    caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder
+) -> None:
+    looks: list[Looks] = []
+
+    async def left_waiting() -> None:
+        looks.append(Looks())
+        looks[0].ask(1, 2, 3)
+        await looks[0].until_begun(1)
+
+    asyncio.run(left_waiting())
+    gc.collect()
+    assert not caplog.records
+    assert not recwarn.list
+    assert not looks[0].together._under_way
+    assert looks[0].begun == [[1]]
 
 
 async def test_there_are_so_many_looks_at_most() -> None:

@@ -94,10 +94,10 @@ M = TypeVar("M", bound=Message)
 
 class Kept(Generic[K, T, M]):
     """The messages that were last used and what they tell, under a key; few and small
-    ones, so that all of them stay below a few MiB."""
+    ones, a MiB of them and a few times that in memory."""
 
     MOST = 256
-    MOST_BYTES = 16 << 10
+    MOST_BYTES = 4 << 10
 
     def __init__(self) -> None:
         # In the order in which they were last asked for.

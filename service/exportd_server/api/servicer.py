@@ -156,7 +156,7 @@ class ExportService:
             last = page[-1]
             token = _token(digest, _micros(last.create_time), last.job_id)
         return pb.ListJobsResponse(
-            jobs=[self._jobs.job(job) for job in page], next_page_token=token
+            jobs=[answers.job_message(job) for job in page], next_page_token=token
         )
 
     async def WatchJob(  # noqa: N802 - the contract's name

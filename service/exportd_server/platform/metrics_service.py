@@ -69,7 +69,8 @@ store_seconds = Histogram(
 )
 uploads_open = Gauge(
     "exportd_store_uploads_open",
-    "Parts that this process is writing to the output store.",
+    "Parts that this process is writing to the output store; the first of an export from "
+    "when its source is asked for rows.",
     registry=REGISTRY,
 )
 

@@ -191,9 +191,9 @@ class Downloader:
         self._stop = stop
 
     def download(self, job: JobInfo, plan: Plan, report: Report | None = None) -> Download:
-        """Download the output of a job, which is asked for anew unless it had succeeded:
-        its manifest stays as it is, and whether the output is still there the server
-        tells.
+        """Download the output of a job. The job is asked for anew unless it had succeeded,
+        for its manifest stays as it is, and whether the output is still there the server
+        tells when bytes are to be fetched.
 
         Raises:
             NotFinished, JobFailed, JobCancelled, OutputExpired: There is nothing to get.
@@ -207,7 +207,7 @@ class Downloader:
         if plan.follow and plan.part is not None:
             raise InvalidRequest.of("follow", "follows the whole output, not one part")
         restarts = 0
-        if job.manifest is None:
+        if job.manifest is None or not job.manifest.size:
             job = self._get_job(job.id)
         while True:
             try:

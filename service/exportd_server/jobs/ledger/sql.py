@@ -105,9 +105,7 @@ class SqlLedger:
     async def _get_jobs(
         self, asked: Sequence[tuple[str, str]]
     ) -> dict[tuple[str, str], Job | None]:
-        return await self._database.read(
-            lambda tx: {each: reading.get_job(tx, *each) for each in asked}
-        )
+        return await self._database.read(lambda tx: reading.get_jobs(tx, asked))
 
     async def list_jobs(
         self,

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
-from itertools import chain, islice
-from typing import Generic, TypeVar
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from itertools import islice
+from typing import Any, Generic, TypeVar
+
+from exportd_server.errors import LedgerUnavailable
 
 K = TypeVar("K")
 V = TypeVar("V")
 Waiting = asyncio.Future[V]
 
 _PATIENCE = 0.05
-"""Seconds after which those who wait no longer wait for the look before them."""
+"""Seconds after which nobody waits for a look any more but those who are part of it."""
 
 
 class Together(Generic[K, V]):
@@ -23,6 +24,8 @@ class Together(Generic[K, V]):
     The way to a thread, a transaction and the way back cost many times what reading a
     job's rows does, and are shared so. What a caller gets is read after it has asked:
     whoever asks while a look is under way is part of the next one.
+
+    For callers on one event loop.
     """
 
     def __init__(
@@ -32,77 +35,140 @@ class Together(Generic[K, V]):
         at_once: int,
         looks: int,
     ) -> None:
-        """`look` finds every key that it is given, of which there are at most `at_once`. A
-        look begins when the one before has ended or has taken long; `looks` is how many
-        may be under way then."""
+        """`look` is given at most `at_once` keys. One that it is given alone it finds; of
+        several it may leave out those that would keep the others waiting, which are then
+        looked up by themselves. A look begins when the one before has ended or has taken
+        long; `looks` is how many may be under way then."""
         self._look = look
         self._at_once = at_once
         self._looks = looks
-        self._under_way = 0
+        self._under_way: set[_Look] = set()
         self._waiting: dict[K, list[Waiting[V]]] = {}
-        self._impatience: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def find(self, key: K) -> V:
-        """What is found under the key. Raises what `look` raises for it alone."""
-        if not self._under_way:
-            self._under_way += 1
+        """What is found under the key. Raises `LedgerUnavailable` when the look that it is
+        part of does, and otherwise what `look` raises for it alone."""
+        if self._free() and not self._waiting:
+            look = self._begun()
             try:
                 return (await self._look([key]))[key]
             finally:
-                self._ended()
-        loop = asyncio.get_running_loop()
-        future: Waiting[V] = loop.create_future()
+                look.end()
+        future: Waiting[V] = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(key, []).append(future)
-        if self._impatience is None:
-            self._impatience = loop.call_later(_PATIENCE, self._begin)
-        return await future
+        try:
+            return await future
+        finally:
+            if future.cancelled():
+                self._forget(key, future)
 
-    def _ended(self) -> None:
-        self._under_way -= 1
-        if self._waiting and not self._under_way:
-            self._begin()
+    def _free(self) -> bool:
+        return len(self._under_way) < self._looks and not any(
+            look.quick for look in self._under_way
+        )
 
-    def _begin(self) -> None:
-        if self._impatience is not None:
-            self._impatience.cancel()
-            self._impatience = None
-        if self._waiting and self._under_way < self._looks:
-            self._under_way += 1
-            keys = list(islice(self._waiting, self._at_once))
-            asked = {key: self._waiting.pop(key) for key in keys}
-            task = asyncio.create_task(self._look_for(asked))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-        if self._waiting:
-            loop = asyncio.get_running_loop()
-            self._impatience = loop.call_later(_PATIENCE, self._begin)
+    def _begun(self) -> _Look:
+        look = _Look(self._under_way, self._go_on)
+        self._under_way.add(look)
+        return look
+
+    def _forget(self, key: K, future: Waiting[V]) -> None:
+        futures = self._waiting.get(key, [])
+        if future in futures:
+            futures.remove(future)
+            if not futures:
+                del self._waiting[key]
+
+    def _go_on(self) -> None:
+        """Look for those who wait, if a look may begin."""
+        if not self._waiting or not self._free():
+            return
+        asked: dict[K, list[Waiting[V]]] = {}
+        for key in [*islice(self._waiting, self._at_once)]:
+            # As the loop ends, all of them have been given up.
+            if futures := [each for each in self._waiting.pop(key) if not each.done()]:
+                asked[key] = futures
+        if not asked:
+            return
+        look = self._begun()
+        everyone = [future for futures in asked.values() for future in futures]
+        self._start(self._look_for(asked), everyone, look.end)
+
+    def _start(
+        self,
+        work: Coroutine[Any, Any, None],
+        futures: Sequence[Waiting[V]],
+        ended: Callable[[], None] = lambda: None,
+    ) -> None:
+        def done(task: asyncio.Task[None]) -> None:
+            self._tasks.discard(task)
+            if task.cancelled():
+                # The loop ends: nobody is left waiting for ever.
+                for future in futures:
+                    future.cancel()
+            ended()
+
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(done)
 
     async def _look_for(self, asked: Mapping[K, Sequence[Waiting[V]]]) -> None:
+        found: Mapping[K, V] = {}
         try:
-            found: Mapping[K, V] = {}
-            # What one of them fails by is no failure of the others.
-            with suppress(Exception):
-                found = await self._look([*asked])
-            for key, futures in asked.items():
-                await self._tell(key, futures, found)
-        finally:
-            for future in chain.from_iterable(asked.values()):
-                future.cancel()  # only if this was itself: the others are done
-            self._ended()
-
-    async def _tell(
-        self, key: K, futures: Sequence[Waiting[V]], found: Mapping[K, V]
-    ) -> None:
-        if all(future.done() for future in futures):
+            found = await self._look([*asked])
+        except LedgerUnavailable as error:
+            # It is away for one as for all, and who asks again waits again.
+            for futures in asked.values():
+                _fail(futures, error)
             return
+        except Exception as error:  # noqa: BLE001 - what one fails by is no failure of others
+            if len(asked) == 1:
+                _fail(next(iter(asked.values())), error)
+                return
+        for key, futures in asked.items():
+            if key in found:
+                _tell(futures, found[key])
+            elif not all(future.done() for future in futures):
+                self._start(self._look_alone(key, futures), futures)
+
+    async def _look_alone(self, key: K, futures: Sequence[Waiting[V]]) -> None:
         try:
-            value = found[key] if found else (await self._look([key]))[key]
+            value = (await self._look([key]))[key]
         except Exception as error:  # noqa: BLE001 - told to whoever waits
-            for future in futures:
-                if not future.done():
-                    future.set_exception(error)
+            _fail(futures, error)
         else:
-            for future in futures:
-                if not future.done():
-                    future.set_result(value)
+            _tell(futures, value)
+
+
+class _Look:
+    """A look that is under way. `go_on` is called when it has taken long and when it has
+    ended."""
+
+    def __init__(self, under_way: set[_Look], go_on: Callable[[], None]) -> None:
+        self.quick = True
+        self._under_way = under_way
+        self._go_on = go_on
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(_PATIENCE, self._has_taken_long)
+
+    def end(self) -> None:
+        self._timer.cancel()
+        self._under_way.discard(self)
+        self._go_on()
+
+    def _has_taken_long(self) -> None:
+        self.quick = False
+        self._go_on()
+
+
+def _tell(futures: Sequence[Waiting[V]], value: V) -> None:
+    for future in futures:
+        if not future.done():
+            future.set_result(value)
+
+
+def _fail(futures: Sequence[Waiting[V]], error: Exception) -> None:
+    for future in futures:
+        if not future.done():
+            future.set_exception(error)

@@ -44,6 +44,8 @@ from exportd_server.jobs.model import (
 from exportd_server.store.key import OutputKind
 
 _MOST_VARIABLES = 10_000
+_FEW_PARTS = 100
+"""Read in about a millisecond."""
 
 _PART_COLUMNS = tuple(
     parts.c[name]
@@ -194,10 +196,24 @@ def visible_job(tx: Transaction, tenant: str, job_id: str) -> Row[Any] | None:
     return found
 
 
+def get_jobs(
+    tx: Transaction, asked: Sequence[tuple[str, str]]
+) -> dict[tuple[str, str], Job | None]:
+    """Jobs as they stand, with their manifests, by tenant and id. Of several those are
+    left out whose many parts would keep the others waiting."""
+    found: dict[tuple[str, str], Job | None] = {}
+    for tenant, job_id in asked:
+        row = _VISIBLE_JOB_WITH_SUMS.first(tx.connection, job_id=job_id, tenant=tenant)
+        if row is None:
+            found[tenant, job_id] = None
+        elif len(asked) == 1 or (row.parts or 0) + (row.error_parts or 0) <= _FEW_PARTS:
+            found[tenant, job_id] = _whole(tx, row, {job_id: row})
+    return found
+
+
 def get_job(tx: Transaction, tenant: str, job_id: str) -> Job | None:
     """The job as it stands, with its manifest."""
-    row = _VISIBLE_JOB_WITH_SUMS.first(tx.connection, job_id=job_id, tenant=tenant)
-    return None if row is None else _whole(tx, row, {job_id: row})
+    return get_jobs(tx, [(tenant, job_id)])[tenant, job_id]
 
 
 def to_job(tx: Transaction, row: Row[Any]) -> Job:
