@@ -47,7 +47,7 @@ GROWING = 5
 
 CALLS_OF_A_CHUNK = 21
 """Functions and resumed coroutines of the service from one message to the next."""
-CALLS_OF_A_READ = 89
+CALLS_OF_A_READ = 90
 """Python functions, of libraries too, in which the ledger reads a finished job."""
 STATEMENTS_OF_A_READ = 2
 """The job with its tasks' sums, and its parts."""
@@ -235,7 +235,7 @@ async def test_a_download_waits_for_nothing_but_its_reader(service: Service) -> 
 
 async def test_a_call_for_a_job_reads_the_ledger_once(service: Service) -> None:
     await service.api.GetJob(pb.GetJobRequest(job_id=service.job.job_id), None)
-    assert service.reads == ["get_job"]
+    assert service.reads == ["_get_jobs"]
 
 
 async def test_a_finished_job_is_read_with_few_statements_that_are_built_already(
