@@ -168,7 +168,9 @@ def test_it_gives_what_the_engine_gives(
         )
     source = file_source(directory / "*")
     query = Query(tuple(columns), (), limit)
-    for shard in source.plan(query, shard_rows=shard_rows).shards:
+    shards = source.plan(query, shard_rows=shard_rows).shards
+    # A dozen of them: there may be as many as rows.
+    for shard in shards[:: -(-len(shards) // 12)]:
         ours = read(source, query, shard)
         theirs = by_the_engine(partial(read, source, query, shard))
         assert str(ours.to_pydict()) == str(theirs.to_pydict())  # NaN is not itself
