@@ -17,7 +17,7 @@ from tests.support.waits import ENOUGH
 class Looks:
     """Looks that end when they are let; what is found under a key is its double."""
 
-    def __init__(self, *, at_once: int = 100, looks: int = 1) -> None:
+    def __init__(self, *, at_once: int = 100, quick: int = 1, looks: int = 1) -> None:
         self.begun: list[list[int]] = []
         self.open: list[asyncio.Event] = []
         self.at_once = False
@@ -26,7 +26,7 @@ class Looks:
         self.large: set[int] = set()
         """Left out where there are others."""
         self._began = asyncio.Condition()
-        self.together = Together(self._look, at_once=at_once, looks=looks)
+        self.together = Together(self._look, at_once=at_once, quick=quick, looks=looks)
 
     async def _look(self, keys: Sequence[int]) -> dict[int, int]:
         gate = asyncio.Event()
@@ -82,12 +82,9 @@ async def test_what_one_key_fails_by_is_no_failure_of_the_others() -> None:
     looks = Looks()
     looks.broken = {2: ValueError("odd")}
     everyone = looks.ask(0, 1, 2, 2, 3)
-    for number in (1, 2):
+    # Those who failed at one go are looked up by themselves.
+    for number in range(1, 6):
         await looks.until_begun(number)
-        looks.end(number)
-    # Those who failed at one go are looked up by themselves, at the same time.
-    await looks.until_begun(5)
-    for number in (3, 4, 5):
         looks.end(number)
     told = await asyncio.gather(*everyone, return_exceptions=True)
     assert [told[0], told[1], told[4]] == [0, 2, 6]
@@ -181,6 +178,53 @@ async def test_nobody_waits_longer_beside_a_look_that_has_taken_long(
     assert await stuck[0] == 2
 
 
+async def test_several_looks_may_be_under_way_where_they_gain_by_it() -> None:
+    looks = Looks(at_once=2, quick=2, looks=3)
+    everyone = looks.ask(0, 1, 2, 3, 4)
+    await looks.until_begun(2)
+    looks.end(1)
+    await looks.until_begun(3)
+    looks.at_once = True
+    looks.end(2)
+    looks.end(3)
+    assert [await each for each in everyone] == [0, 2, 4, 6, 8]
+    assert looks.begun == [[0], [1], [2, 3], [4]]
+
+
+async def test_large_ones_are_looked_up_one_after_the_other_and_once_for_all() -> None:
+    looks = Looks(looks=2)
+    looks.large = {2, 3}
+    everyone = looks.ask(0, 1, 2, 3, 3)
+    for number in (1, 2):
+        await looks.until_begun(number)
+        looks.end(number)
+    await looks.until_begun(3)
+    more = looks.ask(5, 3, 3)
+    await looks.until_begun(4)
+    looks.at_once = True
+    looks.end(4)
+    assert await more[0] == 10
+    looks.end(3)
+    assert [await each for each in everyone + more] == [0, 2, 4, 6, 6, 10, 6, 6]
+    # The first look at 3 had not begun when more asked for it.
+    assert looks.begun[2:] in ([[2], [5], [3], [3]], [[2], [5, 3], [3]])
+
+
+async def test_many_who_go_away_at_once_leave_the_others_theirs() -> None:
+    looks = Looks(at_once=2)
+    first, *others = looks.ask(*range(8))
+    await looks.until_begun(1)
+    looks.at_once = True
+    # All in one turn of the loop: those who wait have not been told yet.
+    first.cancel()
+    for other in others[:-1]:
+        other.cancel()
+    async with asyncio.timeout(ENOUGH):
+        assert await others[-1] == 14
+        assert await looks.together.find(9) == 18
+    assert not looks.together._under_way
+
+
 async def test_what_nobody_waits_for_any_more_is_not_looked_up() -> None:
     looks = Looks()
     first, gone, kept = looks.ask(1, 2, 3)
@@ -198,6 +242,9 @@ async def test_what_nobody_waits_for_any_more_is_not_looked_up() -> None:
 def test_a_loop_that_ends_leaves_nothing_behind(
     caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder
 ) -> None:
+    gc.collect()  # what others have left
+    recwarn.clear()
+    caplog.clear()
     looks: list[Looks] = []
 
     async def left_waiting() -> None:

@@ -151,6 +151,9 @@ class PostgresDialect:
 class PostgresDatabase:
     """Connections and threads of one process."""
 
+    reads_at_a_time = 3
+    """They wait for the network, and leave connections to those who write."""
+
     def __init__(
         self,
         address: Address,

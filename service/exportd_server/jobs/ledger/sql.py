@@ -67,9 +67,7 @@ _REDRIVEN = 200
 """Deliveries that one transaction makes due again, and with them as many jobs at most."""
 
 _JOBS_AT_ONCE = 16
-"""Jobs that one transaction reads for callers."""
-_LOOKS = 4
-"""Such transactions at a time, where they take long."""
+"""Jobs that are read for callers at a time."""
 
 L = TypeVar("L", Lease, Lease | None)
 
@@ -81,7 +79,10 @@ class SqlLedger:
         self._database = database
         self._giving_back: set[asyncio.Task[None]] = set()
         self.keys = LedgerKeys(database)
-        self._jobs = Together(self._get_jobs, at_once=_JOBS_AT_ONCE, looks=_LOOKS)
+        quick = database.reads_at_a_time
+        self._jobs = Together(
+            self._get_jobs, at_once=_JOBS_AT_ONCE // quick, quick=quick, looks=quick + 1
+        )
 
     # --- callers
 

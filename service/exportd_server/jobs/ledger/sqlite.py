@@ -109,6 +109,9 @@ class SqliteDialect:
 class SqliteDatabase:
     """Connections, threads and the lock of one file."""
 
+    reads_at_a_time = 1
+    """What they read is in memory: more would wait for the interpreter's lock instead."""
+
     def __init__(self, path: Path, clock: Clock, max_attempts: int) -> None:
         self.signals = Signals()
         self._path = path

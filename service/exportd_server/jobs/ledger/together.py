@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from itertools import islice
 from typing import Any, Generic, TypeVar
 
 from exportd_server.errors import LedgerUnavailable
@@ -23,7 +22,7 @@ class Together(Generic[K, V]):
 
     The way to a thread, a transaction and the way back cost many times what reading a
     job's rows does, and are shared so. What a caller gets is read after it has asked:
-    whoever asks while a look is under way is part of the next one.
+    whoever asks while no more looks may begin is part of the next one.
 
     For callers on one event loop.
     """
@@ -33,18 +32,23 @@ class Together(Generic[K, V]):
         look: Callable[[Sequence[K]], Awaitable[Mapping[K, V]]],
         *,
         at_once: int,
-        looks: int,
+        quick: int = 1,
+        looks: int = 2,
     ) -> None:
         """`look` is given at most `at_once` keys. One that it is given alone it finds; of
         several it may leave out those that would keep the others waiting, which are then
-        looked up by themselves. A look begins when the one before has ended or has taken
-        long; `looks` is how many may be under way then."""
+        looked up by themselves, one after the other. There are `quick` looks at a time, to
+        which those are not counted that have taken long, and `looks` with them."""
         self._look = look
         self._at_once = at_once
+        self._quick = quick
         self._looks = looks
         self._under_way: set[_Look] = set()
         self._waiting: dict[K, list[Waiting[V]]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._large: Together[K, V] | None = None
+        if at_once > 1:
+            self._large = Together(look, at_once=1, looks=1)
 
     async def find(self, key: K) -> V:
         """What is found under the key. Raises `LedgerUnavailable` when the look that it is
@@ -57,6 +61,7 @@ class Together(Generic[K, V]):
                 look.end()
         future: Waiting[V] = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(key, []).append(future)
+        self._go_on()
         try:
             return await future
         finally:
@@ -64,9 +69,8 @@ class Together(Generic[K, V]):
                 self._forget(key, future)
 
     def _free(self) -> bool:
-        return len(self._under_way) < self._looks and not any(
-            look.quick for look in self._under_way
-        )
+        quick = sum(look.quick for look in self._under_way)
+        return quick < self._quick and len(self._under_way) < self._looks
 
     def _begun(self) -> _Look:
         look = _Look(self._under_way, self._go_on)
@@ -85,8 +89,9 @@ class Together(Generic[K, V]):
         if not self._waiting or not self._free():
             return
         asked: dict[K, list[Waiting[V]]] = {}
-        for key in [*islice(self._waiting, self._at_once)]:
-            # As the loop ends, all of them have been given up.
+        # Some may have been given up a moment ago, and not be forgotten yet.
+        while self._waiting and len(asked) < self._at_once:
+            key = next(iter(self._waiting))
             if futures := [each for each in self._waiting.pop(key) if not each.done()]:
                 asked[key] = futures
         if not asked:
@@ -103,8 +108,8 @@ class Together(Generic[K, V]):
     ) -> None:
         def done(task: asyncio.Task[None]) -> None:
             self._tasks.discard(task)
-            if task.cancelled():
-                # The loop ends: nobody is left waiting for ever.
+            if task.cancelled() or task.exception() is not None:
+                # The loop or the process ends: nobody is left waiting for ever.
                 for future in futures:
                     future.cancel()
             ended()
@@ -129,16 +134,8 @@ class Together(Generic[K, V]):
         for key, futures in asked.items():
             if key in found:
                 _tell(futures, found[key])
-            elif not all(future.done() for future in futures):
-                self._start(self._look_alone(key, futures), futures)
-
-    async def _look_alone(self, key: K, futures: Sequence[Waiting[V]]) -> None:
-        try:
-            value = (await self._look([key]))[key]
-        except Exception as error:  # noqa: BLE001 - told to whoever waits
-            _fail(futures, error)
-        else:
-            _tell(futures, value)
+            elif self._large is not None and not all(each.done() for each in futures):
+                self._start(_look_alone(self._large, key, futures), futures)
 
 
 class _Look:
@@ -160,6 +157,15 @@ class _Look:
     def _has_taken_long(self) -> None:
         self.quick = False
         self._go_on()
+
+
+async def _look_alone(large: Together[K, V], key: K, futures: Sequence[Waiting[V]]) -> None:
+    try:
+        value = await large.find(key)
+    except Exception as error:  # noqa: BLE001 - told to whoever waits
+        _fail(futures, error)
+    else:
+        _tell(futures, value)
 
 
 def _tell(futures: Sequence[Waiting[V]], value: V) -> None:

@@ -67,6 +67,8 @@ class Database(Protocol):
     to this process, and to others where there are any."""
 
     signals: Signals
+    reads_at_a_time: int
+    """How many reads gain by not waiting for each other."""
 
     async def write(self, work: Callable[[Transaction], T], *, line: str = "") -> T:
         """Run `work` in a transaction that may write. Those of one `line`, say of a job,

@@ -206,9 +206,14 @@ def get_jobs(
         row = _VISIBLE_JOB_WITH_SUMS.first(tx.connection, job_id=job_id, tenant=tenant)
         if row is None:
             found[tenant, job_id] = None
-        elif len(asked) == 1 or (row.parts or 0) + (row.error_parts or 0) <= _FEW_PARTS:
+        elif len(asked) == 1 or _is_small(row):
             found[tenant, job_id] = _whole(tx, row, {job_id: row})
     return found
+
+
+def _is_small(row: Row[Any]) -> bool:
+    parts: int = row.parts + row.error_parts
+    return row.state != JobState.SUCCEEDED or parts <= _FEW_PARTS
 
 
 def get_job(tx: Transaction, tenant: str, job_id: str) -> Job | None:
