@@ -26,7 +26,7 @@ from exportd_server.api.servicer import ExportService
 from exportd_server.api.urls import DownloadUrls, HttpLinks, UrlOptions
 from exportd_server.delivery.sinks import Sinks
 from exportd_server.encoders.base import Format
-from exportd_server.errors import ConfigurationError, StoreFailed
+from exportd_server.errors import ConfigurationError, LedgerUnavailable, StoreFailed
 from exportd_server.identity.authenticator import Authenticator
 from exportd_server.identity.base import KeyStore, Scope
 from exportd_server.identity.file import FileKeyStore
@@ -578,7 +578,13 @@ def _places(settings: Settings) -> dict[str, Path]:
 async def _claim(ledger: Ledger, store: OutputStore) -> None:
     """Make sure that no other ledger keeps its outputs here: each would sweep those of
     the other away."""
-    mine = await ledger.identity()
+    try:
+        mine = await ledger.identity()
+    except LedgerUnavailable as error:
+        raise ConfigurationError(
+            "ledger: it has answered and does so no longer; look after its database "
+            "(ledger.url) or, embedded, the disk of data_dir, and start this process again"
+        ) from error
     try:
         holder = await store.claim(mine)
     except StoreFailed as error:

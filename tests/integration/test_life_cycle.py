@@ -24,13 +24,14 @@ import pytest
 from exportd.v1 import export_service_pb2 as pb
 from exportd.v1 import job_pb2
 from exportd_server import app
-from exportd_server.errors import ConfigurationError, StoreFailed
+from exportd_server.errors import ConfigurationError, LedgerUnavailable, StoreFailed
 from exportd_server.jobs.housekeeping import Housekeeping
 from exportd_server.jobs.ledger.base import Lease, NewJob
 from exportd_server.jobs.ledger.postgres import (
     migrate_postgres_ledger,
     open_postgres_ledger,
 )
+from exportd_server.jobs.ledger.sql import SqlLedger
 from exportd_server.jobs.ledger.statements import lifecycle
 from exportd_server.jobs.manager import Policy
 from exportd_server.jobs.model import JobState
@@ -737,6 +738,18 @@ async def test_nothing_is_swept_where_another_ledger_keeps_its_outputs(
             await housekeeping(world, store).sweep(await world.lease(SWEEP))
             world.clock.advance(2 * 86_400)
     assert {prefix async for prefix in store.list_jobs()} == {theirs}
+
+
+async def test_a_ledger_that_goes_away_during_the_start_ends_it_with_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def cut(_: SqlLedger) -> str:
+        raise LedgerUnavailable
+
+    monkeypatch.setattr(SqlLedger, "identity", cut)
+    with pytest.raises(ConfigurationError, match=r"^ledger: .* \(ledger\.url\) or"):
+        async with serve(settings(tmp_path), catalogue_of(gated=GateSource())):
+            pass
 
 
 async def test_a_second_ledger_on_the_same_outputs_does_not_start(
