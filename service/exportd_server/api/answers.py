@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from datetime import datetime
 from types import MappingProxyType
 from typing import Generic, TypeVar
@@ -87,38 +87,37 @@ def dataset_message(
     )
 
 
-K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
 M = TypeVar("M", bound=Message)
 
 
-class Kept(Generic[K, T, M]):
-    """The messages that were last used and what they tell, under a key; few and small
-    ones, a MiB of them and a few times that in memory."""
+class Kept(Generic[T, M]):
+    """The messages that were last used and what they tell, by job id; few and small ones,
+    a MiB of them and a few times that in memory."""
 
     MOST = 256
     MOST_BYTES = 4 << 10
 
     def __init__(self) -> None:
         # In the order in which they were last asked for.
-        self._kept: dict[K, tuple[T, M]] = {}
+        self._kept: dict[str, tuple[T, M]] = {}
 
     def __len__(self) -> int:
         return len(self._kept)
 
-    def find(self, key: K) -> tuple[T, M] | tuple[None, None]:
+    def find(self, job_id: str) -> tuple[T, M] | tuple[None, None]:
         """What was kept, if it still is."""
-        kept = self._kept.pop(key, None)
+        kept = self._kept.pop(job_id, None)
         if kept is None:
             return None, None
-        self._kept[key] = kept
+        self._kept[job_id] = kept
         return kept
 
-    def keep(self, key: K, told: T, message: M) -> None:
+    def keep(self, job_id: str, told: T, message: M) -> None:
         """Keep it unless it is large, for as long as others are not asked for instead."""
         if message.ByteSize() > self.MOST_BYTES:
             return
-        self._kept[key] = (told, message)
+        self._kept[job_id] = (told, message)
         if len(self._kept) > self.MOST:
             del self._kept[next(iter(self._kept))]
 
@@ -246,10 +245,8 @@ class JobAnswers:
     messages."""
 
     def __init__(self) -> None:
-        self._requests: Kept[str, tuple[ExportSpec, str], job_pb2.CreateExportRequest] = (
-            Kept()
-        )
-        self._got: Kept[str, Job, export_service_pb2.GetJobResponse] = Kept()
+        self._requests: Kept[tuple[ExportSpec, str], job_pb2.CreateExportRequest] = Kept()
+        self._got: Kept[Job, export_service_pb2.GetJobResponse] = Kept()
 
     def job(self, job: Job) -> job_pb2.Job:
         """A job as its caller sees it."""

@@ -3,8 +3,8 @@
 Each message of a download is a buffer of a megabyte. By default glibc maps it afresh and
 unmaps it after, which costs a page fault for every 4 KiB: 245 810 faults for each GiB
 sent, against 272 with these thresholds, and half the throughput. Kept buffers add up,
-though, by thread and by arena, so arenas are few and are emptied when exports
-end, if that was not done just before.
+though, by thread and by arena, so arenas are few and are emptied when exports end, unless
+that was done just before.
 """
 
 from __future__ import annotations

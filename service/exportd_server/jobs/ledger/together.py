@@ -22,7 +22,9 @@ class Together(Generic[K, V]):
 
     The way to a thread, a transaction and the way back cost many times what reading a
     job's rows does, and are shared so. What a caller gets is read after it has asked:
-    whoever asks while no more looks may begin is part of the next one.
+    whoever asks while no more looks may begin is part of the next one. It is the batching
+    of https://github.com/graphql/dataloader, by what is under way instead of by the loop's
+    turn, and without its cache.
 
     For callers on one event loop.
     """

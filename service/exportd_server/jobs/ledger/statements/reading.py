@@ -212,8 +212,10 @@ def get_jobs(
 
 
 def _is_small(row: Row[Any]) -> bool:
-    parts: int = row.parts + row.error_parts
-    return row.state != JobState.SUCCEEDED or parts <= _FEW_PARTS
+    # Only these have a manifest.
+    if row.state != JobState.SUCCEEDED:
+        return True
+    return int(row.parts + row.error_parts) <= _FEW_PARTS
 
 
 def get_job(tx: Transaction, tenant: str, job_id: str) -> Job | None:
