@@ -1,9 +1,10 @@
 """PostgreSQL as a sink.
 
-The rows go by COPY into a temporary table, which locks nothing of anybody's however long
-they take, and from there in one short stretch, with the note that they were delivered,
-into the target. Two attempts at one delivery therefore never wait for each other's
-network, and the second to get there finds the note.
+The rows go by COPY, either straight into the target, where that keeps no other writer of
+rows waiting, or into a temporary table, which locks nothing of anybody's however long they
+take, and from there in one short stretch. The note that they were delivered comes last.
+Two attempts at one delivery therefore never wait for each other's network, and the second
+to get there finds the note.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import contextlib
 import os
 import secrets
 import socket
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -75,6 +77,10 @@ _MADE_MEANWHILE = (
 _CHECK_CLIENT = "SELECT set_config('client_connection_check_interval', '1s', true)"
 
 
+class _Noted(Exception):
+    """Another attempt has delivered."""
+
+
 class PostgresSink:
     """A PostgreSQL database that exports are written to. Each call has a connection of
     its own."""
@@ -123,7 +129,7 @@ class PostgresSink:
     def _deliver(
         self, call: Call, request: DatabaseRequest, delivery: Delivery, feed: Feed
     ) -> str:
-        plan: Plan | None = None
+        loading: _Loading | None = None
         with self._session(call) as session:
             try:
                 ledger = self._ledger(session)
@@ -133,19 +139,35 @@ class PostgresSink:
                     if receipt is not None:
                         return receipt
                     plan = plan_for(self._connection, session, request, delivery.export)
-                    staging = self._stage(session, plan, delivery, feed)
-                    _require_fitting(session, plan, staging)
+                    loading = self._loading(session, request, delivery, feed, plan)
+                    loading.load()
                     call.check()
-                    if not _note(session, ledger, plan.target, delivery):
-                        return cast("str", _receipt(session, ledger, delivery))
-                    self._put(session, request, delivery.export, plan, staging)
+                    _note(session, ledger, plan.target, delivery)
+                    loading.finish()
                     call.check()
                     return _told(_rows(delivery), str(plan.target))
+            except _Noted:
+                return cast("str", _receipt(session, ledger, delivery))
             except BadSinkRequest as error:
                 raise DeliveryFailed(error.description, retryable=False) from error
             except psycopg.Error as error:
                 call.check()
-                raise errors.failure(error, _columns_of(plan)) from error
+                copied = None if loading is None else loading.copied
+                raise errors.failure(error, copied) from error
+
+    def _loading(
+        self,
+        session: Session,
+        request: DatabaseRequest,
+        delivery: Delivery,
+        feed: Feed,
+        plan: Plan,
+    ) -> _Loading:
+        straight = (
+            plan.straight and request.mode == "APPEND" and not self._connection.always_stage
+        )
+        kind = _Straight if straight else _Staged
+        return kind(self._connection, session, request, delivery, feed, plan)
 
     @contextlib.contextmanager
     def _session(self, call: Call) -> Iterator[Session]:
@@ -169,7 +191,7 @@ class PostgresSink:
                 yield session
             except psycopg.Error as error:
                 call.check()
-                raise errors.failure(error, ()) from error
+                raise errors.failure(error) from error
             finally:
                 call.cut_by(None)
 
@@ -216,72 +238,142 @@ class PostgresSink:
             retryable=False,
         )
 
-    # How the rows get there.
 
-    def _stage(
-        self, session: Session, plan: Plan, delivery: Delivery, feed: Feed
-    ) -> sql.Identifier:
-        staging = sql.Identifier("pg_temp", f"exportd_{secrets.token_hex(8)}")
+class _Loading(ABC):
+    """How the rows of one attempt get into the target."""
+
+    def __init__(
+        self,
+        connection: DatabaseConnection,
+        session: Session,
+        request: DatabaseRequest,
+        delivery: Delivery,
+        feed: Feed,
+        plan: Plan,
+    ) -> None:
+        self._connection = connection
+        self._session = session
+        self._request = request
+        self._delivery = delivery
+        self._feed = feed
+        self._plan = plan
+        self.copied: errors.Copied | None = None
+        """What the server means when it tells where a COPY failed."""
+
+    @abstractmethod
+    def load(self) -> None:
+        """Take the rows into the database, however long they take to come."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """What is left to do once the delivery is noted, in a short stretch."""
+
+    def _new_name(self) -> str:
+        return f"exportd_{secrets.token_hex(8)}"
+
+    def _lock(self, lock: str) -> None:
+        """Lock the target, which must be what was planned for."""
+        target = self._plan.target
+        self._session.execute(
+            sql.SQL("LOCK TABLE {} IN {} MODE").format(target.identifier, _trusted(lock))
+        )
+        found = target_of(
+            self._connection, self._session, self._request, self._delivery.export
+        )
+        if found != target:
+            raise DeliveryFailed(
+                f"{target} was changed while rows were loaded", retryable=True
+            )
+
+    def _copy(self, schema: str, relation: str, names: Sequence[str]) -> None:
+        """All rows into columns of a table, in the order of the export's."""
+        shown = [(each.name, each.type.shown) for each in self._plan.columns]
+        self.copied = errors.Copied(relation, dict(zip(names, shown, strict=True)))
+        export, parts = self._delivery.export, self._delivery.parts
+        options = csv_options(export)
+        statement = sql.SQL(
+            "COPY {} ({}) FROM STDIN (FORMAT csv, DELIMITER {}, NULL {}, ENCODING 'UTF8')"
+        ).format(
+            sql.Identifier(schema, relation),
+            sql.SQL(", ").join(map(sql.Identifier, names)),
+            sql.Literal(options.delimiter),
+            sql.Literal(options.null_marker),
+        )
+        with self._session.cursor() as cursor:
+            with cursor.copy(statement) as copy:
+                for piece in csv_lines(
+                    self._feed, export, parts, self._connection.spool_directory
+                ):
+                    copy.write(piece)
+            count = cursor.rowcount
+        if count != _rows(self._delivery):
+            raise DeliveryFailed(
+                f"{count} rows were read of the {_rows(self._delivery)} that the export "
+                "has",
+                retryable=False,
+            )
+
+
+class _Straight(_Loading):
+    """Into the target itself. One that is to be made has another name until it is full,
+    so that whoever makes it meanwhile waits for nobody."""
+
+    def load(self) -> None:
+        target = self._plan.target
+        name = target.name
+        if target.oid:
+            self._lock("ROW EXCLUSIVE")
+        else:
+            name = self._made = self._new_name()
+            _make(self._session, self._plan, name)
+        self._copy(target.schema, name, [each.name for each in self._plan.columns])
+
+    def finish(self) -> None:
+        target = self._plan.target
+        if target.oid:
+            return
+        with _nobody_else_makes(target):
+            self._session.execute(
+                sql.SQL("ALTER TABLE {} RENAME TO {}").format(
+                    sql.Identifier(target.schema, self._made), sql.Identifier(target.name)
+                )
+            )
+
+
+class _Staged(_Loading):
+    """Through a temporary table."""
+
+    def load(self) -> None:
+        plan = self._plan
+        name = self._new_name()
+        self._staging = sql.Identifier("pg_temp", name)
         columns: list[sql.Composable] = [
-            sql.SQL("{} {}").format(_staged(index), _trusted(each.staging))
+            sql.SQL("{} {}").format(sql.Identifier(_staged(index)), _trusted(each.staging))
             for index, each in enumerate(plan.carriers)
         ]
         if plan.keys:
             # Which row came last, for those with the same key.
             columns.append(sql.SQL("place bigint GENERATED ALWAYS AS IDENTITY"))
-        session.execute(
+        self._session.execute(
             sql.SQL("CREATE TEMPORARY TABLE {} ({}) ON COMMIT DROP").format(
-                staging, sql.SQL(", ").join(columns)
+                self._staging, sql.SQL(", ").join(columns)
             )
         )
-        options = csv_options(delivery.export)
-        copy_statement = sql.SQL(
-            "COPY {} ({}) FROM STDIN (FORMAT csv, DELIMITER {}, NULL {}, ENCODING 'UTF8')"
-        ).format(
-            staging,
-            sql.SQL(", ").join(map(_staged, range(len(plan.carriers)))),
-            sql.Literal(options.delimiter),
-            sql.Literal(options.null_marker),
-        )
-        lines = csv_lines(
-            feed, delivery.export, delivery.parts, self._connection.spool_directory
-        )
-        with session.cursor() as cursor:
-            with cursor.copy(copy_statement) as copy:
-                for piece in lines:
-                    copy.write(piece)
-            staged = cursor.rowcount
-        if staged != _rows(delivery):
-            raise DeliveryFailed(
-                f"{staged} rows were read of the {_rows(delivery)} that the export has",
-                retryable=False,
-            )
-        return staging
+        self._copy("pg_temp", name, [_staged(n) for n in range(len(plan.carriers))])
+        _require_fitting(self._session, plan, self._staging)
 
-    def _put(
-        self,
-        session: Session,
-        request: DatabaseRequest,
-        export: Export,
-        plan: Plan,
-        staging: sql.Identifier,
-    ) -> None:
-        target = plan.target
+    def finish(self) -> None:
+        target = self._plan.target
         if not target.oid:
-            _make(session, plan)
-        # REPLACE keeps other writers away, so that what another one added meanwhile does
-        # not stay beside these rows. Readers go on with what was there.
-        lock = "SHARE ROW EXCLUSIVE" if request.mode == "REPLACE" else "ROW EXCLUSIVE"
-        session.execute(
-            sql.SQL("LOCK TABLE {} IN {} MODE").format(target.identifier, _trusted(lock))
-        )
-        if target.oid and target_of(self._connection, session, request, export) != target:
-            raise DeliveryFailed(
-                f"{target} was changed while rows were loaded", retryable=True
-            )
-        if request.mode == "REPLACE":
-            session.execute(sql.SQL("DELETE FROM {}").format(target.identifier))
-        session.execute(_insert(plan, staging))
+            _make(self._session, self._plan, target.name)
+        else:
+            # REPLACE keeps other writers away, so that what another one added meanwhile
+            # does not stay beside these rows. Readers go on with what was there.
+            replaces = self._request.mode == "REPLACE"
+            self._lock("SHARE ROW EXCLUSIVE" if replaces else "ROW EXCLUSIVE")
+            if replaces:
+                self._session.execute(sql.SQL("DELETE FROM {}").format(target.identifier))
+        self._session.execute(_insert(self._plan, self._staging))
 
 
 def _insert(plan: Plan, staging: sql.Identifier) -> sql.Composed:
@@ -310,21 +402,26 @@ def _insert(plan: Plan, staging: sql.Identifier) -> sql.Composed:
     return sql.SQL(" ").join(parts)
 
 
-def _make(session: Session, plan: Plan) -> None:
-    target = plan.target
+def _make(session: Session, plan: Plan, name: str) -> None:
     columns = [
         sql.SQL("{} {}").format(sql.Identifier(column.name), _trusted(column.type.shown))
-        for column in target.columns
+        for column in plan.target.columns
     ]
     if plan.keys:
         keys = [sql.Identifier(plan.columns[index].name) for index in plan.keys]
         columns.append(sql.SQL("PRIMARY KEY ({})").format(sql.SQL(", ").join(keys)))
-    try:
+    with _nobody_else_makes(plan.target):
         session.execute(
             sql.SQL("CREATE TABLE {} ({})").format(
-                target.identifier, sql.SQL(", ").join(columns)
+                sql.Identifier(plan.target.schema, name), sql.SQL(", ").join(columns)
             )
         )
+
+
+@contextlib.contextmanager
+def _nobody_else_makes(target: Target) -> Iterator[None]:
+    try:
+        yield
     except _MADE_MEANWHILE as error:
         raise DeliveryFailed(
             f"{target} was made while rows were loaded", retryable=True
@@ -335,13 +432,13 @@ def _require_fitting(session: Session, plan: Plan, staging: sql.Identifier) -> N
     """Raises `DeliveryFailed` for values that the target would change, and for keys that
     are missing, which would meet no row ever."""
     found = [
-        (over(each.misfit, f"c{index}"), plan.columns[index].name, each.why)
+        (over(each.misfit, _staged(index)), plan.columns[index].name, each.why)
         for index, each in enumerate(plan.carriers)
         if each.misfit
     ]
+    lack = "is missing, and it is a key"
     found += [
-        (f"c{index} IS NULL", plan.columns[index].name, "is missing, and it is a key")
-        for index in plan.keys
+        (f"{_staged(index)} IS NULL", plan.columns[index].name, lack) for index in plan.keys
     ]
     if not found:
         return
@@ -360,9 +457,9 @@ def _require_fitting(session: Session, plan: Plan, staging: sql.Identifier) -> N
 
 def _note(
     session: Session, ledger: sql.Identifier, target: Target, delivery: Delivery
-) -> bool:
-    """Note the delivery. False: it is there already. Another attempt that has noted it
-    and not ended is waited for."""
+) -> None:
+    """Note the delivery. Another attempt that has noted it and not ended is waited for;
+    raises `_Noted` when it is there then."""
     done = session.execute(
         sql.SQL(
             "INSERT INTO {} (delivery_id, job_id, target, rows) "
@@ -370,7 +467,8 @@ def _note(
         ).format(ledger),
         (delivery.delivery_id, delivery.export.job_id, str(target), _rows(delivery)),
     )
-    return done.rowcount == 1
+    if not done.rowcount:
+        raise _Noted
 
 
 def _receipt(session: Session, ledger: sql.Identifier, delivery: Delivery) -> str | None:
@@ -408,16 +506,12 @@ def _cut(session: Session) -> None:
         link.shutdown(socket.SHUT_RDWR)
 
 
-def _columns_of(plan: Plan | None) -> Sequence[tuple[str, str]]:
-    return [(each.name, each.type.shown) for each in plan.columns] if plan else []
-
-
-def _staged(index: int) -> sql.Identifier:
-    return sql.Identifier(f"c{index}")
+def _staged(index: int) -> str:
+    return f"c{index}"
 
 
 def _value(index: int, each: Carrier) -> sql.SQL:
-    return _trusted(over(each.value, f"c{index}"))
+    return _trusted(over(each.value, _staged(index)))
 
 
 def _trusted(text: str) -> sql.SQL:

@@ -4,13 +4,13 @@ and no value of a row."""
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import psycopg
 
 from exportd_server.errors import DeliveryFailed
 
-_STAGED = re.compile(r", column c(\d+)(?::|$)", re.MULTILINE)
 # The server tells its reasons to refuse a connection as text alone.
 _REFUSED = (
     (re.compile(r"authentication failed|no password supplied"), "credentials are refused"),
@@ -83,9 +83,17 @@ def unreachable(error: psycopg.Error) -> DeliveryFailed:
     return DeliveryFailed("the database cannot be reached", retryable=True)
 
 
-def failure(error: psycopg.Error, columns: Sequence[tuple[str, str]]) -> DeliveryFailed:
-    """Why a statement failed. `columns` are the names and types of the target, in the
-    order of the staging table."""
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """What a COPY goes into, by which the server tells where it failed: a relation, and
+    for each of its columns that is filled the target's name and type."""
+
+    relation: str
+    columns: Mapping[str, tuple[str, str]]
+
+
+def failure(error: psycopg.Error, copied: Copied | None = None) -> DeliveryFailed:
+    """Why a statement failed."""
     state = error.sqlstate
     if state is None:
         if isinstance(error, psycopg.OperationalError):
@@ -95,17 +103,28 @@ def failure(error: psycopg.Error, columns: Sequence[tuple[str, str]]) -> Deliver
     if passing:
         return DeliveryFailed(f"{passing} (SQLSTATE {state})", retryable=True)
     reason = _REASONS.get(state) or _CLASSES.get(state[:2]) or "the database refuses it"
-    where = _where(error.diag, columns)
+    where = _where(error.diag, copied)
     return DeliveryFailed(f"{where}{reason} (SQLSTATE {state})", retryable=False)
 
 
-def _where(diag: psycopg.errors.Diagnostic, columns: Sequence[tuple[str, str]]) -> str:
-    staged = _STAGED.search(diag.context or "")
-    if staged and int(staged[1]) < len(columns):
-        name, kind = columns[int(staged[1])]
-        return f"column {name!r} of type {kind}: "
+def _where(diag: psycopg.errors.Diagnostic, copied: Copied | None) -> str:
     if diag.constraint_name:
         return f"constraint {diag.constraint_name!r}: "
+    if copied is not None and (found := _column(diag.context or "", copied)):
+        name, kind = found
+        return f"column {name!r} of type {kind}: "
     if diag.column_name:
         return f"column {diag.column_name!r}: "
     return ""
+
+
+def _column(context: str, copied: Copied) -> tuple[str, str] | None:
+    # Above it may stand what a type has to say of the value.
+    begin = rf"^COPY {re.escape(copied.relation)}, line \d+, column "
+    place = re.search(begin, context, re.MULTILINE)
+    if place is None:
+        return None
+    rest = context[place.end() :]
+    # After the name, a colon and the value; a name may have a colon in it as well.
+    named = [name for name in copied.columns if f"{rest}:".startswith(f"{name}:")]
+    return copied.columns[max(named, key=len)] if named else None

@@ -68,6 +68,13 @@ SELECT ((indkey::int2[])[0:indnkeyatts - 1])::int4[] AS keys FROM pg_catalog.pg_
 WHERE indrelid = %(oid)s::int8::oid AND indisunique AND indisvalid AND indimmediate
   AND indpred IS NULL AND indexprs IS NULL
 """
+_STRAIGHT = """
+SELECT c.relkind = 'r' AND NOT c.relhastriggers AND NOT c.relhasrules
+       AND NOT c.relrowsecurity
+       AND NOT EXISTS (SELECT FROM pg_catalog.pg_index i WHERE i.indrelid = c.oid
+                       AND (i.indisunique OR i.indisexclusion)) AS it
+FROM pg_catalog.pg_class c WHERE c.oid = %(oid)s::int8::oid
+"""
 RIGHTS = """
 SELECT pg_catalog.has_database_privilege(current_database(), 'TEMP') AS temporary,
        current_schema()::text AS schema,
@@ -92,13 +99,15 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The table, as it is now; `oid` 0 when it is to be made."""
+    """The table, as it is now; `oid` 0 when it is to be made. `straight`: rows that come
+    slowly keep no other writer of rows waiting, and COPY does what INSERT would."""
 
     oid: int
     schema: str
     name: str
     columns: tuple[Column, ...]
     unique: tuple[frozenset[int], ...] = ()
+    straight: bool = True
 
     @property
     def identifier(self) -> sql.Identifier:
@@ -118,6 +127,11 @@ class Plan:
     carriers: tuple[Carrier, ...]
     keys: tuple[int, ...]
     """Positions of the key columns in the export."""
+
+    @property
+    def straight(self) -> bool:
+        """Whether rows that are only added could go into the target at once."""
+        return self.target.straight and all(each.straight for each in self.carriers)
 
 
 def plan_for(
@@ -206,7 +220,15 @@ def target_of(
             key=sorted,
         )
     )
-    return Target(found.oid, found.schema, found.name, columns, unique)
+    straight = one(session, _STRAIGHT, {"oid": found.oid})
+    return Target(
+        found.oid,
+        found.schema,
+        found.name,
+        columns,
+        unique,
+        straight is not None and straight.it,
+    )
 
 
 def _to_be_made(

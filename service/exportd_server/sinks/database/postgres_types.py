@@ -38,12 +38,14 @@ class PgType:
 class Carrier:
     """How a column gets there: its type in the staging table, the value that the target
     is given, as an expression over `C`, and the condition, also over `C`, of values
-    that the target would change, with what is then wrong with them."""
+    that the target would change, with what is then wrong with them. `straight`: the
+    target reads the text as exactly by itself, and needs no staging."""
 
     staging: str
     value: str = C
     misfit: str = ""
     why: str = ""
+    straight: bool = False
 
 
 class Misfit(Exception):
@@ -107,7 +109,7 @@ def carrier(kind: str, arrow: str, target: PgType) -> Carrier:
 
 def _text(target: PgType) -> Carrier:
     if target.typmod < 0:
-        return Carrier("text", _cast(target))
+        return Carrier("text", _cast(target), straight=True)
     # What is too long is an error, but blanks at the end are cut.
     return Carrier(
         "text",
@@ -127,7 +129,8 @@ def _from_string(target: PgType) -> Carrier:
             f"has not the length of {target.shown}",
         )
     if target.is_enum or (target.name in _FROM_TEXT and target.typmod < 0):
-        return Carrier("text" if target.is_enum else target.name, _cast(target))
+        staging = "text" if target.is_enum else target.name
+        return Carrier(staging, _cast(target), straight=True)
     raise Misfit("text")
 
 
@@ -138,7 +141,7 @@ def _cast(target: PgType) -> str:
 def _only(target: PgType, *names: str) -> Carrier:
     if target.name not in names:
         raise Misfit(" or ".join((*names, "text")))
-    return Carrier(target.name, _cast(target))
+    return Carrier(target.name, _cast(target), straight=True)
 
 
 def _boolean(arrow: str, target: PgType) -> Carrier:
@@ -149,11 +152,11 @@ def _boolean(arrow: str, target: PgType) -> Carrier:
 def _integer(arrow: str, target: PgType) -> Carrier:
     if target.name in ("int2", "int4", "int8"):
         # A number that is too large for it is an error of the database's.
-        return Carrier(target.name)
+        return Carrier(target.name, straight=True)
     if target.name == "numeric":
         return _numeric(0, target)
     if target.name == "float8" and re.fullmatch(r"u?int(8|16|32)", arrow):
-        return Carrier("float8")
+        return Carrier("float8", straight=True)
     raise Misfit("bigint, numeric or text")
 
 
@@ -163,7 +166,7 @@ def _numeric(scale: int, target: PgType) -> Carrier:
         kept = ((target.typmod - _VAR_HEADER) & 0x7FF ^ 0x400) - 0x400
         if kept < scale:
             raise Misfit(f"numeric of scale {scale} or text")
-    return Carrier(target.shown)
+    return Carrier(target.shown, straight=True)
 
 
 def _decimal(arrow: str, target: PgType) -> Carrier:
@@ -172,7 +175,7 @@ def _decimal(arrow: str, target: PgType) -> Carrier:
     if target.name == "numeric" and found:
         return _numeric(scale, target)
     if target.name in ("int2", "int4", "int8") and found and not scale:
-        return Carrier(target.name)
+        return Carrier(target.name, straight=True)
     raise Misfit(f"numeric of scale {scale} or text")
 
 
@@ -180,7 +183,7 @@ def _float(arrow: str, target: PgType) -> Carrier:
     # The text of a narrow number is exact in its own width only.
     own = "float8" if arrow == "double" else "float4"
     if target.name in ("float8", own):
-        return Carrier(own)
+        return Carrier(own, straight=own == target.name)
     raise Misfit("double precision or text" if own == "float8" else "real or text")
 
 
@@ -207,7 +210,7 @@ def _digits(arrow: str, target: PgType) -> int:
 def _moment(arrow: str, target: PgType, *, ending: str = "") -> Carrier:
     kept = _digits(arrow, target)
     if kept < 0:
-        return Carrier(target.name)
+        return Carrier(target.name, straight=True)
     return Carrier(
         "text",
         _cast(target),

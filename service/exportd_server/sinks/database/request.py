@@ -63,6 +63,9 @@ class DatabaseConnection(BaseModel):
     missing."""
     statement_timeout: Annotated[float, Field(gt=0, le=86_400)] = 3_600.0
     """Longest time for one statement, in seconds; PostgreSQL alone has it."""
+    always_stage: bool = False
+    """Have all rows go through a temporary table, those too that PostgreSQL could put into
+    their table at once."""
     spool_directory: Path | None = None
     """Where a Parquet part lies while it is read; the system's directory for temporary
     files when it is not given."""
