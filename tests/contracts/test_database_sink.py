@@ -40,6 +40,7 @@ from exportd_server.encoders.base import (
     OutputFormat,
 )
 from exportd_server.errors import ConfigurationError, DeliveryFailed, StoreFailed
+from exportd_server.platform.threads import left_over
 from exportd_server.sinks.base import BadSinkRequest, Delivery, Export, Sink, Takes
 from exportd_server.sinks.connections import load_connections
 from exportd_server.sinks.database import (
@@ -66,6 +67,7 @@ from tests.support.database_sink import (
 )
 from tests.support.memory import apart, growing
 from tests.support.postgres import PostgresServer
+from tests.support.server import until
 from tests.support.sinks import BytesContent, deliver_whole
 from tests.support.tables import csv_cells, encode, every_type
 from tests.support.waits import ENOUGH
@@ -745,10 +747,7 @@ async def test_a_delivery_that_is_cancelled_ends_soon_and_leaves_the_table_as_it
     with pytest.raises(asyncio.CancelledError):
         await task
     assert database.orders() == [(0, "old")]
-    for thread in threading.enumerate():
-        if "database-sink" in thread.name:
-            thread.join(ENOUGH)
-            assert not thread.is_alive()
+    await until(lambda: "exportd-database-sink" not in left_over())
     if isinstance(database, Postgres):
         found = database
         await found.until(lambda: not found.sessions())

@@ -235,6 +235,21 @@ def test_parallel_ranges_arrive_over_connections_of_their_own(
     assert len(server.peers) == 5  # four ranges and the client's own
 
 
+def test_downloads_one_after_the_other_share_a_connection(
+    server: ScriptedServer, tmp_path: Path
+) -> None:
+    with client(server) as c:
+        for n in range(3):
+            c.job(JOB).download(tmp_path / str(n))
+        assert len(server.peers) == 2  # that one and the client's own
+        # One that failed leaves its connection to nobody.
+        server.script.cuts = [0] * (3 + QUICK.attempts)
+        with pytest.raises(Unavailable):
+            c.job(JOB).download(tmp_path / "cut")
+        c.job(JOB).download(tmp_path / "again")
+        assert len(server.peers) == 3
+
+
 def test_parallel_ranges_resume_each_where_it_was_cut(
     server: ScriptedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import threading
+import weakref
 
 import pytest
 
+from exportd_server.platform import threads
 from exportd_server.platform.threads import in_daemon_thread, left_over
 from exportd_server.platform.waits import Backoff, first
 from tests.support.server import until
@@ -62,6 +64,47 @@ async def test_a_thread_gives_its_result_its_error_and_sees_the_callers_context(
 
     with pytest.raises(KeyError):
         await in_daemon_thread(fails, "test")
+
+
+async def test_a_thread_that_has_done_its_work_takes_the_next() -> None:
+    before = await in_daemon_thread(threading.get_ident, "test-first")
+    await until(lambda: not left_over())
+    assert await in_daemon_thread(threading.get_ident, "test-second") == before
+
+
+async def test_work_that_blocks_keeps_no_other_from_a_thread() -> None:
+    go_on = threading.Event()
+    blocked = [in_daemon_thread(lambda: go_on.wait(ENOUGH), "test-b") for _ in range(20)]
+    assert await in_daemon_thread(lambda: "done", "test") == "done"
+    assert left_over().count("exportd-test-b") == 20
+    go_on.set()
+    assert all(await asyncio.gather(*blocked))
+
+
+async def test_threads_without_work_end_and_lose_none_that_comes_just_then(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(threads, "_IDLE_SECONDS", 0.001)
+    for n in range(300):
+        assert await in_daemon_thread(lambda: n, "test") == n  # noqa: B023 - called now
+        await asyncio.sleep(0.0005 * (n % 4))
+    assert not left_over()
+    await until(lambda: not any(t.name == "idle" for t in threading.enumerate()))
+
+
+async def test_what_a_thread_has_worked_on_is_held_no_longer() -> None:
+    class Large:
+        pass
+
+    large = Large()
+    held = weakref.ref(large)
+
+    def work(of: Large = large) -> None:
+        del of
+
+    await in_daemon_thread(work, "test")
+    del large, work
+    await until(lambda: held() is None)
 
 
 async def test_a_thread_that_nobody_waits_for_is_left_behind_and_ends_quietly() -> None:

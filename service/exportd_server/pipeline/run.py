@@ -23,6 +23,7 @@ from exportd_server.pipeline.digest import HashingSink, PartDigest
 from exportd_server.pipeline.sift import line, sift
 from exportd_server.platform import metrics_exports as metrics
 from exportd_server.platform.malloc import release_memory_after
+from exportd_server.platform.threads import daemon_thread
 from exportd_server.sources.base import BatchStream, Query, Shard, Source
 from exportd_server.sources.loose import LooseBatch
 from exportd_server.store.base import Buffer, OutputStore, PartWriter
@@ -167,18 +168,15 @@ class ShardRun:
                 self._stream = stream
                 if self._cancelled:
                     raise Stopped
-            reader = threading.Thread(
-                target=self._read, args=(stream,), name="exportd-read", daemon=True
-            )
-            reader.start()
+            reader = daemon_thread(lambda: self._read(stream), "read")
             try:
                 self._write_parts(stream.schema)
             finally:
                 # After an error here the reader may wait for room, or in the source.
                 self._handover.close()
-                if reader.is_alive():
+                if not reader.done():
                     stream.cancel()
-                reader.join()
+                reader.result()
                 with self._lock:
                     self._stream = None
 

@@ -30,6 +30,7 @@ from exportd._client import WATCH_SECONDS, watch_delay
 from exportd._connection import (
     DEFAULT_ADDRESS,
     Attempts,
+    Channels,
     Connection,
     OptionValue,
     Retry,
@@ -216,6 +217,7 @@ class AsyncClient:
             metadata,
         )
         self._channel = self._connection.aio_channel()
+        self._channels = Channels(self._connection)
         self._stub = export_service_pb2_grpc.ExportServiceStub(self._channel)
 
     async def __aenter__(self) -> Self:
@@ -227,6 +229,7 @@ class AsyncClient:
     async def close(self) -> None:
         """Close the connection; calls that run are cancelled."""
         await self._channel.close()
+        self._channels.close()
 
     async def datasets(self) -> AsyncIterator[Dataset]:
         """As `Client.datasets`."""
@@ -413,7 +416,7 @@ class AsyncClient:
         def get_job(job_id: str) -> JobInfo:
             return asyncio.run_coroutine_threadsafe(self._get_job(job_id), loop).result()
 
-        downloader = Downloader(self._connection, get_job, stop)
+        downloader = Downloader(self._connection, self._channels, get_job, stop)
         running = asyncio.ensure_future(asyncio.to_thread(work, downloader))
         try:
             return await asyncio.shield(running)

@@ -16,6 +16,7 @@ from exportd._audit import AuditOutcome, AuditRecord
 from exportd._connection import (
     DEFAULT_ADDRESS,
     Attempts,
+    Channels,
     Connection,
     OptionValue,
     Retry,
@@ -274,6 +275,7 @@ class Client:
             metadata,
         )
         self._channel = self._connection.channel()
+        self._channels = Channels(self._connection)
         self._stub = export_service_pb2_grpc.ExportServiceStub(self._channel)
 
     def __enter__(self) -> Self:
@@ -285,6 +287,7 @@ class Client:
     def close(self) -> None:
         """Close the connection; calls that run are cancelled."""
         self._channel.close()
+        self._channels.close()
 
     def datasets(self) -> Iterator[Dataset]:
         """The datasets the caller may see, by name; fetched page by page."""
@@ -493,7 +496,7 @@ class Client:
     ) -> Download:
         from exportd._download import Downloader, Stop  # noqa: PLC0415 - as above
 
-        downloader = Downloader(self._connection, self._get_job, Stop())
+        downloader = Downloader(self._connection, self._channels, self._get_job, Stop())
         return downloader.download(job, plan, on_progress)
 
     def _download_urls(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import random
 import re
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from importlib import resources
@@ -165,6 +167,60 @@ class Connection:
             merged["grpc.enable_http_proxy"] = 0
         merged.update(self.options)
         return list(merged.items())
+
+
+class Channels:
+    """Blocking channels for downloads, lent to one user at a time. Some are kept for the
+    next one: to dial takes longer than a small output. Not for long, though, because on
+    the way a connection may be forgotten that carries nothing. Threads may share it."""
+
+    KEPT = 4
+    KEPT_SECONDS = 60.0
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._kept: list[tuple[grpc.Channel, float]] = []
+        self._closed = False
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def lend(self) -> Iterator[grpc.Channel]:
+        """A channel that nobody else uses meanwhile. It is closed when the user fails."""
+        channel = self._take()
+        try:
+            yield channel
+        except BaseException:
+            channel.close()
+            raise
+        self._give_back(channel)
+
+    def close(self) -> None:
+        """Close those that are kept, and from now on each when its user is done."""
+        with self._lock:
+            self._closed = True
+            kept, self._kept = self._kept, []
+        for channel, _ in kept:
+            channel.close()
+
+    def _take(self) -> grpc.Channel:
+        with self._lock:
+            found = self._kept.pop() if self._kept else None
+        if found is None:
+            return self._connection.channel()
+        channel, since = found
+        if time.monotonic() - since <= self.KEPT_SECONDS:
+            return channel
+        # What lies below is older yet.
+        channel.close()
+        return self._take()
+
+    def _give_back(self, channel: grpc.Channel) -> None:
+        with self._lock:
+            keep = not self._closed and len(self._kept) < self.KEPT
+            if keep:
+                self._kept.append((channel, time.monotonic()))
+        if not keep:
+            channel.close()
 
 
 def tls_from_files(

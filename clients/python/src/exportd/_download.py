@@ -9,13 +9,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import crc32c
 import grpc
 
-from exportd._connection import Attempts, Connection, is_passing
+from exportd._connection import Attempts, Channels, Connection, is_passing
 from exportd._files import (
     Identity,
     PartialFile,
@@ -45,6 +46,7 @@ MIN_RANGE = 8 * 1024 * 1024
 """A parallel range is not cut smaller than this many bytes."""
 
 _TICK = 0.1  # seconds between looks at stop, stalls and progress
+_FIRST_TICK = 0.02  # what takes no longer is hashed when all of it is there
 _VERIFY_TICK = 0.02  # seconds between looks for something to hash
 _SAVE_EVERY = 0.5  # seconds between records of what is there
 _CORRUPT_LIMIT = 3  # bad messages at one place before it counts as lost
@@ -184,9 +186,14 @@ class Downloader:
     """Downloads outputs of one server; blocks, holds no state between calls."""
 
     def __init__(
-        self, connection: Connection, get_job: Callable[[str], JobInfo], stop: Stop
+        self,
+        connection: Connection,
+        channels: Channels,
+        get_job: Callable[[str], JobInfo],
+        stop: Stop,
     ) -> None:
         self._connection = connection
+        self._channels = channels
         self._get_job = get_job
         self._stop = stop
 
@@ -355,6 +362,7 @@ class Downloader:
             file.reserve(source.total - sum(r.done for r in ranges))
         return _Transfer(
             self._connection,
+            self._channels,
             source,
             file,
             ranges,
@@ -397,7 +405,8 @@ class Downloader:
 
 
 class _Transfer:
-    """Fetches the missing ranges of one file, each on a thread and channel of its own.
+    """Fetches the missing ranges of one file, each on a thread, and on a channel that is
+    its own meanwhile.
 
     The calling thread waits, reports, records what is there and looks for stalls; so a
     KeyboardInterrupt reaches it at once, and callbacks run on the caller's thread.
@@ -406,6 +415,7 @@ class _Transfer:
     def __init__(
         self,
         connection: Connection,
+        channels: Channels,
         source: _Source,
         file: PartialFile,
         ranges: Sequence[Range],
@@ -416,6 +426,7 @@ class _Transfer:
     ) -> None:
         self._verifier = verifier
         self._connection = connection
+        self._channels = channels
         # Streams have threads of their own, which know of no span.
         self._metadata = connection.metadata
         self._source = source
@@ -426,6 +437,7 @@ class _Transfer:
         self._stop = stop
         self._changed = threading.Condition()
         self._running = 0
+        self._threads: list[threading.Thread] = []
         self._ending = threading.Event()
         self._error: BaseException | None = None
         self._calls: dict[_Stream, float | None] = {}
@@ -437,32 +449,26 @@ class _Transfer:
 
     def run(self, report: Callable[[int], object] | None) -> None:
         """Fetch everything. What is there when it fails is recorded for the next try."""
-        threads = [
-            threading.Thread(target=self._work, name=f"exportd-download-{n}", daemon=True)
-            for n in range(self._workers)
-        ]
-        self._running = len(threads)
-        if self._verifier is not None:
-            threads.append(
-                threading.Thread(
-                    target=self._verify_along,
-                    args=(self._verifier,),
-                    name="exportd-verify",
-                    daemon=True,
-                )
-            )
+        for n in range(self._workers):
+            self._thread(self._work, f"exportd-download-{n}")
+        self._running = self._workers
         try:
-            for thread in threads:
+            for thread in self._threads:
                 thread.start()
             self._wait(report)
         finally:
             self._end()
-            for thread in threads:
+            for thread in self._threads:
                 if thread.ident is not None:
                     thread.join()
             self._save()
         if report is not None:
             report(self.done)
+
+    def _thread(self, work: Callable[[], None], name: str) -> threading.Thread:
+        thread = threading.Thread(target=work, name=name, daemon=True)
+        self._threads.append(thread)
+        return thread
 
     def _verify_along(self, verifier: _Verifier) -> None:
         """Hash what is there from the start on, until the transfer ends. What is left,
@@ -476,16 +482,23 @@ class _Transfer:
     def _wait(self, report: Callable[[int], object] | None) -> None:
         saved = time.monotonic()
         reported = -1
+        tick = _FIRST_TICK
         while True:
             with self._changed:
                 if self._running and self._error is None:
-                    self._changed.wait(_TICK)
+                    self._changed.wait(tick)
                 if self._error is not None:
                     raise self._error
                 if not self._running:
                     return
             if self._stop.wanted:
                 raise Stopped
+            if tick == _FIRST_TICK:
+                # Until now it was not worth a thread of its own.
+                tick = _TICK
+                if self._verifier is not None:
+                    along = partial(self._verify_along, self._verifier)
+                    self._thread(along, "exportd-verify").start()
             now = time.monotonic()
             if now - saved >= _SAVE_EVERY:
                 self._save()
@@ -520,8 +533,7 @@ class _Transfer:
     def _work(self) -> None:
         error: BaseException | None = None
         try:
-            channel = self._connection.channel()
-            with channel:
+            with self._channels.lend() as channel:
                 stub = export_service_pb2_grpc.ExportServiceStub(channel)
                 while (wanted := self._next()) is not None:
                     self._fetch(stub, wanted)
