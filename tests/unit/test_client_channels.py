@@ -21,7 +21,7 @@ def lent(channels: Channels) -> grpc.Channel:
 
 
 def is_closed(channel: grpc.Channel) -> bool:
-    call = channel.unary_unary("/none/None")
+    call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary("/none/None")
     try:
         call(b"", timeout=0)
     except ValueError:
