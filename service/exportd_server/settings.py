@@ -96,7 +96,7 @@ class S3Settings(Section):
         8 * 2**20, description="bytes sent in one piece"
     )
     parts_in_flight: PositiveInt = Field(
-        4, description="pieces on their way at a time, for each part that is written"
+        2, description="pieces on their way at a time, for each part that is written"
     )
     attempts: PositiveInt = Field(5, description="tries of each call")
     connect_timeout: PositiveSeconds = Field(5.0, description="seconds to connect")

@@ -63,7 +63,7 @@ class S3Options:
     session_token: str | None = field(default=None, repr=False)
     ca_file: Path | None = None
     part_bytes: int = 8 << 20
-    parts_in_flight: int = 4
+    parts_in_flight: int = 2
     attempts: int = 5
     connect_timeout: float = 5.0
     read_timeout: float = 30.0
