@@ -135,7 +135,7 @@ class Postgres(Database):
         super().__init__(url)
 
     def settings(self) -> dict[str, Any]:
-        return {"url": self.url, "always_stage": self.always_stage}
+        return {"url": self.url} | ({"always_stage": True} if self.always_stage else {})
 
     def run(self, *statements: str) -> None:
         with psycopg.connect(self.url) as link:

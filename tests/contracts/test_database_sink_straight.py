@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import io
+import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -12,10 +15,13 @@ import psycopg
 import pyarrow as pa
 import pytest
 
+from exportd_server.encoders.base import Format, OutputFormat
 from exportd_server.errors import DeliveryFailed
 from exportd_server.sinks.base import Delivery
+from exportd_server.sinks.database import postgres
 from tests.contracts.test_database_sink import MORE, ROWS, Postgres
-from tests.support.database_sink import delivery_of, held
+from tests.contracts.test_encoders import name_of
+from tests.support.database_sink import CSV, delivery_of, held
 
 
 @pytest.fixture
@@ -23,11 +29,24 @@ def database(postgres_url: str) -> Postgres:
     return Postgres(postgres_url)
 
 
+@pytest.fixture
+def into(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Schemas of the tables that rows were copied into."""
+    copy, seen = postgres._Loading._copy, []
+
+    def note(self: Any, schema: str, *others: Any) -> None:
+        seen.append(schema)
+        copy(self, schema, *others)
+
+    monkeypatch.setattr(postgres._Loading, "_copy", note)
+    return seen
+
+
 @asynccontextmanager
-async def loading(
+async def coming(
     database: Postgres, delivery: Delivery | None = None, **request: Any
 ) -> AsyncIterator[asyncio.Task[str]]:
-    """A delivery that is in the middle of its rows; they go on afterwards."""
+    """A delivery of which the rows have not all come; the others do afterwards."""
     slow, content = held(delivery or delivery_of(ROWS))
     task = asyncio.create_task(database.deliver(slow, **request))
     try:
@@ -38,19 +57,16 @@ async def loading(
         await asyncio.wait([task])
 
 
-def copies(database: Postgres) -> str:
-    """Into which schema rows are being copied now."""
-    ((schema,),) = database.rows(
-        "SELECT split_part(query, '\"', 2) FROM pg_stat_activity "
-        "WHERE query LIKE 'COPY%' AND datname = current_database() AND state = 'active'"
-    )
-    return str(schema)
-
-
 PLAIN = ["CREATE TABLE orders (id bigint, name text)"]
+COUNTER = [
+    "CREATE TABLE counter AS SELECT 0 AS n",
+    (
+        "CREATE FUNCTION next_number() RETURNS bigint LANGUAGE sql AS "
+        "'UPDATE counter SET n = n + 1 RETURNING n'"
+    ),
+]
 WAYS: dict[str, tuple[list[str], dict[str, Any], str]] = {
     "plain": (PLAIN, {}, "public"),
-    "no table yet": ([], {"create_table": True}, "public"),
     "an index": ([*PLAIN, "CREATE INDEX ON orders (id)"], {}, "public"),
     "defaults": (
         [
@@ -63,6 +79,8 @@ WAYS: dict[str, tuple[list[str], dict[str, Any], str]] = {
         {},
         "public",
     ),
+    # To others, such as a publication's subscribers, a table is made and filled at once.
+    "no table yet": ([], {"create_table": True}, "pg_temp"),
     # Whoever adds the same key would wait until all rows are there.
     "a key": (["CREATE TABLE orders (id bigint PRIMARY KEY, name text)"], {}, "pg_temp"),
     "a unique index": (
@@ -92,6 +110,29 @@ WAYS: dict[str, tuple[list[str], dict[str, Any], str]] = {
         {},
         "pg_temp",
     ),
+    "a function of its own": (
+        [
+            *COUNTER,
+            "CREATE TABLE orders (id bigint, name text, n bigint DEFAULT next_number())",
+        ],
+        {},
+        "pg_temp",
+    ),
+    "a check by a function": (
+        [*COUNTER, *PLAIN, "ALTER TABLE orders ADD CHECK (next_number() > 0)"],
+        {},
+        "pg_temp",
+    ),
+    "a domain": (
+        ["CREATE DOMAIN d AS bigint", "CREATE TABLE orders (id d, name text)"],
+        {},
+        "pg_temp",
+    ),
+    "heirs": (
+        [*PLAIN, "CREATE TABLE heirs () INHERITS (orders)"],
+        {},
+        "pg_temp",
+    ),
     # COPY passes them by, or does not work with them.
     "a rule": (
         [
@@ -118,13 +159,17 @@ WAYS: dict[str, tuple[list[str], dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize(("statements", "request_", "schema"), WAYS.values(), ids=WAYS)
-async def test_rows_go_straight_into_a_table_where_that_makes_nobody_wait_and_no_difference(
-    database: Postgres, statements: list[str], request_: dict[str, Any], schema: str
+async def test_rows_go_straight_into_a_table_where_that_makes_no_difference_but_in_time(
+    database: Postgres,
+    into: list[str],
+    statements: list[str],
+    request_: dict[str, Any],
+    schema: str,
 ) -> None:
     database.run(*statements)
-    async with loading(database, **request_) as task:
-        assert copies(database) == schema
-    assert await task == "3 rows in public.orders"
+    receipt = await database.deliver(delivery_of(ROWS), **request_)
+    assert into == [schema]
+    assert receipt == "3 rows in public.orders"
     assert database.orders() == [(1, "one"), (2, ""), (3, None)]
     if database.rows("SELECT to_regclass('seen')") != [(None,)]:
         assert database.rows("SELECT id FROM seen ORDER BY id") == [(1,), (2,), (3,)]
@@ -139,66 +184,91 @@ NOT_ITS_OWN_TEXT = [
 
 @pytest.mark.parametrize(("kind", "values", "text"), NOT_ITS_OWN_TEXT)
 async def test_a_column_that_would_read_the_text_as_another_value_is_staged(
-    database: Postgres, kind: str, values: pa.Array, text: Any
+    database: Postgres, into: list[str], kind: str, values: pa.Array, text: Any
 ) -> None:
     database.run(f"CREATE TABLE orders (v {kind})")
-    async with loading(database, delivery_of(pa.table({"v": values}))):
-        assert copies(database) == "pg_temp"
+    await database.deliver(delivery_of(pa.table({"v": values})))
+    assert into == ["pg_temp"]
     ((found,),) = database.rows(f"SELECT v{'::text' * isinstance(text, str)} FROM orders")
     assert found == text
 
 
-async def test_an_operator_may_have_all_rows_staged(database: Postgres) -> None:
+async def test_an_operator_may_have_all_rows_staged(
+    database: Postgres, into: list[str]
+) -> None:
     database.always_stage = True
     database.run(*PLAIN)
-    async with loading(database):
-        assert copies(database) == "pg_temp"
+    await database.deliver(delivery_of(ROWS))
+    assert into == ["pg_temp"]
 
 
-async def test_while_rows_go_straight_into_a_table_others_read_and_write_it(
-    database: Postgres,
+@pytest.mark.parametrize("output", [CSV, OutputFormat(Format.PARQUET)], ids=name_of)
+async def test_while_rows_come_nothing_is_locked_and_no_session_is_open(
+    database: Postgres, into: list[str], output: OutputFormat
 ) -> None:
     database.make_orders()
-    async with loading(database) as task:
-        database.run("INSERT INTO orders VALUES (9, 'meanwhile')", "ANALYZE orders")
-        await database.deliver(delivery_of(MORE))
-        there = database.orders()
-        # Who alters it waits, as with any COPY.
-        with pytest.raises(psycopg.errors.LockNotAvailable):
-            database.run("SET lock_timeout = '10ms'", "ALTER TABLE orders ADD extra text")
+    async with coming(database, delivery_of(ROWS, output)) as task:
+        await database.until(lambda: not database.sessions())
+        database.run(
+            "SET lock_timeout = '1s'",
+            "ALTER TABLE orders ADD extra text",
+            "CREATE INDEX ON orders (id)",
+        )
+        await database.deliver(delivery_of(MORE), mode="REPLACE")
     await task
-    assert [name for _, name in there] == ["old", "three", "four", "meanwhile"]
-    assert len(database.orders()) == 4 + 3
+    # Replaced meanwhile, and planned for as the table is then.
+    assert [name for _, name in database.orders()] == ["one", "", "three", None, "four"]
+    assert into == ["pg_temp", "public"]
 
 
-async def test_an_attempt_that_hangs_straight_before_a_table_takes_its_rows_back(
-    database: Postgres,
+async def test_a_table_that_does_not_take_rows_straight_any_more_has_them_staged(
+    database: Postgres, into: list[str]
 ) -> None:
     database.make_orders()
-    whole = delivery_of(ROWS)
-    async with loading(database, whole) as zombie:
-        receipt = await database.deliver(replace(whole, attempt=2))
-        once = database.orders()
-    assert await zombie == receipt
-    assert database.orders() == once
-    assert len(once) == 4
+    async with coming(database) as task:
+        database.run("CREATE UNIQUE INDEX ON orders (id)")
+    await task
+    assert into == ["pg_temp"]
+    assert len(database.orders()) == 4
 
 
-async def test_a_table_that_is_being_filled_keeps_nobody_from_making_it(
-    database: Postgres,
+async def test_of_two_attempts_that_load_straight_at_once_one_takes_its_rows_back(
+    database: Postgres, into: list[str]
 ) -> None:
-    delivery = delivery_of(ROWS)
-    async with loading(database, delivery, create_table=True) as task:
-        assert database.rows("SELECT * FROM pg_tables WHERE tablename LIKE '%order%'") == []
-        await database.deliver(delivery_of(MORE), create_table=True)
-    with pytest.raises(DeliveryFailed, match="was made while rows were loaded") as failed:
-        await task
+    database.make_orders()
+    await database.deliver(delivery_of(MORE))  # makes the table of deliveries
+    into.clear()
+    whole = delivery_of(ROWS)
+    with psycopg.connect(database.url) as other:
+        other.execute("LOCK TABLE orders IN SHARE MODE")
+        attempts = [
+            asyncio.create_task(database.deliver(replace(whole, attempt=n))) for n in (1, 2)
+        ]
+        await database.until(
+            lambda: len(database.sessions("wait_event_type = 'Lock'")) == len(attempts)
+        )
+    first, second = await asyncio.gather(*attempts)
+    assert first == second
+    assert into == ["public", "public"]
+    assert len(database.orders()) == 3 + 3
+
+
+async def test_rows_that_do_not_fit_on_the_disk_are_tried_again_and_leave_nothing(
+    database: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database.make_orders()
+
+    class Full(io.BytesIO):
+        def write(self, data: Any, /) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: Full())
+    with pytest.raises(
+        DeliveryFailed, match="cannot be kept on the server's disk"
+    ) as failed:
+        await database.deliver(delivery_of(ROWS))
     assert failed.value.retryable
-    assert len(database.orders()) == 2
-    await database.deliver(delivery, create_table=True)
-    assert len(database.orders()) == 5
-    left = "SELECT tablename FROM pg_tables WHERE schemaname = 'public'"
-    assert sorted(database.rows(left)) == [("exportd_deliveries",), ("orders",)]
+    assert database.orders() == [(0, "old")]
 
 
 async def test_a_table_that_changed_before_it_was_locked_is_looked_at_again(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -22,6 +23,7 @@ import grpc
 import pytest
 
 from exportd import AsyncClient, Client, Download, DownloadProgress, Retry, _download
+from exportd._connection import Channels
 from exportd.errors import (
     DataLoss,
     InvalidRequest,
@@ -248,6 +250,26 @@ def test_downloads_one_after_the_other_share_a_connection(
             c.job(JOB).download(tmp_path / "cut")
         c.job(JOB).download(tmp_path / "again")
         assert len(server.peers) == 3
+
+
+def test_a_connection_that_nobody_uses_is_given_up(
+    server: ScriptedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Channels, "IDLE_MS", 1_000)  # the least that the library takes
+    done = itertools.count()
+
+    def download() -> int:
+        c.job(JOB).download(tmp_path / str(next(done)))
+        return len(server.peers)
+
+    with client(server) as c:
+        download()
+        assert download() == 2
+        pause = 1.0
+        while download() == 2:  # the library looks now and then
+            assert pause < ENOUGH
+            pause *= 1.5
+            time.sleep(pause)
 
 
 def test_parallel_ranges_resume_each_where_it_was_cut(

@@ -53,17 +53,6 @@ def test_one_that_failed_its_user_is_closed(channels: Channels) -> None:
     assert lent(channels) is not channel
 
 
-def test_one_that_was_left_for_long_is_not_used_again(
-    channels: Channels, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with channels.lend() as first, channels.lend() as second:
-        pass
-    monkeypatch.setattr(Channels, "KEPT_SECONDS", -1.0)
-    assert lent(channels) not in (first, second)
-    assert is_closed(first)
-    assert is_closed(second)
-
-
 def test_closing_closes_those_that_are_kept_at_once_and_the_others_when_they_are_left(
     channels: Channels,
 ) -> None:

@@ -7,7 +7,8 @@ import csv
 import io
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,6 +25,7 @@ from exportd_server.errors import (
 )
 from exportd_server.jobs.caps import Caps
 from exportd_server.jobs.ledger.base import Totals
+from exportd_server.jobs.model import Manifest, PartRecord
 from exportd_server.pipeline.run import FinishedPart, PartLimits, ShardRun, ShardTask
 from exportd_server.sources.base import Query, Shard
 from exportd_server.sources.batches import not_fitting
@@ -260,6 +262,27 @@ async def test_a_store_that_fails_in_either_part_leaves_nothing(
 
 
 # --- bounds
+
+
+@pytest.mark.parametrize(
+    ("caps", "error"),
+    [
+        (Caps(11, None, 1), None),
+        (Caps(10, None, 1), ExportTooLarge),  # a row that was left out counts as well
+        (Caps(None, 120, 1), None),
+        (Caps(None, 119, 1), ExportTooLarge),
+        (Caps(None, None, 0), TooManyRowErrors),
+        (Caps(None, None, None), None),
+    ],
+)
+def test_a_whole_output_is_held_against_the_caps_with_the_rows_that_it_lacks(
+    caps: Caps, error: type[Exception] | None
+) -> None:
+    one = PartRecord(0, 0, 1, 5, 50, 0, 0, 0, 0, 0, 0, b"")
+    lacking = replace(one, rows=1, bytes=20, kind=OutputKind.ERROR)
+    output = Manifest((), (one, one), (lacking,))
+    with pytest.raises(error) if error else nullcontext():
+        caps.check_whole(output)
 
 
 async def test_more_bad_rows_than_allowed_fail_the_run_with_cap_and_count() -> None:

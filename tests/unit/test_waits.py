@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import subprocess
+import sys
 import threading
 import weakref
 
@@ -66,10 +68,17 @@ async def test_a_thread_gives_its_result_its_error_and_sees_the_callers_context(
         await in_daemon_thread(fails, "test")
 
 
+@pytest.fixture
+def own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads that nobody else has used or uses."""
+    monkeypatch.setattr(threads, "_threads", threads._Threads())
+
+
+@pytest.mark.usefixtures("own")
 async def test_a_thread_that_has_done_its_work_takes_the_next() -> None:
-    before = await in_daemon_thread(threading.get_ident, "test-first")
-    await until(lambda: not left_over())
-    assert await in_daemon_thread(threading.get_ident, "test-second") == before
+    first = await in_daemon_thread(threading.current_thread, "test-first")
+    await until(lambda: first.name == "idle")
+    assert await in_daemon_thread(threading.current_thread, "test-second") is first
 
 
 async def test_work_that_blocks_keeps_no_other_from_a_thread() -> None:
@@ -81,6 +90,7 @@ async def test_work_that_blocks_keeps_no_other_from_a_thread() -> None:
     assert all(await asyncio.gather(*blocked))
 
 
+@pytest.mark.usefixtures("own")
 async def test_threads_without_work_end_and_lose_none_that_comes_just_then(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -88,8 +98,27 @@ async def test_threads_without_work_end_and_lose_none_that_comes_just_then(
     for n in range(300):
         assert await in_daemon_thread(lambda: n, "test") == n  # noqa: B023 - called now
         await asyncio.sleep(0.0005 * (n % 4))
-    assert not left_over()
-    await until(lambda: not any(t.name == "idle" for t in threading.enumerate()))
+    await until(lambda: not threads._threads._idle and not left_over())
+
+
+def test_threads_end_with_the_interpreter_and_are_begun_anew_by_a_fork() -> None:
+    program = """
+import os, threading, time
+from exportd_server.platform.threads import daemon_thread
+assert daemon_thread(lambda: 1, "a").result(30) == 1
+child = os.fork()
+assert daemon_thread(lambda: 2, "b").result(30) == 2
+if child:
+    assert os.waitpid(child, 0)[1] == 0
+    thread = daemon_thread(threading.current_thread, "c").result(30)
+    while thread.name != "idle":
+        time.sleep(0.001)
+    thread.join = lambda _timeout, join=thread.join: (join(30), print("joined", flush=True))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert (done.stdout, done.stderr) == ("joined\n", "")
 
 
 async def test_what_a_thread_has_worked_on_is_held_no_longer() -> None:

@@ -6,7 +6,7 @@ import time
 
 from exportd_server.errors import ExportTooLarge, TooManyRowErrors
 from exportd_server.jobs.ledger.base import Totals
-from exportd_server.jobs.model import Job
+from exportd_server.jobs.model import Job, Manifest
 
 MAX_PARTS = 10_000
 """Most parts of one job: a manifest must stay a message that clients take."""
@@ -28,12 +28,6 @@ class Caps:
         self._max_row_errors = max_row_errors
         self._others = Totals(0, 0, 0)
 
-    @property
-    def bounded(self) -> bool:
-        """Whether there is a cap at all."""
-        caps = (self._max_rows, self._max_bytes, self._max_row_errors)
-        return any(cap is not None for cap in caps)
-
     def others(self, total: Totals, own: Totals) -> None:
         """Learn the job's total at a moment when this shard had so much of it."""
         self._others = Totals(
@@ -44,9 +38,21 @@ class Caps:
 
     def check(self, rows: int, bytes_: int, row_errors: int = 0) -> None:
         """Raise `ExportTooLarge` or `TooManyRowErrors` when a cap is passed."""
-        row_errors += self._others.row_errors
-        rows += self._others.rows + row_errors
-        bytes_ += self._others.bytes
+        others = self._others
+        self._check(
+            rows + others.rows, bytes_ + others.bytes, row_errors + others.row_errors
+        )
+
+    def check_whole(self, output: Manifest) -> None:
+        """The same for all that the job has come to."""
+        self._check(
+            sum(part.rows for part in output.parts),
+            sum(part.bytes for part in output.all_parts),
+            sum(part.rows for part in output.error_parts),
+        )
+
+    def _check(self, rows: int, bytes_: int, row_errors: int) -> None:
+        rows += row_errors
         if self._max_row_errors is not None and row_errors > self._max_row_errors:
             raise TooManyRowErrors(self._max_row_errors, row_errors)
         if self._max_rows is not None and rows > self._max_rows:

@@ -279,12 +279,13 @@ class Exporter:
             span.set({"exportd.shard": lease.shard.index})
             async with self._progress(held, run, caps):
                 await _run_in_thread(held, run, self._strays, self._overdue(run, time_cap))
-            await self._settle_caps(held, run, caps)
             last = await held.insist(lambda: self._ledger.complete_unless_last(lease))
             span.set({"exportd.rows": run.rows})
+            if last is not None:
+                # All shards together may have more than each of them by itself.
+                caps.check_whole(last)
+                check_parts(len(last.all_parts))
         if last is not None:
-            # All shards together may have more than each of them by itself.
-            check_parts(len(last.all_parts))
             with self._step("publish", held, job):
                 await self._publish(held, job, last)
             log.info("job succeeded", rows=run.rows, bytes=run.bytes)
@@ -386,25 +387,6 @@ class Exporter:
 
         return commit
 
-    async def _settle_caps(self, held: Held, run: ShardRun, caps: Caps) -> None:
-        """Hold the whole job against its caps before the shard counts as complete: other
-        shards may have ended since they were last heard of. Each tells before it ends,
-        so the last one sees all of them."""
-        lease = held.lease
-        if caps.bounded:
-            total = await held.insist(
-                lambda: self._ledger.record_progress(
-                    lease,
-                    rows=run.rows,
-                    bytes_=run.bytes,
-                    row_errors=run.row_errors,
-                    rows_per_second=0.0,
-                )
-            )
-            own = Totals(run.rows, run.bytes, run.row_errors)
-            caps.others(total, own)
-            caps.check(*own)
-
     # --- progress
 
     @asynccontextmanager
@@ -413,7 +395,7 @@ class Exporter:
         reporting = asyncio.create_task(self._report_progress(held, run, caps, done))
         try:
             yield
-            # A report must not be overtaken by the one that settles the caps.
+            # A report must not be overtaken by the shard's end.
             done.set()
             await reporting
         finally:

@@ -7,7 +7,9 @@ each piece of work, so that no exit and no drain waits for them.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextvars
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -24,7 +26,8 @@ _IDLE_SECONDS = 5.0
 def in_daemon_thread(work: Callable[[], T], name: str) -> asyncio.Future[T]:
     """Run `work` in a thread of its own; the future tells how it ended. Cancelling the
     future only ends the waiting."""
-    return asyncio.wrap_future(daemon_thread(work, name))
+    loop = asyncio.get_running_loop()
+    return asyncio.wrap_future(daemon_thread(work, name), loop=loop)
 
 
 def daemon_thread(work: Callable[[], T], name: str) -> Future[T]:
@@ -32,10 +35,13 @@ def daemon_thread(work: Callable[[], T], name: str) -> Future[T]:
     outcome: Future[T] = Future()
     outcome.set_running_or_notify_cancel()
     context = contextvars.copy_context()
+    todo = [work]
+    del work
 
     def run() -> None:
         try:
-            result = context.run(work)
+            # The caller may let go of what it works on as soon as it knows the outcome.
+            result = context.run(todo.pop())
         except BaseException as error:  # noqa: BLE001 - told to whoever waits
             outcome.set_exception(error)
         else:
@@ -68,13 +74,14 @@ class _Threads:
     def run(self, work: Callable[[], None], name: str) -> None:
         with self._lock:
             thread = self._idle.pop() if self._idle else None
-        if thread is not None:
-            thread.give((name, work))
-        else:
+            if thread is not None:
+                thread.give((name, work))
+        if thread is None:
             _Thread(self, (name, work)).start()
 
     def add(self, thread: _Thread) -> None:
         with self._lock:
+            thread.name = _IDLE
             self._idle.append(thread)
 
     def remove(self, thread: _Thread) -> bool:
@@ -85,26 +92,35 @@ class _Threads:
             self._idle.remove(thread)
             return True
 
+    def end_idle(self) -> None:
+        """Before the interpreter ends: what libraries keep for a thread is to be let go of
+        while they are there."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+            for thread in idle:
+                thread.give(None)
+        for thread in idle:
+            thread.join(1.0)
+
 
 class _Thread(threading.Thread):
     def __init__(self, threads: _Threads, first: _Work) -> None:
-        super().__init__(name=first[0], daemon=True)
+        super().__init__(daemon=True)
         self._threads = threads
-        self._given: SimpleQueue[_Work] = SimpleQueue()
+        self._given: SimpleQueue[_Work | None] = SimpleQueue()
         self.give(first)
 
-    def give(self, work: _Work) -> None:
+    def give(self, work: _Work | None) -> None:
+        """None: end."""
         # Here already, for `left_over`.
-        self.name = work[0]
+        self.name = _IDLE if work is None else work[0]
         self._given.put(work)
 
     def run(self) -> None:
         while (given := self._next()) is not None:
             _, work = given
             work()
-            # Held no longer than the caller holds it.
             del given, work
-            self.name = _IDLE
             self._threads.add(self)
 
     def _next(self) -> _Work | None:
@@ -115,3 +131,17 @@ class _Thread(threading.Thread):
 
 
 _threads = _Threads()
+
+
+def _begin_anew() -> None:
+    """After a fork none of the threads is there, and their lock may be held."""
+    global _threads  # noqa: PLW0603 - the process is another one
+    _threads = _Threads()
+
+
+def _end() -> None:
+    _threads.end_idle()
+
+
+os.register_at_fork(after_in_child=_begin_anew)
+atexit.register(_end)

@@ -228,8 +228,8 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Close the connection; calls that run are cancelled."""
-        await self._channel.close()
         self._channels.close()
+        await self._channel.close()
 
     async def datasets(self) -> AsyncIterator[Dataset]:
         """As `Client.datasets`."""

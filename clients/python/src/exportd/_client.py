@@ -286,8 +286,8 @@ class Client:
 
     def close(self) -> None:
         """Close the connection; calls that run are cancelled."""
-        self._channel.close()
         self._channels.close()
+        self._channel.close()
 
     def datasets(self) -> Iterator[Dataset]:
         """The datasets the caller may see, by name; fetched page by page."""

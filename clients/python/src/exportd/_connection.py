@@ -133,14 +133,13 @@ class Connection:
         own = self.own_metadata() if self.own_metadata else current_trace()
         return (*token, *own)
 
-    def channel(self) -> grpc.Channel:
-        """Open a blocking channel; nothing is dialled yet."""
+    def channel(self, **own: OptionValue) -> grpc.Channel:
+        """Open a blocking channel, with options of its own; nothing is dialled yet."""
         credentials = self._credentials()
+        options = [*own.items(), *self._channel_options()]
         if credentials is None:
-            return grpc.insecure_channel(self.address, options=self._channel_options())
-        return grpc.secure_channel(
-            self.address, credentials, options=self._channel_options()
-        )
+            return grpc.insecure_channel(self.address, options=options)
+        return grpc.secure_channel(self.address, credentials, options=options)
 
     def aio_channel(self) -> grpc.aio.Channel:
         """Open an asyncio channel on the running loop; nothing is dialled yet."""
@@ -171,55 +170,44 @@ class Connection:
 
 class Channels:
     """Blocking channels for downloads, lent to one user at a time. Some are kept for the
-    next one: to dial takes longer than a small output. Not for long, though, because on
-    the way a connection may be forgotten that carries nothing. Threads may share it."""
+    next one: to dial takes longer than a small output. Threads may share it."""
 
     KEPT = 4
-    KEPT_SECONDS = 60.0
+    IDLE_MS = 60_000
+    """After so long a channel that nobody uses hangs up, and would dial again: on the way
+    a connection may be forgotten that carries nothing."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._kept: list[tuple[grpc.Channel, float]] = []
+        self._kept: list[grpc.Channel] = []
         self._closed = False
         self._lock = threading.Lock()
 
     @contextmanager
     def lend(self) -> Iterator[grpc.Channel]:
         """A channel that nobody else uses meanwhile. It is closed when the user fails."""
-        channel = self._take()
+        with self._lock:
+            kept = self._kept.pop() if self._kept else None
+        idle = {"grpc.client_idle_timeout_ms": self.IDLE_MS}
+        channel = kept or self._connection.channel(**idle)
         try:
             yield channel
         except BaseException:
             channel.close()
             raise
-        self._give_back(channel)
+        with self._lock:
+            keep = not self._closed and len(self._kept) < self.KEPT
+            if keep:
+                self._kept.append(channel)
+        if not keep:
+            channel.close()
 
     def close(self) -> None:
         """Close those that are kept, and from now on each when its user is done."""
         with self._lock:
             self._closed = True
             kept, self._kept = self._kept, []
-        for channel, _ in kept:
-            channel.close()
-
-    def _take(self) -> grpc.Channel:
-        with self._lock:
-            found = self._kept.pop() if self._kept else None
-        if found is None:
-            return self._connection.channel()
-        channel, since = found
-        if time.monotonic() - since <= self.KEPT_SECONDS:
-            return channel
-        # What lies below is older yet.
-        channel.close()
-        return self._take()
-
-    def _give_back(self, channel: grpc.Channel) -> None:
-        with self._lock:
-            keep = not self._closed and len(self._kept) < self.KEPT
-            if keep:
-                self._kept.append((channel, time.monotonic()))
-        if not keep:
+        for channel in kept:
             channel.close()
 
 

@@ -1,10 +1,11 @@
 """PostgreSQL as a sink.
 
-The rows go by COPY, either straight into the target, where that keeps no other writer of
-rows waiting, or into a temporary table, which locks nothing of anybody's however long they
-take, and from there in one short stretch. The note that they were delivered comes last.
-Two attempts at one delivery therefore never wait for each other's network, and the second
-to get there finds the note.
+The target is locked for as long as the database takes to load the rows, and never for as
+long as they take to come. So they are brought together first: on this machine's disk, if
+they can then go straight into the target by COPY, and else by COPY in a temporary table,
+which locks nothing of anybody's, for an INSERT out of that. Two attempts at one delivery
+therefore never wait for each other's network, and the second to get there finds the note
+that they were delivered.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import psycopg
 from psycopg import conninfo, sql
 from psycopg.rows import namedtuple_row
 
+from exportd_server.encoders.base import Buffer
 from exportd_server.errors import ConfigurationError, DeliveryFailed
 from exportd_server.platform.urls import parse_postgres_url
 from exportd_server.sinks.base import BadSinkRequest, Delivery, Export
@@ -45,7 +47,7 @@ from exportd_server.sinks.database.request import (
     DatabaseRequest,
     parse_table,
 )
-from exportd_server.sinks.database.rows import Feed, csv_lines, csv_options
+from exportd_server.sinks.database.rows import Feed, csv_lines, csv_options, spooled
 from exportd_server.sinks.database.running import Call, run
 
 OLDEST = 14
@@ -67,6 +69,11 @@ _SETTINGS = {
     "lock_timeout": "60s",
     # A process that was stopped in the short stretch lets others on.
     "idle_in_transaction_session_timeout": "60s",
+    # A server waits for what is copied, and looks at none of its limits meanwhile: so one
+    # whose client's machine is gone has to notice by itself.
+    "tcp_keepalives_idle": "30",
+    "tcp_keepalives_interval": "10",
+    "tcp_keepalives_count": "3",
 }
 _MADE_MEANWHILE = (
     psycopg.errors.DuplicateTable,
@@ -129,6 +136,44 @@ class PostgresSink:
     def _deliver(
         self, call: Call, request: DatabaseRequest, delivery: Delivery, feed: Feed
     ) -> str:
+        export = delivery.export
+        lines = csv_lines(feed, export, delivery.parts, self._connection.spool_directory)
+        with contextlib.ExitStack() as stack:
+            straight = self._goes_straight(call, request, delivery)
+            if straight:
+                # No session is open meanwhile.
+                spool = spooled(lines, self._connection.spool_directory)
+                lines = stack.enter_context(spool)
+            return self._load(call, request, delivery, lines, straight=straight)
+
+    def _goes_straight(
+        self, call: Call, request: DatabaseRequest, delivery: Delivery
+    ) -> bool:
+        """Whether rows could go into the target at once, as it is now. False where that
+        is not seen; why, the loading tells."""
+        if request.mode != "APPEND" or self._connection.always_stage:
+            return False
+        with self._session(call) as session, session.transaction(force_rollback=True):
+            _settle(session, self._connection.statement_timeout)
+            name = find(session, self._ledger_name)
+            if name is not None and _receipt(
+                session, sql.Identifier(name.schema, name.name), delivery
+            ):
+                return False
+            with contextlib.suppress(BadSinkRequest):
+                plan = plan_for(self._connection, session, request, delivery.export)
+                return plan.straight
+        return False
+
+    def _load(
+        self,
+        call: Call,
+        request: DatabaseRequest,
+        delivery: Delivery,
+        lines: Iterator[Buffer],
+        *,
+        straight: bool,
+    ) -> str:
         loading: _Loading | None = None
         with self._session(call) as session:
             try:
@@ -139,7 +184,10 @@ class PostgresSink:
                     if receipt is not None:
                         return receipt
                     plan = plan_for(self._connection, session, request, delivery.export)
-                    loading = self._loading(session, request, delivery, feed, plan)
+                    kind = _Straight if straight and plan.straight else _Staged
+                    loading = kind(
+                        self._connection, session, request, delivery, lines, plan
+                    )
                     loading.load()
                     call.check()
                     _note(session, ledger, plan.target, delivery)
@@ -154,20 +202,6 @@ class PostgresSink:
                 call.check()
                 copied = None if loading is None else loading.copied
                 raise errors.failure(error, copied) from error
-
-    def _loading(
-        self,
-        session: Session,
-        request: DatabaseRequest,
-        delivery: Delivery,
-        feed: Feed,
-        plan: Plan,
-    ) -> _Loading:
-        straight = (
-            plan.straight and request.mode == "APPEND" and not self._connection.always_stage
-        )
-        kind = _Straight if straight else _Staged
-        return kind(self._connection, session, request, delivery, feed, plan)
 
     @contextlib.contextmanager
     def _session(self, call: Call) -> Iterator[Session]:
@@ -248,28 +282,25 @@ class _Loading(ABC):
         session: Session,
         request: DatabaseRequest,
         delivery: Delivery,
-        feed: Feed,
+        lines: Iterator[Buffer],
         plan: Plan,
     ) -> None:
         self._connection = connection
         self._session = session
         self._request = request
         self._delivery = delivery
-        self._feed = feed
+        self._lines = lines
         self._plan = plan
         self.copied: errors.Copied | None = None
         """What the server means when it tells where a COPY failed."""
 
     @abstractmethod
     def load(self) -> None:
-        """Take the rows into the database, however long they take to come."""
+        """Take the rows into the database."""
 
     @abstractmethod
     def finish(self) -> None:
-        """What is left to do once the delivery is noted, in a short stretch."""
-
-    def _new_name(self) -> str:
-        return f"exportd_{secrets.token_hex(8)}"
+        """What is left to do once the delivery is noted."""
 
     def _lock(self, lock: str) -> None:
         """Lock the target, which must be what was planned for."""
@@ -289,8 +320,7 @@ class _Loading(ABC):
         """All rows into columns of a table, in the order of the export's."""
         shown = [(each.name, each.type.shown) for each in self._plan.columns]
         self.copied = errors.Copied(relation, dict(zip(names, shown, strict=True)))
-        export, parts = self._delivery.export, self._delivery.parts
-        options = csv_options(export)
+        options = csv_options(self._delivery.export)
         statement = sql.SQL(
             "COPY {} ({}) FROM STDIN (FORMAT csv, DELIMITER {}, NULL {}, ENCODING 'UTF8')"
         ).format(
@@ -301,9 +331,7 @@ class _Loading(ABC):
         )
         with self._session.cursor() as cursor:
             with cursor.copy(statement) as copy:
-                for piece in csv_lines(
-                    self._feed, export, parts, self._connection.spool_directory
-                ):
+                for piece in self._lines:
                     copy.write(piece)
             count = cursor.rowcount
         if count != _rows(self._delivery):
@@ -315,29 +343,15 @@ class _Loading(ABC):
 
 
 class _Straight(_Loading):
-    """Into the target itself. One that is to be made has another name until it is full,
-    so that whoever makes it meanwhile waits for nobody."""
+    """Into the target itself."""
 
     def load(self) -> None:
         target = self._plan.target
-        name = target.name
-        if target.oid:
-            self._lock("ROW EXCLUSIVE")
-        else:
-            name = self._made = self._new_name()
-            _make(self._session, self._plan, name)
-        self._copy(target.schema, name, [each.name for each in self._plan.columns])
+        self._lock("ROW EXCLUSIVE")
+        self._copy(target.schema, target.name, [each.name for each in self._plan.columns])
 
     def finish(self) -> None:
-        target = self._plan.target
-        if target.oid:
-            return
-        with _nobody_else_makes(target):
-            self._session.execute(
-                sql.SQL("ALTER TABLE {} RENAME TO {}").format(
-                    sql.Identifier(target.schema, self._made), sql.Identifier(target.name)
-                )
-            )
+        """Nothing."""
 
 
 class _Staged(_Loading):
@@ -345,7 +359,7 @@ class _Staged(_Loading):
 
     def load(self) -> None:
         plan = self._plan
-        name = self._new_name()
+        name = f"exportd_{secrets.token_hex(8)}"
         self._staging = sql.Identifier("pg_temp", name)
         columns: list[sql.Composable] = [
             sql.SQL("{} {}").format(sql.Identifier(_staged(index)), _trusted(each.staging))
@@ -365,7 +379,7 @@ class _Staged(_Loading):
     def finish(self) -> None:
         target = self._plan.target
         if not target.oid:
-            _make(self._session, self._plan, target.name)
+            _make(self._session, self._plan)
         else:
             # REPLACE keeps other writers away, so that what another one added meanwhile
             # does not stay beside these rows. Readers go on with what was there.
@@ -402,26 +416,21 @@ def _insert(plan: Plan, staging: sql.Identifier) -> sql.Composed:
     return sql.SQL(" ").join(parts)
 
 
-def _make(session: Session, plan: Plan, name: str) -> None:
+def _make(session: Session, plan: Plan) -> None:
+    target = plan.target
     columns = [
         sql.SQL("{} {}").format(sql.Identifier(column.name), _trusted(column.type.shown))
-        for column in plan.target.columns
+        for column in target.columns
     ]
     if plan.keys:
         keys = [sql.Identifier(plan.columns[index].name) for index in plan.keys]
         columns.append(sql.SQL("PRIMARY KEY ({})").format(sql.SQL(", ").join(keys)))
-    with _nobody_else_makes(plan.target):
+    try:
         session.execute(
             sql.SQL("CREATE TABLE {} ({})").format(
-                sql.Identifier(plan.target.schema, name), sql.SQL(", ").join(columns)
+                target.identifier, sql.SQL(", ").join(columns)
             )
         )
-
-
-@contextlib.contextmanager
-def _nobody_else_makes(target: Target) -> Iterator[None]:
-    try:
-        yield
     except _MADE_MEANWHILE as error:
         raise DeliveryFailed(
             f"{target} was made while rows were loaded", retryable=True

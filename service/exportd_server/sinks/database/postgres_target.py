@@ -54,7 +54,6 @@ SELECT a.attnum::int4 AS number, a.attname::text AS name,
        r.typmod::int4 AS typmod, t.typtype = 'e' AS is_enum,
        a.attnotnull AND NOT a.atthasdef AND a.attidentity = '' AS required,
        a.attgenerated <> '' OR a.attidentity = 'a' AS generated,
-       pg_catalog.has_column_privilege(a.attrelid, a.attnum, 'INSERT') AS may_insert,
        pg_catalog.has_column_privilege(a.attrelid, a.attnum, 'UPDATE') AS may_update,
        pg_catalog.has_column_privilege(a.attrelid, a.attnum, 'SELECT') AS may_select
 FROM resolved r
@@ -68,11 +67,27 @@ SELECT ((indkey::int2[])[0:indnkeyatts - 1])::int4[] AS keys FROM pg_catalog.pg_
 WHERE indrelid = %(oid)s::int8::oid AND indisunique AND indisvalid AND indimmediate
   AND indpred IS NULL AND indexprs IS NULL
 """
+# Functions that come with the database are not listed as what anything depends on.
 _STRAIGHT = """
 SELECT c.relkind = 'r' AND NOT c.relhastriggers AND NOT c.relhasrules
-       AND NOT c.relrowsecurity
+       AND NOT c.relrowsecurity AND NOT c.relhassubclass
        AND NOT EXISTS (SELECT FROM pg_catalog.pg_index i WHERE i.indrelid = c.oid
-                       AND (i.indisunique OR i.indisexclusion)) AS it
+                       AND (i.indisunique OR i.indisexclusion))
+       AND NOT EXISTS (SELECT FROM pg_catalog.pg_attribute a
+                       JOIN pg_catalog.pg_type t ON t.oid = a.atttypid
+                       WHERE a.attrelid = c.oid AND a.attnum > 0 AND t.typtype = 'd')
+       AND NOT EXISTS (
+           SELECT FROM pg_catalog.pg_depend d
+           WHERE d.refclassid = 'pg_catalog.pg_proc'::pg_catalog.regclass
+             AND (d.classid, d.objid) IN (
+                 SELECT 'pg_catalog.pg_attrdef'::pg_catalog.regclass, oid
+                 FROM pg_catalog.pg_attrdef WHERE adrelid = c.oid
+                 UNION ALL
+                 SELECT 'pg_catalog.pg_constraint'::pg_catalog.regclass, oid
+                 FROM pg_catalog.pg_constraint WHERE conrelid = c.oid
+                 UNION ALL
+                 SELECT 'pg_catalog.pg_class'::pg_catalog.regclass, indexrelid
+                 FROM pg_catalog.pg_index WHERE indrelid = c.oid)) AS it
 FROM pg_catalog.pg_class c WHERE c.oid = %(oid)s::int8::oid
 """
 RIGHTS = """
@@ -92,22 +107,21 @@ class Column:
     type: PgType
     required: bool = False
     generated: bool = False
-    may_insert: bool = True
     may_update: bool = True
     may_select: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The table, as it is now; `oid` 0 when it is to be made. `straight`: rows that come
-    slowly keep no other writer of rows waiting, and COPY does what INSERT would."""
+    """The table, as it is now; `oid` 0 when it is to be made. `straight`: COPY does what
+    INSERT would, and who adds or changes rows meanwhile need not wait for these."""
 
     oid: int
     schema: str
     name: str
     columns: tuple[Column, ...]
     unique: tuple[frozenset[int], ...] = ()
-    straight: bool = True
+    straight: bool = False
 
     @property
     def identifier(self) -> sql.Identifier:
@@ -208,7 +222,6 @@ def target_of(
             PgType(row.type, row.shown, row.typmod, row.is_enum),
             row.required,
             row.generated,
-            row.may_insert,
             row.may_update,
             row.may_select,
         )
@@ -270,14 +283,17 @@ def _to_be_made(
 
 def _require_rights(session: Session, request: DatabaseRequest, plan: Plan) -> None:
     target = plan.target
-    lacking = [] if all(column.may_insert for column in plan.columns) else ["INSERT"]
-    if request.mode == "REPLACE":
-        row = one(
+    # To lock the table takes a right on the whole of it.
+    wanted = ["INSERT", "DELETE"] if request.mode == "REPLACE" else ["INSERT"]
+    lacking = [
+        right
+        for right in wanted
+        if not one(
             session,
-            "SELECT pg_catalog.has_table_privilege(%(oid)s::int8::oid, 'DELETE') AS it",
-            {"oid": target.oid},
-        )
-        lacking += [] if row.it else ["DELETE"]
+            "SELECT pg_catalog.has_table_privilege(%(oid)s::int8::oid, %(right)s) AS it",
+            {"oid": target.oid, "right": right},
+        ).it
+    ]
     if request.mode == "MERGE":
         keys = [plan.columns[index] for index in plan.keys]
         if not all(column.may_update for column in plan.columns if column not in keys):

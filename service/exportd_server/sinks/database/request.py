@@ -65,7 +65,7 @@ class DatabaseConnection(BaseModel):
     """Longest time for one statement, in seconds; PostgreSQL alone has it."""
     always_stage: bool = False
     """Have all rows go through a temporary table, those too that PostgreSQL could put into
-    their table at once."""
+    their table at once; of PostgreSQL by its `url` alone."""
     spool_directory: Path | None = None
     """Where a Parquet part lies while it is read; the system's directory for temporary
     files when it is not given."""
@@ -81,6 +81,8 @@ class DatabaseConnection(BaseModel):
             raise ValueError("options go with driver; a url has them as ?name=value")
         else:
             _check_url(self.url.get_secret_value(), self.schemas)
+        if self.always_stage and self.kind != POSTGRESQL:
+            raise ValueError("always_stage is for PostgreSQL; others always do")
         try:
             parse_table(self.deliveries_table)
         except ValueError as error:

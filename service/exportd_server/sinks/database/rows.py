@@ -201,6 +201,18 @@ def csv_lines(
         file.finish()
 
 
+@contextlib.contextmanager
+def spooled(lines: Iterator[Buffer], spool: Path | None) -> Iterator[Iterator[Buffer]]:
+    """All the lines, once they are here; on the disk meanwhile. Raises what `csv_lines`
+    does."""
+    with _kept(spool) as kept:
+        for piece in lines:
+            with _full_disk():
+                kept.write(piece)
+        _rewind(kept)
+        yield iter(lambda: kept.read(_BUFFER_BYTES), b"")
+
+
 def _lines(file: _PartFile, export: Export, spool: Path | None) -> Iterator[Buffer]:
     output = export.output
     if output.format is Format.CSV:
@@ -254,18 +266,36 @@ def _batches(
 
 @contextlib.contextmanager
 def _spooled(source: IO[bytes], spool: Path | None) -> Iterator[IO[bytes]]:
-    with contextlib.ExitStack() as stack:
-        try:
-            kept = stack.enter_context(tempfile.TemporaryFile(dir=spool))
-            while piece := source.read(_BUFFER_BYTES):
+    with _kept(spool) as kept:
+        while piece := source.read(_BUFFER_BYTES):
+            with _full_disk():
                 kept.write(piece)
-            kept.seek(0)
-        except OSError as error:
-            raise DeliveryFailed(
-                "a part cannot be kept on the server's disk while it is read",
-                retryable=True,
-            ) from error
+        _rewind(kept)
         yield kept
+
+
+@contextlib.contextmanager
+def _kept(spool: Path | None) -> Iterator[IO[bytes]]:
+    with contextlib.ExitStack() as stack:
+        with _full_disk():
+            kept = stack.enter_context(tempfile.TemporaryFile(dir=spool))
+        yield kept
+
+
+def _rewind(kept: IO[bytes]) -> None:
+    with _full_disk():
+        kept.seek(0)  # which writes what is left
+
+
+@contextlib.contextmanager
+def _full_disk() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DeliveryFailed(
+            "rows cannot be kept on the server's disk while they are read",
+            retryable=True,
+        ) from error
 
 
 class _Collector:
