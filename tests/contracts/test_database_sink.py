@@ -132,10 +132,12 @@ class Postgres(Database):
 
     def __init__(self, url: str, *, always_stage: bool = False) -> None:
         self.always_stage = always_stage
+        self.spool: dict[str, Any] = {}
         super().__init__(url)
 
     def settings(self) -> dict[str, Any]:
-        return {"url": self.url} | ({"always_stage": True} if self.always_stage else {})
+        stages = {"always_stage": True} if self.always_stage else {}
+        return {"url": self.url, **stages, **self.spool}
 
     def run(self, *statements: str) -> None:
         with psycopg.connect(self.url) as link:

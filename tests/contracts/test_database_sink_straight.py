@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import errno
 import io
-import tempfile
+import os
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import psycopg
 import pyarrow as pa
@@ -17,11 +20,14 @@ import pytest
 
 from exportd_server.encoders.base import Format, OutputFormat
 from exportd_server.errors import DeliveryFailed
-from exportd_server.sinks.base import Delivery
-from exportd_server.sinks.database import postgres
+from exportd_server.platform.threads import left_over
+from exportd_server.sinks.base import BadSinkRequest, Delivery
+from exportd_server.sinks.database import postgres, rows
+from exportd_server.sinks.database.running import Call
 from tests.contracts.test_database_sink import MORE, ROWS, Postgres
 from tests.contracts.test_encoders import name_of
 from tests.support.database_sink import CSV, delivery_of, held
+from tests.support.waits import ENOUGH
 
 
 @pytest.fixture
@@ -130,6 +136,24 @@ WAYS: dict[str, tuple[list[str], dict[str, Any], str]] = {
     ),
     "heirs": (
         [*PLAIN, "CREATE TABLE heirs () INHERITS (orders)"],
+        {},
+        "pg_temp",
+    ),
+    "an operator of its own": (
+        [
+            *PLAIN,
+            "CREATE FUNCTION f(text, text) RETURNS bool LANGUAGE sql AS 'SELECT true'",
+            "CREATE OPERATOR === (leftarg = text, rightarg = text, function = f)",
+            "ALTER TABLE orders ADD CHECK (name === 'x')",
+        ],
+        {},
+        "pg_temp",
+    ),
+    "a partition": (
+        [
+            "CREATE TABLE whole (id bigint, name text) PARTITION BY RANGE (id)",
+            "CREATE TABLE orders PARTITION OF whole FOR VALUES FROM (0) TO (9)",
+        ],
         {},
         "pg_temp",
     ),
@@ -253,22 +277,138 @@ async def test_of_two_attempts_that_load_straight_at_once_one_takes_its_rows_bac
     assert len(database.orders()) == 3 + 3
 
 
-async def test_rows_that_do_not_fit_on_the_disk_are_tried_again_and_leave_nothing(
-    database: Postgres, monkeypatch: pytest.MonkeyPatch
+MANY = pa.table({"id": range(100_000), "name": ["x" * 50] * 100_000})
+
+
+class SmallDisk(io.FileIO):
+    """Has room for somewhat more than two MiB."""
+
+    def write(self, data: Any, /) -> int:
+        room = 2_200_000 - self.tell()
+        if room <= 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(memoryview(data)[:room])
+
+
+@pytest.mark.parametrize("output", [CSV, OutputFormat(Format.PARQUET)], ids=name_of)
+@pytest.mark.parametrize("lack", ["bytes", "disk", "directory"])
+async def test_rows_for_which_the_disk_has_no_room_are_staged(
+    database: Postgres,
+    into: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    output: OutputFormat,
+    lack: str,
 ) -> None:
     database.make_orders()
+    if lack == "bytes":
+        database.spool = {"spool_bytes": 2_200_000}
+    elif lack == "disk":
+        monkeypatch.setattr(
+            rows, "_open_spool", lambda _: SmallDisk(tmp_path / str(uuid4()), "x+")
+        )
+    elif output.format is Format.CSV:
+        database.spool = {"spool_directory": str(tmp_path / "missing")}
+    await database.deliver(delivery_of(MANY, output, parts=3))
+    assert into == (["public"] if not database.spool and lack != "disk" else ["pg_temp"])
+    found = database.rows("SELECT id FROM orders WHERE name <> 'old' ORDER BY ctid")
+    assert [n for (n,) in found] == list(range(100_000))
 
-    class Full(io.BytesIO):
-        def write(self, data: Any, /) -> int:
-            raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: Full())
+async def test_a_part_for_which_the_disk_has_no_room_is_tried_again(
+    database: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database.make_orders()
+    monkeypatch.setattr(SmallDisk, "write", lambda *_: os.write(-1, b""))
+    monkeypatch.setattr(rows, "_open_spool", lambda _: SmallDisk(tmp_path / "kept", "x+"))
     with pytest.raises(
         DeliveryFailed, match="cannot be kept on the server's disk"
     ) as failed:
-        await database.deliver(delivery_of(ROWS))
+        await database.deliver(delivery_of(ROWS, OutputFormat(Format.PARQUET)))
     assert failed.value.retryable
     assert database.orders() == [(0, "old")]
+
+
+@pytest.mark.parametrize("output", [CSV, OutputFormat(Format.PARQUET)], ids=name_of)
+async def test_a_delivery_that_is_cancelled_keeps_no_more_rows(
+    database: Postgres, monkeypatch: pytest.MonkeyPatch, output: OutputFormat
+) -> None:
+    database.make_orders()
+    loop, stopped, kept = asyncio.get_running_loop(), threading.Event(), []
+    keeps, stop = rows._keeps, Call.stop
+
+    def one(file: Any, piece: Any) -> bool:
+        if len(piece) > 0 and lines_begin(piece):
+            kept.append(len(piece))
+            loop.call_soon_threadsafe(task.cancel)
+            assert stopped.wait(ENOUGH)
+        return keeps(file, piece)
+
+    def lines_begin(piece: Any) -> bool:
+        return output.format is Format.CSV or bytes(piece[:4]) != b"PAR1"
+
+    def note(self: Call) -> None:
+        stop(self)
+        stopped.set()
+
+    monkeypatch.setattr(rows, "_keeps", one)
+    monkeypatch.setattr(Call, "stop", note)
+    task = asyncio.create_task(database.deliver(delivery_of(MANY, output, parts=1)))
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await database.until(lambda: "exportd-database-sink" not in left_over())
+    assert len(kept) == 1
+    assert database.orders() == [(0, "old")]
+
+
+async def test_damage_that_is_found_while_rows_are_kept_loads_none(
+    database: Postgres, into: list[str]
+) -> None:
+    database.make_orders()
+    delivery = delivery_of(ROWS)
+    first, *others = delivery.parts
+    parts = (replace(first, crc32c=first.crc32c ^ 1), *others)
+    with pytest.raises(DeliveryFailed, match="do not match their checksum"):
+        await database.deliver(replace(delivery, parts=parts))
+    assert not into
+    assert database.orders() == [(0, "old")]
+
+
+async def test_operators_of_others_are_not_asked(
+    database: Postgres, into: list[str]
+) -> None:
+    database.make_orders()
+    for kind in ("regclass", "oid"):
+        database.run(
+            f"CREATE FUNCTION no_{kind}(oid, {kind}) RETURNS bool LANGUAGE plpgsql AS "
+            "'BEGIN RAISE EXCEPTION ''asked''; END'",
+            f"CREATE OPERATOR public.= (leftarg = oid, rightarg = {kind}, "
+            f"function = no_{kind})",
+        )
+    await database.deliver(delivery_of(ROWS))
+    assert into == ["public"]
+
+
+async def test_rights_on_columns_do_where_the_table_may_be_locked(
+    database: Postgres,
+) -> None:
+    database.make_orders()
+    name = f"r_{database.url.rsplit('_', 1)[1]}"
+    database.run(
+        f"CREATE ROLE {name} LOGIN",
+        f"GRANT CREATE ON SCHEMA public TO {name}",
+        f"GRANT INSERT (id, name) ON orders TO {name}",
+    )
+    role = Postgres(database.url.replace("postgres@", f"{name}@"))
+    try:
+        with pytest.raises(BadSinkRequest, match=r"lacks INSERT on public\.orders"):
+            await role.deliver(delivery_of(ROWS))
+        database.run(f"GRANT DELETE ON orders TO {name}")
+        await role.deliver(delivery_of(ROWS))
+        await role.deliver(delivery_of(MORE), mode="REPLACE")
+        assert len(database.orders()) == 2
+    finally:
+        database.run(f"DROP OWNED BY {name}", f"DROP ROLE {name}")
 
 
 async def test_a_table_that_changed_before_it_was_locked_is_looked_at_again(

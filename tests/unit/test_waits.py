@@ -116,7 +116,12 @@ if child:
     thread.join = lambda _timeout, join=thread.join: (join(30), print("joined", flush=True))
 """
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+        # From Python 3.12 on a fork beside threads is warned of.
+        [sys.executable, "-W", "ignore", "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=ENOUGH,
     )
     assert (done.stdout, done.stderr) == ("joined\n", "")
 

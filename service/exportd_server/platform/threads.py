@@ -92,6 +92,11 @@ class _Threads:
             self._idle.remove(thread)
             return True
 
+    def begin_anew(self) -> None:
+        """After a fork: none of the threads is there, and their lock may be held."""
+        self._idle = []
+        self._lock = threading.Lock()
+
     def end_idle(self) -> None:
         """Before the interpreter ends: what libraries keep for a thread is to be let go of
         while they are there."""
@@ -133,15 +138,5 @@ class _Thread(threading.Thread):
 _threads = _Threads()
 
 
-def _begin_anew() -> None:
-    """After a fork none of the threads is there, and their lock may be held."""
-    global _threads  # noqa: PLW0603 - the process is another one
-    _threads = _Threads()
-
-
-def _end() -> None:
-    _threads.end_idle()
-
-
-os.register_at_fork(after_in_child=_begin_anew)
-atexit.register(_end)
+os.register_at_fork(after_in_child=_threads.begin_anew)
+atexit.register(_threads.end_idle)

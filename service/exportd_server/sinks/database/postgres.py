@@ -136,15 +136,18 @@ class PostgresSink:
     def _deliver(
         self, call: Call, request: DatabaseRequest, delivery: Delivery, feed: Feed
     ) -> str:
-        export = delivery.export
-        lines = csv_lines(feed, export, delivery.parts, self._connection.spool_directory)
+        known = self._connection
+        lines = csv_lines(feed, delivery.export, delivery.parts, known.spool_directory)
         with contextlib.ExitStack() as stack:
+            # What it holds open of a part is not to outlast a failure.
+            stack.enter_context(contextlib.closing(lines))
+            checked = _until_stopped(call, lines)
             straight = self._goes_straight(call, request, delivery)
             if straight:
                 # No session is open meanwhile.
-                spool = spooled(lines, self._connection.spool_directory)
-                lines = stack.enter_context(spool)
-            return self._load(call, request, delivery, lines, straight=straight)
+                spool = spooled(checked, known.spool_directory, known.spool_bytes)
+                checked, straight = stack.enter_context(spool)
+            return self._load(call, request, delivery, checked, straight=straight)
 
     def _goes_straight(
         self, call: Call, request: DatabaseRequest, delivery: Delivery
@@ -462,6 +465,12 @@ def _require_fitting(session: Session, plan: Plan, staging: sql.Identifier) -> N
     for (_, name, why), wrong in zip(found, answers or (), strict=True):
         if wrong:
             raise DeliveryFailed(f"column {name!r}: a value {why}", retryable=False)
+
+
+def _until_stopped(call: Call, lines: Iterator[Buffer]) -> Iterator[Buffer]:
+    for piece in lines:
+        call.check()
+        yield piece
 
 
 def _note(

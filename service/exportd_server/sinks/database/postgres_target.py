@@ -54,6 +54,7 @@ SELECT a.attnum::int4 AS number, a.attname::text AS name,
        r.typmod::int4 AS typmod, t.typtype = 'e' AS is_enum,
        a.attnotnull AND NOT a.atthasdef AND a.attidentity = '' AS required,
        a.attgenerated <> '' OR a.attidentity = 'a' AS generated,
+       pg_catalog.has_column_privilege(a.attrelid, a.attnum, 'INSERT') AS may_insert,
        pg_catalog.has_column_privilege(a.attrelid, a.attnum, 'UPDATE') AS may_update,
        pg_catalog.has_column_privilege(a.attrelid, a.attnum, 'SELECT') AS may_select
 FROM resolved r
@@ -67,10 +68,10 @@ SELECT ((indkey::int2[])[0:indnkeyatts - 1])::int4[] AS keys FROM pg_catalog.pg_
 WHERE indrelid = %(oid)s::int8::oid AND indisunique AND indisvalid AND indimmediate
   AND indpred IS NULL AND indexprs IS NULL
 """
-# Functions that come with the database are not listed as what anything depends on.
+# What comes with the database is not listed as what anything depends on.
 _STRAIGHT = """
 SELECT c.relkind = 'r' AND NOT c.relhastriggers AND NOT c.relhasrules
-       AND NOT c.relrowsecurity AND NOT c.relhassubclass
+       AND NOT c.relrowsecurity AND NOT c.relhassubclass AND NOT c.relispartition
        AND NOT EXISTS (SELECT FROM pg_catalog.pg_index i WHERE i.indrelid = c.oid
                        AND (i.indisunique OR i.indisexclusion))
        AND NOT EXISTS (SELECT FROM pg_catalog.pg_attribute a
@@ -78,15 +79,18 @@ SELECT c.relkind = 'r' AND NOT c.relhastriggers AND NOT c.relhasrules
                        WHERE a.attrelid = c.oid AND a.attnum > 0 AND t.typtype = 'd')
        AND NOT EXISTS (
            SELECT FROM pg_catalog.pg_depend d
-           WHERE d.refclassid = 'pg_catalog.pg_proc'::pg_catalog.regclass
+           WHERE d.refclassid IN (
+                 'pg_catalog.pg_proc'::pg_catalog.regclass::oid,
+                 'pg_catalog.pg_operator'::pg_catalog.regclass::oid,
+                 'pg_catalog.pg_opclass'::pg_catalog.regclass::oid)
              AND (d.classid, d.objid) IN (
-                 SELECT 'pg_catalog.pg_attrdef'::pg_catalog.regclass, oid
+                 SELECT 'pg_catalog.pg_attrdef'::pg_catalog.regclass::oid, oid
                  FROM pg_catalog.pg_attrdef WHERE adrelid = c.oid
                  UNION ALL
-                 SELECT 'pg_catalog.pg_constraint'::pg_catalog.regclass, oid
+                 SELECT 'pg_catalog.pg_constraint'::pg_catalog.regclass::oid, oid
                  FROM pg_catalog.pg_constraint WHERE conrelid = c.oid
                  UNION ALL
-                 SELECT 'pg_catalog.pg_class'::pg_catalog.regclass, indexrelid
+                 SELECT 'pg_catalog.pg_class'::pg_catalog.regclass::oid, indexrelid
                  FROM pg_catalog.pg_index WHERE indrelid = c.oid)) AS it
 FROM pg_catalog.pg_class c WHERE c.oid = %(oid)s::int8::oid
 """
@@ -107,6 +111,7 @@ class Column:
     type: PgType
     required: bool = False
     generated: bool = False
+    may_insert: bool = True
     may_update: bool = True
     may_select: bool = True
 
@@ -222,6 +227,7 @@ def target_of(
             PgType(row.type, row.shown, row.typmod, row.is_enum),
             row.required,
             row.generated,
+            row.may_insert,
             row.may_update,
             row.may_select,
         )
@@ -283,17 +289,13 @@ def _to_be_made(
 
 def _require_rights(session: Session, request: DatabaseRequest, plan: Plan) -> None:
     target = plan.target
-    # To lock the table takes a right on the whole of it.
-    wanted = ["INSERT", "DELETE"] if request.mode == "REPLACE" else ["INSERT"]
-    lacking = [
-        right
-        for right in wanted
-        if not one(
-            session,
-            "SELECT pg_catalog.has_table_privilege(%(oid)s::int8::oid, %(right)s) AS it",
-            {"oid": target.oid, "right": right},
-        ).it
-    ]
+    lacking = []
+    # To lock the table takes one of these on the whole of it.
+    locks = _has(session, target, "INSERT, UPDATE, DELETE, TRUNCATE")
+    if not locks or not all(column.may_insert for column in plan.columns):
+        lacking.append("INSERT")
+    if request.mode == "REPLACE" and not _has(session, target, "DELETE"):
+        lacking.append("DELETE")
     if request.mode == "MERGE":
         keys = [plan.columns[index] for index in plan.keys]
         if not all(column.may_update for column in plan.columns if column not in keys):
@@ -306,6 +308,16 @@ def _require_rights(session: Session, request: DatabaseRequest, plan: Plan) -> N
             "table",
             f"the connection's role lacks {' and '.join(lacking)} on {target}",
         )
+
+
+def _has(session: Session, target: Target, rights: str) -> bool:
+    """Whether the role has one of the rights on the whole table."""
+    found = one(
+        session,
+        "SELECT pg_catalog.has_table_privilege(%(oid)s::int8::oid, %(rights)s::text) AS it",
+        {"oid": target.oid, "rights": rights},
+    )
+    return bool(found.it)
 
 
 def _require_unique(request: DatabaseRequest, plan: Plan) -> None:

@@ -66,6 +66,9 @@ class DatabaseConnection(BaseModel):
     always_stage: bool = False
     """Have all rows go through a temporary table, those too that PostgreSQL could put into
     their table at once; of PostgreSQL by its `url` alone."""
+    spool_bytes: Annotated[int, Field(ge=0)] = 2 * 2**30
+    """Most bytes of rows that are kept on the disk to go straight into a table of
+    PostgreSQL; those of larger exports go through a temporary table."""
     spool_directory: Path | None = None
     """Where a Parquet part lies while it is read; the system's directory for temporary
     files when it is not given."""

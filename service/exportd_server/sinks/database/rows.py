@@ -10,10 +10,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
+import itertools
+import os
 import queue
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
+from io import FileIO
 from pathlib import Path
 from typing import IO, TypeAlias, cast
 
@@ -182,7 +185,7 @@ def csv_options(export: Export) -> CsvOptions:
 
 def csv_lines(
     feed: Feed, export: Export, parts: Sequence[Part], spool: Path | None = None
-) -> Iterator[Buffer]:
+) -> Generator[Buffer, None, None]:
     """All rows of the parts in order, in pieces of any length that end anywhere; a piece
     is good until the next is asked for. Raises `DeliveryFailed`, `Stopped`, and what the
     content raised."""
@@ -202,15 +205,67 @@ def csv_lines(
 
 
 @contextlib.contextmanager
-def spooled(lines: Iterator[Buffer], spool: Path | None) -> Iterator[Iterator[Buffer]]:
-    """All the lines, once they are here; on the disk meanwhile. Raises what `csv_lines`
-    does."""
-    with _kept(spool) as kept:
+def spooled(
+    lines: Iterator[Buffer], spool: Path | None, most: int
+) -> Iterator[tuple[Iterator[Buffer], bool]]:
+    """The lines, kept on the disk until all are here; False where they are not, because
+    they are more than `most` bytes, or than half of what the disk has left. Then those that
+    came so far are kept, and the others come as they do. Raises what `csv_lines` does."""
+    with contextlib.ExitStack() as stack:
+        try:
+            kept = stack.enter_context(_open_spool(spool))
+            room = min(most, _free(kept) // 2)
+        except OSError:
+            yield lines, False
+            return
+        size = 0
         for piece in lines:
-            with _full_disk():
-                kept.write(piece)
-        _rewind(kept)
-        yield iter(lambda: kept.read(_BUFFER_BYTES), b"")
+            if size + len(piece) > room or not _keeps(kept, piece):
+                kept.truncate(size)
+                kept.seek(0)
+                yield itertools.chain(_kept(kept), [piece], lines), False
+                return
+            size += len(piece)
+        kept.seek(0)
+        yield _kept(kept), True
+
+
+def _open_spool(spool: Path | None) -> FileIO:
+    # Without a buffer there is nothing that could fail when it is closed.
+    return tempfile.TemporaryFile(dir=spool, buffering=0)
+
+
+def _free(kept: FileIO) -> int:
+    disk = os.fstatvfs(kept.fileno())
+    return disk.f_bavail * disk.f_frsize
+
+
+def _keeps(kept: FileIO, piece: Buffer) -> bool:
+    """Write all of a piece; whether that went well."""
+    left = memoryview(piece)
+    try:
+        while left:
+            left = left[kept.write(left) :]
+    except OSError:
+        return False
+    return True
+
+
+def _kept(kept: FileIO) -> Iterator[bytes]:
+    while True:
+        try:
+            piece = kept.read(_BUFFER_BYTES)
+        except OSError as error:
+            raise _no_disk() from error
+        if not piece:
+            return
+        yield piece
+
+
+def _no_disk() -> DeliveryFailed:
+    return DeliveryFailed(
+        "rows cannot be kept on the server's disk while they are read", retryable=True
+    )
 
 
 def _lines(file: _PartFile, export: Export, spool: Path | None) -> Iterator[Buffer]:
@@ -266,36 +321,16 @@ def _batches(
 
 @contextlib.contextmanager
 def _spooled(source: IO[bytes], spool: Path | None) -> Iterator[IO[bytes]]:
-    with _kept(spool) as kept:
-        while piece := source.read(_BUFFER_BYTES):
-            with _full_disk():
-                kept.write(piece)
-        _rewind(kept)
-        yield kept
-
-
-@contextlib.contextmanager
-def _kept(spool: Path | None) -> Iterator[IO[bytes]]:
     with contextlib.ExitStack() as stack:
-        with _full_disk():
-            kept = stack.enter_context(tempfile.TemporaryFile(dir=spool))
+        try:
+            kept = stack.enter_context(_open_spool(spool))
+        except OSError as error:
+            raise _no_disk() from error
+        while piece := source.read(_BUFFER_BYTES):
+            if not _keeps(kept, piece):
+                raise _no_disk()
+        kept.seek(0)
         yield kept
-
-
-def _rewind(kept: IO[bytes]) -> None:
-    with _full_disk():
-        kept.seek(0)  # which writes what is left
-
-
-@contextlib.contextmanager
-def _full_disk() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise DeliveryFailed(
-            "rows cannot be kept on the server's disk while they are read",
-            retryable=True,
-        ) from error
 
 
 class _Collector:
