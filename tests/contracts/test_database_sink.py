@@ -777,21 +777,21 @@ async def test_a_delivery_that_waits_for_a_lock_is_cancelled_soon(
 
 
 async def test_a_session_that_the_server_ends_is_tried_again_and_leaves_nothing(
-    postgres_sink: Postgres,
+    staged_sink: Postgres,
 ) -> None:
-    postgres_sink.make_orders()
+    staged_sink.make_orders()
     delivery, content = held(delivery_of(ROWS))
-    task = asyncio.create_task(postgres_sink.deliver(delivery))
+    task = asyncio.create_task(staged_sink.deliver(delivery))
     await content.reached.wait()
-    (pid,) = postgres_sink.sessions("query LIKE 'COPY%'")
-    postgres_sink.rows(f"SELECT pg_terminate_backend({pid}, 5000)")
+    (pid,) = staged_sink.sessions("query LIKE 'COPY%'")
+    staged_sink.rows(f"SELECT pg_terminate_backend({pid}, 5000)")
     content.go_on.set()
     with pytest.raises(DeliveryFailed) as failed:
         await task
     assert failed.value.retryable
-    assert postgres_sink.orders() == [(0, "old")]
-    await postgres_sink.deliver(delivery)
-    assert len(postgres_sink.orders()) == 4
+    assert staged_sink.orders() == [(0, "old")]
+    await staged_sink.deliver(delivery)
+    assert len(staged_sink.orders()) == 4
 
 
 async def test_two_attempts_at_once_load_the_rows_once(known: Database) -> None:

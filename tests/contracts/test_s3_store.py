@@ -242,8 +242,9 @@ async def test_uploads_run_side_by_side_up_to_the_limit_and_the_writer_waits(
 
 
 async def test_abort_does_not_wait_for_what_is_being_sent(
-    store: S3Store, proxy: S3Proxy, raw: RawS3
+    proxy: S3Proxy, options: S3Options, raw: RawS3
 ) -> None:
+    store = S3Store(replace(options, parts_in_flight=len(LARGE) // options.part_bytes + 1))
     proxy.plan = on("part", Fault(stall=True))
     writer = store.create(part_key())
     writer.write(LARGE)
@@ -253,6 +254,7 @@ async def test_abort_does_not_wait_for_what_is_being_sent(
         await asyncio.to_thread(writer.abort)
     assert raw.uploads() == []
     assert raw.objects() == []
+    await store.close()
 
 
 async def test_closing_the_store_below_a_writer_fails_it(

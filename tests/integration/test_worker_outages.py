@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -22,11 +23,13 @@ LEASE = 0.6
 
 
 class EventfulSource(GateSource):
-    """Breaks off in the middle, then changes in the middle, then goes through: the worker
-    has to say everything there is to say to the ledger."""
+    """Breaks off in the middle, then changes in the middle, then goes through, once the
+    worker has told of its progress: it has to say everything there is to say to the
+    ledger."""
 
-    def __init__(self) -> None:
+    def __init__(self, faults: Faults) -> None:
         super().__init__(wide=True)
+        self._faults = faults
         self._events: list[Exception] = [SourceFailed(), SourceChanged()]
         self._turns: dict[GateStream, int] = {}
 
@@ -34,13 +37,19 @@ class EventfulSource(GateSource):
         turn = self._turns[stream] = self._turns.get(stream, 0) + 1
         if turn == 3 and self._events:
             raise self._events.pop(0)
+        while "record_progress" in self._faults.pending and turn == 3:
+            if stream.cancelled:
+                break
+            time.sleep(0.001)
         super().wait_for_turn(stream)
 
 
 async def right_and_once(fleet: Fleet, source: GateSource, faults: Faults) -> None:
     """Export, and find every row once and in order."""
     job = await fleet.create()
-    async with fleet.worker(source, ledger=faults.ledger, lease=LEASE, poll=0.2):
+    async with fleet.worker(
+        source, ledger=faults.ledger, lease=LEASE, poll=0.2, progress_interval=0.02
+    ):
         done = await fleet.finished(job)
         assert done.state is JobState.SUCCEEDED
         await until(lambda: not faults.pending)
@@ -74,7 +83,7 @@ async def test_a_call_whose_answer_is_lost_leaves_the_output_right(
     async with fleet_in(tmp_path, max_rows=10**9) as fleet:
         faults = Faults(fleet.ledger)
         faults.fail(method, 1 if after else 3, after=after)
-        source = EventfulSource()
+        source = EventfulSource(faults)
         await right_and_once(fleet, source, faults)
         assert source.opened >= 3
 
@@ -85,7 +94,7 @@ async def test_every_call_may_fail_at_once(tmp_path: Path) -> None:
         for method in CALLS:
             faults.fail(method, after=False)
             faults.fail(method, after=True)
-        await right_and_once(fleet, EventfulSource(), faults)
+        await right_and_once(fleet, EventfulSource(faults), faults)
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
