@@ -134,7 +134,7 @@ def test_a_query_without_conditions_needs_no_engine(
     assert found["n"].to_pylist() == some_rows(500)["n"].to_pylist()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     files=st.lists(
         st.tuples(st.integers(0, 400), st.sampled_from([1, 7, 64, 1000])),
