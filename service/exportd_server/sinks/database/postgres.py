@@ -136,8 +136,8 @@ class PostgresSink:
     def _deliver(
         self, call: Call, request: DatabaseRequest, delivery: Delivery, feed: Feed
     ) -> str:
-        known = self._connection
-        lines = csv_lines(feed, delivery.export, delivery.parts, known.spool_directory)
+        connection = self._connection
+        lines = csv_lines(feed, delivery.export, delivery.parts, connection.spool_directory)
         with contextlib.ExitStack() as stack:
             # What it holds open of a part is not to outlast a failure.
             stack.enter_context(contextlib.closing(lines))
@@ -145,7 +145,7 @@ class PostgresSink:
             straight = self._goes_straight(call, request, delivery)
             if straight:
                 # No session is open meanwhile.
-                spool = spooled(checked, known.spool_directory, known.spool_bytes)
+                spool = spooled(checked, connection.spool_directory, connection.spool_bytes)
                 checked, straight = stack.enter_context(spool)
             return self._load(call, request, delivery, checked, straight=straight)
 

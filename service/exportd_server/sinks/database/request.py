@@ -70,8 +70,8 @@ class DatabaseConnection(BaseModel):
     """Most bytes of rows that are kept on the disk to go straight into a table of
     PostgreSQL; those of larger exports go through a temporary table."""
     spool_directory: Path | None = None
-    """Where a Parquet part lies while it is read; the system's directory for temporary
-    files when it is not given."""
+    """Where these rows lie until all are here, and a Parquet part while it is read; the
+    system's directory for temporary files when it is not given."""
 
     @model_validator(mode="after")
     def _whole(self) -> Self:

@@ -16,7 +16,6 @@ import queue
 import tempfile
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
-from io import FileIO
 from pathlib import Path
 from typing import IO, TypeAlias, cast
 
@@ -211,36 +210,36 @@ def spooled(
     """The lines, kept on the disk until all are here; False where they are not, because
     they are more than `most` bytes, or than half of what the disk has left. Then those that
     came so far are kept, and the others come as they do. Raises what `csv_lines` does."""
-    with contextlib.ExitStack() as stack:
-        try:
-            kept = stack.enter_context(_open_spool(spool))
-            room = min(most, _free(kept) // 2)
-        except OSError:
-            yield lines, False
-            return
+    try:
+        kept = _open_spool(spool)
+    except OSError:
+        yield lines, False
+        return
+    with kept:
+        room = min(most, _free(kept) // 2)
         size = 0
         for piece in lines:
-            if size + len(piece) > room or not _keeps(kept, piece):
+            if size + len(piece) > room or not _wrote(kept, piece):
                 kept.truncate(size)
                 kept.seek(0)
-                yield itertools.chain(_kept(kept), [piece], lines), False
+                yield itertools.chain(_pieces(kept), [piece], lines), False
                 return
             size += len(piece)
         kept.seek(0)
-        yield _kept(kept), True
+        yield _pieces(kept), True
 
 
-def _open_spool(spool: Path | None) -> FileIO:
+def _open_spool(spool: Path | None) -> io.FileIO:
     # Without a buffer there is nothing that could fail when it is closed.
     return tempfile.TemporaryFile(dir=spool, buffering=0)
 
 
-def _free(kept: FileIO) -> int:
+def _free(kept: io.FileIO) -> int:
     disk = os.fstatvfs(kept.fileno())
     return disk.f_bavail * disk.f_frsize
 
 
-def _keeps(kept: FileIO, piece: Buffer) -> bool:
+def _wrote(kept: io.FileIO, piece: Buffer) -> bool:
     """Write all of a piece; whether that went well."""
     left = memoryview(piece)
     try:
@@ -251,7 +250,7 @@ def _keeps(kept: FileIO, piece: Buffer) -> bool:
     return True
 
 
-def _kept(kept: FileIO) -> Iterator[bytes]:
+def _pieces(kept: io.FileIO) -> Iterator[bytes]:
     while True:
         try:
             piece = kept.read(_BUFFER_BYTES)
@@ -321,13 +320,13 @@ def _batches(
 
 @contextlib.contextmanager
 def _spooled(source: IO[bytes], spool: Path | None) -> Iterator[IO[bytes]]:
-    with contextlib.ExitStack() as stack:
-        try:
-            kept = stack.enter_context(_open_spool(spool))
-        except OSError as error:
-            raise _no_disk() from error
+    try:
+        kept = _open_spool(spool)
+    except OSError as error:
+        raise _no_disk() from error
+    with kept:
         while piece := source.read(_BUFFER_BYTES):
-            if not _keeps(kept, piece):
+            if not _wrote(kept, piece):
                 raise _no_disk()
         kept.seek(0)
         yield kept
