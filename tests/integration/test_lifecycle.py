@@ -19,7 +19,8 @@ from exportd.v1 import export_service_pb2 as pb
 from exportd_server.errors import SourceFailed, ValueNotEncodable
 from exportd_server.jobs import caps
 from exportd_server.jobs.ledger.sql import SqlLedger
-from exportd_server.jobs.model import PartRecord
+from exportd_server.jobs.model import Job, PartRecord
+from exportd_server.jobs.readers import Readers
 from exportd_server.sources.base import Plan, Query, Shard, SourceChanged
 from tests.support import rpc
 from tests.support.gate import BATCH_ROWS, GateSource
@@ -388,6 +389,26 @@ async def test_deleting_a_job_cuts_its_downloads(tmp_path: Path) -> None:
         await anext(call)
         await server.stub.DeleteJob(pb.DeleteJobRequest(job_id=job.job_id))
         refused = await rpc.refusal(call)
+        assert refused.reason == "JOB_NOT_FOUND"
+
+
+async def test_a_download_that_is_cut_as_it_begins_is_told_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The moment when its first message is on its way: the library then forgets that it
+    has sent the metadata, and its status would never arrive."""
+    keep = Readers.keep
+
+    async def keep_and_cut(readers: Readers, job: Job) -> None:
+        await keep(readers, job)
+        readers.cut(job.job_id)
+
+    async with serving(tmp_path, GateSource(1, wide=True)) as server:
+        job = await rpc.export(server.stub, "gated")
+        monkeypatch.setattr(Readers, "keep", keep_and_cut)
+        request = pb.StreamDownloadRequest(job_id=job.job_id)
+        async with asyncio.timeout(ENOUGH):
+            refused = await rpc.refusal(server.stub.StreamDownload(request))
         assert refused.reason == "JOB_NOT_FOUND"
 
 

@@ -7,10 +7,12 @@ import asyncio
 import json
 import os
 import random
+import socket
 import ssl
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -455,6 +457,45 @@ def replace(pair: Pair, new: Pair) -> None:
         fresh = file.with_suffix(".new")
         fresh.write_bytes(content)
         fresh.replace(file)
+
+
+def test_many_connections_at_once_and_a_renewal_among_them_leave_the_server_alive(
+    tmp_path: Path, authority: Authority, shown: Pair
+) -> None:
+    """In a process of its own: the library would end it."""
+    new = authority.pair("renewed", dns=["localhost"])
+    files = {
+        "EXPORTD_TLS__CERT_FILE": str(shown.cert_file),
+        "EXPORTD_TLS__KEY_FILE": str(shown.key_file),
+    }
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    context.set_alpn_protocols(["h2"])
+
+    def connect(times: int) -> set[bytes | None]:
+        found = set()
+        for _ in range(times):
+            with (
+                socket.create_connection(("127.0.0.1", server.port), ENOUGH) as plain,
+                context.wrap_socket(plain) as connection,
+            ):
+                found.add(connection.getpeercert(binary_form=True))
+        return found
+
+    with (
+        server_process(tmp_path / "data", env=files) as server,
+        ThreadPoolExecutor(32) as threads,
+    ):
+        before = connect(1)
+        crowd = [threads.submit(connect, 60) for _ in range(31)]
+        connect(30)
+        replace(shown, new)
+        after = connect(1)
+        shown_to_crowd = [each.result() for each in crowd]
+        assert server.terminate() == 0
+    assert after != before
+    assert set().union(*shown_to_crowd) == before | after
 
 
 @pytest.mark.parametrize("fault", ["half", "garbage", "empty", "gone"])

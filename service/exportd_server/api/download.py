@@ -3,7 +3,6 @@ taken."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from exportd_server.api.reading import (
     choose_file,
 )
 from exportd_server.api.requests import Reader
+from exportd_server.api.sending import Messages
 from exportd_server.encoders.base import OutputFormat
 from exportd_server.errors import ErrorReason, ExportdError
 from exportd_server.jobs import audit
@@ -189,9 +189,8 @@ class _Sender:
     """Sends messages of one call, and gives up on a reader that takes none."""
 
     def __init__(self, context: Context, buffer: ChunkBuffer, stall_timeout: float) -> None:
-        self._context = context
+        self._messages = Messages(context, stall_timeout)
         self._buffer = buffer
-        self._stall_timeout = stall_timeout
         self.room = buffer.room
         self.before_each: Callable[[], None] = _nothing
         """Raises when no more data is to be sent."""
@@ -213,8 +212,7 @@ class _Sender:
 
     async def _write(self, message: bytes) -> None:
         try:
-            async with asyncio.timeout(self._stall_timeout):
-                await self._context.write(message)
+            await self._messages.send(message)
         except TimeoutError:
             raise ExportdError(ErrorReason.READER_STALLED) from None
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable
+import time
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 import structlog
@@ -17,6 +19,10 @@ from exportd_server.errors import ConfigurationError
 from exportd_server.platform import metrics_service as metrics
 
 log = structlog.get_logger(__name__)
+
+_BEGINNING = 0.5
+"""Seconds that a handshake takes at most from its certificate to having hold of it, which
+is some microseconds of one thread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,12 +112,12 @@ class ServerTls:
     def credentials(self, *, require_client_cert: bool) -> grpc.ServerCredentials:
         """For a port. Without `require_client_cert` it asks clients for none at all: the
         library has nothing in between."""
+        renewals: Callable[[], Any] = _Renewals(self._latest, self._current)
         return grpc.dynamic_ssl_server_credentials(
-            self._current, self._renewed, require_client_authentication=require_client_cert
+            self._current, renewals, require_client_authentication=require_client_cert
         )
 
-    def _renewed(self) -> grpc.ServerCertificateConfiguration:
-        """Called in threads of the library, which must not see an exception."""
+    def _latest(self) -> grpc.ServerCertificateConfiguration:
         with self._lock:
             signature = self._files.signature()
             if signature != self._signature:
@@ -126,6 +132,34 @@ class ServerTls:
                 except Exception:
                     log.exception("new TLS files are not used; the last good ones serve on")
             return self._current
+
+
+class _Renewals:
+    """Tells gRPC of one port's new certificates, each once.
+
+    The library frees what served before as soon as it is given something, be it the same,
+    while another thread may just have taken it up for a handshake that begins: the process
+    then crashes (github.com/grpc/grpc/issues/36693). So it is given something only when
+    that is new, and time for handshakes to begin before. It asks for one connection at a
+    time, and others wait until it has its answer.
+    """
+
+    def __init__(
+        self,
+        latest: Callable[[], grpc.ServerCertificateConfiguration],
+        served: grpc.ServerCertificateConfiguration,
+    ) -> None:
+        self._latest = latest
+        self._served = served
+
+    def __call__(self) -> grpc.ServerCertificateConfiguration | None:
+        """Called in threads of the library, which must not see an exception."""
+        latest = self._latest()
+        if latest is self._served:
+            return None
+        self._served = latest
+        time.sleep(_BEGINNING)
+        return latest
 
 
 def _encoded(key: PublicKeyTypes) -> bytes:

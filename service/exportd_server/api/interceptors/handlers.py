@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 Continuation = Callable[[grpc.HandlerCallDetails], Awaitable["Handler | None"]]
 Behaviour = Callable[[Any, Any], Awaitable[Any]]
 Wrap = Callable[[Behaviour], Behaviour]
-Write = Callable[[Any, Any], Awaitable[None]]
+Send = Callable[[Any], Awaitable[None]]
 
 
 _CODES = frozenset(code.value[0] for code in grpc.StatusCode)
@@ -34,8 +34,9 @@ def split(details: grpc.HandlerCallDetails) -> tuple[str, str]:
     return service, method
 
 
-async def _write(context: Any, response: Any) -> None:
-    await context.write(response)
+def _sending(context: Any) -> Send:
+    write: Send = context.write
+    return write
 
 
 def wrapped(
@@ -44,13 +45,13 @@ def wrapped(
     unary: Wrap,
     stream: Wrap,
     wire: bool = False,
-    write: Write = _write,
+    sending: Callable[[Any], Send] = _sending,
 ) -> Handler:
     """The handler with its behaviour wrapped, by `stream` if it answers with one. With
     `wire` the behaviour gets the request's bytes, and reads them itself.
 
-    What `stream` wraps writes its messages to the context, by `write` if it did not do so
-    before, and gives nothing.
+    What `stream` wraps writes its messages to the context, by what `sending` makes of it
+    if it did not do so before, and gives nothing.
     """
     read = None if wire else handler.request_deserializer
     if handler.unary_unary is not None:
@@ -63,11 +64,13 @@ def wrapped(
         )
     if handler.unary_stream is not None:
         return grpc.unary_stream_rpc_method_handler(
-            stream(_writing(handler.unary_stream, write)), read, handler.response_serializer
+            stream(_writing(handler.unary_stream, sending)),
+            read,
+            handler.response_serializer,
         )
     own: Any = handler.stream_stream
     return grpc.stream_stream_rpc_method_handler(
-        stream(_writing(own, write)), read, handler.response_serializer
+        stream(_writing(own, sending)), read, handler.response_serializer
     )
 
 
@@ -109,12 +112,15 @@ class OncePerMethod(grpc.aio.ServerInterceptor):
         return await self._interceptors[index].intercept_service(inner, details)
 
 
-def _writing(behaviour: Callable[[Any, Any], Any], write: Write) -> Behaviour:
+def _writing(
+    behaviour: Callable[[Any, Any], Any], sending: Callable[[Any], Send]
+) -> Behaviour:
     async def call(request: Any, context: Any) -> None:
         answer = behaviour(request, context)
         if isinstance(answer, AsyncIterator):
+            send = sending(context)
             async for response in answer:
-                await write(context, response)
+                await send(response)
         else:
             await answer
 

@@ -16,11 +16,13 @@ from grpc_status import rpc_status
 from exportd_server.api.interceptors.handlers import (
     Behaviour,
     Continuation,
+    Send,
     split,
     wrapped,
 )
 from exportd_server.api.interceptors.identity import caller
 from exportd_server.api.limits import CallerLimits
+from exportd_server.api.sending import Messages
 from exportd_server.api.status import error_status
 from exportd_server.errors import ErrorReason, ExportdError, QuotaExceeded
 
@@ -162,7 +164,7 @@ class StreamsInterceptor(grpc.aio.ServerInterceptor):
             handler,
             unary=lambda own: own,
             stream=lambda own: self._limited(own, method),
-            write=self._write,
+            sending=self._sending,
         )
 
     def _limited(self, behaviour: Behaviour, method: str) -> Behaviour:
@@ -172,14 +174,19 @@ class StreamsInterceptor(grpc.aio.ServerInterceptor):
 
         return call
 
-    async def _write(self, context: Any, response: Any) -> None:
-        try:
-            async with asyncio.timeout(self._limits.stall_timeout):
-                await context.write(response)
-        except TimeoutError:
-            raise ExportdError(
-                ErrorReason.READER_STALLED, "nothing was taken for too long; watch again"
-            ) from None
+    def _sending(self, context: Any) -> Send:
+        messages = Messages(context, self._limits.stall_timeout)
+
+        async def send(response: Any) -> None:
+            try:
+                await messages.send(response)
+            except TimeoutError:
+                raise ExportdError(
+                    ErrorReason.READER_STALLED,
+                    "nothing was taken for too long; watch again",
+                ) from None
+
+        return send
 
     def _slot(self, method: str) -> AbstractContextManager[None]:
         if method == "WatchJob":
