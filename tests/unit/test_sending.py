@@ -11,6 +11,7 @@ import grpc
 import pytest
 
 from exportd_server.api.sending import Messages
+from exportd_server.errors import ErrorReason, ExportdError
 from tests.support.waits import ENOUGH
 
 Behaviour = Callable[[Messages], Awaitable[None]]
@@ -26,7 +27,7 @@ async def calling(
     async def method(_request: bytes, context: Any) -> None:
         try:
             await behaviour(Messages(context, PATIENCE))
-        except TimeoutError:
+        except (TimeoutError, ExportdError):
             await context.abort(grpc.StatusCode.ABORTED, "ended")
 
     server = grpc.aio.server()
@@ -77,8 +78,9 @@ async def test_a_reader_that_takes_nothing_is_given_up() -> None:
         try:
             while True:
                 await messages.send(bytes(2**20))
-        except TimeoutError:
-            given_up.set()
+        except ExportdError as error:
+            if error.reason is ErrorReason.READER_STALLED:
+                given_up.set()
             raise
 
     async with calling(behaviour):

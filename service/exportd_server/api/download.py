@@ -198,7 +198,7 @@ class _Sender:
     async def metadata(self, message: export_service_pb2.DownloadMetadata) -> None:
         """Send what the bytes are."""
         response = export_service_pb2.StreamDownloadResponse(metadata=message)
-        await self._write(response.SerializeToString())
+        await self._messages.send(response.SerializeToString())
         audit.note_sent(0)
 
     async def data(self, piece: Piece) -> None:
@@ -206,15 +206,9 @@ class _Sender:
         self.before_each()
         message = data_message(piece.position, piece.crc32c, piece.data)
         self._buffer.release()
-        await self._write(message)
+        await self._messages.send(message)
         metrics.grpc_bytes.inc(len(piece.data))
         audit.note_sent(len(piece.data))
-
-    async def _write(self, message: bytes) -> None:
-        try:
-            await self._messages.send(message)
-        except TimeoutError:
-            raise ExportdError(ErrorReason.READER_STALLED) from None
 
 
 def _checked_job_id(request: export_service_pb2.StreamDownloadRequest) -> str:

@@ -5,6 +5,12 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+from exportd_server.errors import ErrorReason, ExportdError
+
+_LAST_SECONDS = 10.0
+"""How long the end of a call waits for its first message. A reader that has not even room
+for that one will not get the status either."""
+
 
 class Messages:
     """The messages of one call, which are sent one after the other.
@@ -15,27 +21,36 @@ class Messages:
     for the first message to be on its way.
     """
 
-    def __init__(self, context: Any, stall_timeout: float) -> None:
-        """`stall_timeout`: seconds that a reader may take for a message."""
+    def __init__(
+        self, context: Any, stall_timeout: float, stalled: str | None = None
+    ) -> None:
+        """`stall_timeout`: seconds that a reader may take for a message; `stalled`: what
+        one is told who takes longer."""
         self._context = context
         self._stall_timeout = stall_timeout
+        self._stalled = stalled
         self._begun = False
 
     async def send(self, message: Any) -> None:
-        """Raises `TimeoutError` when the reader takes nothing, and `InternalError` of the
-        library when it has gone."""
-        if self._begun:
+        """Raises READER_STALLED, and the library's `InternalError` when the reader has
+        gone."""
+        try:
             async with asyncio.timeout(self._stall_timeout):
-                await self._context.write(message)
-            return
+                if self._begun:
+                    await self._context.write(message)
+                else:
+                    await self._begin(message)
+        except TimeoutError:
+            raise ExportdError(ErrorReason.READER_STALLED, self._stalled) from None
+
+    async def _begin(self, message: Any) -> None:
         self._begun = True
         writing = asyncio.ensure_future(self._context.write(message))
         writing.add_done_callback(_note_outcome)
         try:
-            async with asyncio.timeout(self._stall_timeout):
-                await asyncio.shield(writing)
+            await asyncio.shield(writing)
         except asyncio.CancelledError:
-            await asyncio.wait({writing}, timeout=self._stall_timeout)
+            await asyncio.wait({writing}, timeout=_LAST_SECONDS)
             raise
 
 

@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol
 import crc32c
 import grpc
 
+from exportd._chunks import METHOD, Chunk, read_chunk
 from exportd._connection import Attempts, Channels, Connection, is_passing
 from exportd._files import (
     Identity,
@@ -40,7 +41,7 @@ from exportd.errors import (
     Unavailable,
     from_rpc_error,
 )
-from exportd.v1 import export_service_pb2, export_service_pb2_grpc
+from exportd.v1 import export_service_pb2
 
 MIN_RANGE = 8 * 1024 * 1024
 """A parallel range is not cut smaller than this many bytes."""
@@ -120,8 +121,8 @@ class Plan:
 class _Stream(Protocol):
     """The part of a gRPC stream that is used here."""
 
-    def __next__(self) -> export_service_pb2.StreamDownloadResponse: ...
-    def __iter__(self) -> Iterator[export_service_pb2.StreamDownloadResponse]: ...
+    def __next__(self) -> Chunk: ...
+    def __iter__(self) -> Iterator[Chunk]: ...
     def cancel(self) -> bool: ...
 
 
@@ -534,9 +535,13 @@ class _Transfer:
         error: BaseException | None = None
         try:
             with self._channels.lend() as channel:
-                stub = export_service_pb2_grpc.ExportServiceStub(channel)
+                stream: Any = channel.unary_stream(
+                    METHOD,
+                    export_service_pb2.StreamDownloadRequest.SerializeToString,
+                    read_chunk,
+                )
                 while (wanted := self._next()) is not None:
-                    self._fetch(stub, wanted)
+                    self._fetch(stream, wanted)
         except Stopped:
             pass
         except BaseException as raised:  # noqa: BLE001 - raised again where run() waits
@@ -551,15 +556,13 @@ class _Transfer:
         with self._changed:
             return self._todo.pop(0) if self._todo else None
 
-    def _fetch(
-        self, stub: export_service_pb2_grpc.ExportServiceStub, wanted: Range
-    ) -> None:
+    def _fetch(self, stream: Callable[..., _Stream], wanted: Range) -> None:
         attempts = Attempts(self._connection.stream_retry, None)
         corrupt_at, corrupt = -1, 0
         while not wanted.complete:
             before = wanted.position
             try:
-                if self._stream(stub, wanted, attempts):
+                if self._stream(stream, wanted, attempts):
                     return
                 problem: ExportdError = Unavailable("the download was cut short")
                 retryable = True
@@ -581,10 +584,7 @@ class _Transfer:
                 raise Stopped
 
     def _stream(
-        self,
-        stub: export_service_pb2_grpc.ExportServiceStub,
-        wanted: Range,
-        attempts: Attempts,
+        self, stream: Callable[..., _Stream], wanted: Range, attempts: Attempts
     ) -> bool:
         """Read one stream into the range. True when the range is complete."""
         request = export_service_pb2.StreamDownloadRequest(
@@ -597,20 +597,18 @@ class _Transfer:
             follow=wanted.end is None,
         )
         ended = False
-        call = stub.StreamDownload(request, metadata=self._metadata)
+        call = stream(request, metadata=self._metadata)
         try:
-            for message in self._messages(call):
-                if message.HasField("metadata"):
-                    self._check(message.metadata)
+            for chunk in self._chunks(call):
+                if (metadata := chunk.metadata) is not None:
+                    self._check(metadata)
                     if wanted.end is None:
                         attempts.progress()  # the server lives; parts take their time
-                        ended = message.metadata.HasField(
+                        ended = metadata.HasField(
                             "total_bytes"
-                        ) and message.metadata.total_bytes == wanted.position + len(
-                            message.data
-                        )
-                if message.data:
-                    self._take(wanted, message)
+                        ) and metadata.total_bytes == wanted.position + len(chunk.data)
+                if chunk.data:
+                    self._take(wanted, chunk)
         finally:
             call.cancel()
             with self._changed:
@@ -619,20 +617,18 @@ class _Transfer:
             wanted.end = wanted.position
         return wanted.complete
 
-    def _messages(
-        self, call: _Stream
-    ) -> Iterator[export_service_pb2.StreamDownloadResponse]:
+    def _chunks(self, call: _Stream) -> Iterator[Chunk]:
         """The stream's messages; keeps note of since when the next is waited for."""
         while True:
             with self._changed:
                 self._calls[call] = time.monotonic()
             if self._ending.is_set():
                 raise Stopped
-            message = next(call, None)
+            chunk = next(call, None)
             self._calls[call] = None
-            if message is None:
+            if chunk is None:
                 return
-            yield message
+            yield chunk
 
     def _check(self, metadata: export_service_pb2.DownloadMetadata) -> None:
         known = self._source.total
@@ -646,14 +642,12 @@ class _Transfer:
                 reason="GENERATION_MISMATCH",
             )
 
-    def _take(
-        self, wanted: Range, message: export_service_pb2.StreamDownloadResponse
-    ) -> None:
-        data = message.data
+    def _take(self, wanted: Range, chunk: Chunk) -> None:
+        data = chunk.data
         position = wanted.position
-        if message.offset != position:
-            raise _Corrupt(f"bytes of offset {message.offset} came")
-        if crc32c.crc32c(data) != message.crc32c:
+        if chunk.offset != position:
+            raise _Corrupt(f"bytes of offset {chunk.offset} came")
+        if crc32c.crc32c(data) != chunk.crc32c:
             raise _Corrupt("bytes came that do not match their checksum")
         if wanted.end is not None and position + len(data) > wanted.end:
             raise _Corrupt("more bytes came than were asked for")

@@ -105,13 +105,12 @@ class PartialFile:
             with contextlib.suppress(OSError):
                 fresh.unlink(missing_ok=True)
 
-    def write(self, data: bytes, offset: int) -> None:
+    def write(self, data: memoryview, offset: int) -> None:
         """Write all of `data` at `offset`. Raises `LocalFileError`."""
-        view = memoryview(data)
         with self._writing():
-            while view:
-                written = os.pwrite(self._fd, view, offset)
-                view = view[written:]
+            while data:
+                written = os.pwrite(self._fd, data, offset)
+                data = data[written:]
                 offset += written
 
     def reserve(self, size: int) -> None:

@@ -175,18 +175,8 @@ class StreamsInterceptor(grpc.aio.ServerInterceptor):
         return call
 
     def _sending(self, context: Any) -> Send:
-        messages = Messages(context, self._limits.stall_timeout)
-
-        async def send(response: Any) -> None:
-            try:
-                await messages.send(response)
-            except TimeoutError:
-                raise ExportdError(
-                    ErrorReason.READER_STALLED,
-                    "nothing was taken for too long; watch again",
-                ) from None
-
-        return send
+        stalled = "nothing was taken for too long; watch again"
+        return Messages(context, self._limits.stall_timeout, stalled).send
 
     def _slot(self, method: str) -> AbstractContextManager[None]:
         if method == "WatchJob":
