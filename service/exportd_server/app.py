@@ -21,7 +21,7 @@ from exportd_server.api.download import DownloadOptions, Downloads
 from exportd_server.api.interceptors.identity import caller
 from exportd_server.api.limits import CallerLimits, RequestRates, Slots
 from exportd_server.api.link import LinkKeys
-from exportd_server.api.server import GrpcServer, ServerLimits
+from exportd_server.api.server import GrpcServer, GrpcServerLost, ServerLimits
 from exportd_server.api.servicer import ExportService
 from exportd_server.api.urls import DownloadUrls, HttpLinks, UrlOptions
 from exportd_server.delivery.sinks import Sinks
@@ -161,7 +161,13 @@ async def serving(
             if http:
                 await http.server.stop(0)
             raise
-        await server.start()
+        lost = asyncio.Event()
+
+        def end() -> None:
+            lost.set()
+            stop.set()
+
+        await server.start(end)
         enabled = settings.worker.enabled
         worker = _Background(parts, stop, urls, tracer) if enabled else None
         log.info(
@@ -186,13 +192,16 @@ async def serving(
             stop.set()
             grace = settings.drain_timeout
             await asyncio.gather(
-                server.stop(grace),
+                server.stop(0 if lost.is_set() else grace),
                 *([http.server.stop(grace)] if http else []),
                 *([worker.drain(grace)] if worker else []),
             )
             if worker:
                 await worker.end()
             log.info("stopped")
+        if lost.is_set():
+            # Whoever watches the process is to start it anew.
+            raise GrpcServerLost
 
 
 @contextlib.asynccontextmanager

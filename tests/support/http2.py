@@ -8,6 +8,7 @@ import struct
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from types import MappingProxyType
 
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _HEAD = struct.Struct(">BHBBI")
@@ -41,7 +42,12 @@ class Connection:
         self._writer.write(head + body)
         await self._writer.drain()
 
-    async def begin_call(self, stream: int, path: str) -> None:
+    async def begin_call(
+        self,
+        stream: int,
+        path: str | bytes,
+        metadata: Mapping[str, str | bytes] = MappingProxyType({}),
+    ) -> None:
         """Send the headers of a gRPC call, and nothing after."""
         headers = {
             ":method": "POST",
@@ -50,6 +56,7 @@ class Connection:
             ":authority": "localhost",
             "te": "trailers",
             "content-type": "application/grpc",
+            **metadata,
         }
         await self.send(HEADERS, END_HEADERS, stream, _fields(headers))
 
@@ -72,12 +79,13 @@ class Connection:
         return found
 
 
-def _fields(headers: Mapping[str, str]) -> bytes:
+def _fields(headers: Mapping[str, str | bytes]) -> bytes:
     """Header fields as HPACK has them, in its plainest form."""
     out = bytearray()
     for name, value in headers.items():
         out += b"\0" + bytes([len(name)]) + name.encode()
-        out += bytes([len(value)]) + value.encode()
+        raw = value if isinstance(value, bytes) else value.encode()
+        out += bytes([len(raw)]) + raw
     return bytes(out)
 
 

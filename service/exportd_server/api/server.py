@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
+import structlog
 from google.protobuf import message_factory
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
 
 from exportd.v1 import export_service_pb2
+from exportd_server.api.accepting import accept_any_path, accepting
 from exportd_server.api.interceptors.audit import AuditInterceptor, noting
 from exportd_server.api.interceptors.draining import DrainInterceptor
 from exportd_server.api.interceptors.errors import ErrorInterceptor
@@ -32,6 +34,8 @@ from exportd_server.api.servicer import ExportService
 from exportd_server.identity.authenticator import Authenticator
 from exportd_server.jobs.audit_log import AuditLog
 from exportd_server.platform.tracing import NO_TRACER, Tracer
+
+log = structlog.get_logger(__name__)
 
 SERVICE = export_service_pb2.DESCRIPTOR.services_by_name["ExportService"]
 _HANDSHAKE_MS = 10_000
@@ -98,6 +102,10 @@ def _milliseconds(seconds: float) -> int:
     return min(2**31 - 1, max(1, round(1000 * seconds)))
 
 
+class GrpcServerLost(Exception):
+    """The library ended the server without being told to; its log tells why."""
+
+
 class GrpcServer:
     """A server that can be started and stopped once."""
 
@@ -114,6 +122,9 @@ class GrpcServer:
         errors = ErrorInterceptor(services)
         self._active = errors.active
         self._drain = DrainInterceptor(services)
+        self._stopping = False
+        self._watching: asyncio.Task[None] | None = None
+        accept_any_path()
         self._server = grpc.aio.server(
             interceptors=(
                 OncePerMethod(
@@ -151,9 +162,11 @@ class GrpcServer:
         except RuntimeError as error:
             raise OSError(f"cannot listen on {address}") from error
 
-    async def start(self) -> None:
-        """Answer calls."""
+    async def start(self, lost: Callable[[], object]) -> None:
+        """Answer calls. `lost` is called when there is an end to it before `stop`."""
+        others = accepting()
         await self._server.start()
+        self._watching = asyncio.create_task(self._watch(accepting() - others, lost))
         for name in ("", SERVICE.full_name):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
 
@@ -161,9 +174,20 @@ class GrpcServer:
         """Turn health to NOT_SERVING, for load balancers to look elsewhere."""
         await self._health.enter_graceful_shutdown()
 
+    async def _watch(
+        self, accepting: set[asyncio.Task[Any]], lost: Callable[[], object]
+    ) -> None:
+        # The library tells of an end only when all calls have ended, too.
+        ended, _ = await asyncio.wait(accepting)
+        if not self._stopping:
+            error = ended.pop().exception()
+            log.critical("the gRPC server has ended by itself", exc_info=error)
+            lost()
+
     async def stop(self, grace: float) -> None:
         """Refuse new calls; those under way have `grace` seconds to end. Of those that are
         cut then, changes that have begun are waited for."""
+        self._stopping = True
         end = asyncio.get_running_loop().time() + grace
         with suppress(TimeoutError):
             async with asyncio.timeout(min(grace, _LAST_CALLS)):

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
+_GRPC = "grpc._cython.cygrpc"
+"""The logger of gRPC's core for Python."""
 AUDIT = "exportd_server.audit"
 """The logger of audit lines, which are written whatever the level."""
 
@@ -73,8 +75,15 @@ def configure_logging(
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
+    logging.getLogger(_GRPC).addFilter(_tells_no_metadata)
     logging.getLogger("exportd_server").setLevel(level.upper())
     logging.getLogger(AUDIT).setLevel(logging.INFO)
+
+
+def _tells_no_metadata(record: logging.LogRecord) -> bool:
+    # With what a caller sent, be it half a token, and as often as callers like. A value
+    # that is not UTF-8 is refused like any other that is wrong.
+    return not str(record.msg).startswith("Invalid encoding")
 
 
 def _add_trace(
