@@ -571,7 +571,7 @@ class DownloadSettings(Section):
     )
     stall_timeout: PositiveSeconds = Field(
         60.0,
-        description="seconds after which a reader or watcher that takes nothing is dropped",
+        description="seconds until a reader or watcher that takes nothing is sent no more",
     )
     url_lifetime: PositiveInt = Field(
         3600, description="seconds that download URLs work when the request does not say"

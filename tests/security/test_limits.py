@@ -803,6 +803,7 @@ async def test_a_call_that_needs_no_credentials_does_not_last_for_ever(
             watching = await begun(health.Watch(health_pb2.HealthCheckRequest()))
             refused = await refusal(health.Watch(health_pb2.HealthCheckRequest()))
             check(refused, "server/open_calls")
+            await _next(connection, HEADERS)  # that it has begun
             ended = await _next(connection, HEADERS)
             assert b"call again" in ended.body, "without a request, too"
         for call in (watching, reflection.ServerReflectionInfo(nothing())):

@@ -60,9 +60,34 @@ def test_so_is_what_has_fields_twice_unknown_ones_or_is_cut(
     assert by_hand(wire) == by_class(wire)
 
 
-@given(st.lists(st.sampled_from([0x10, 0x1D, 0x7A, 0x0A, 0x80, 0xFF, 0, 1, 2, 4])))
-def test_so_are_bytes_that_look_like_one(numbers: list[int]) -> None:
-    assert by_hand(bytes(numbers)) == by_class(bytes(numbers))
+def varint(length: int, low: int) -> bytes:
+    """A number in so many bytes, in its shortest form or not."""
+    return bytes([low & 0x7F | 0x80, *[0x80] * (length - 2), 0])[-length:]
+
+
+fields = st.one_of(
+    st.builds(
+        lambda n, low: b"\x10" + varint(n, low), st.integers(1, 12), st.integers(0, 9)
+    ),
+    st.builds(lambda crc: b"\x1d" + crc, st.binary(min_size=3, max_size=4)),
+    st.builds(
+        lambda n, data: b"\x7a" + varint(n, len(data)) + data,
+        st.integers(2, 12),
+        st.binary(max_size=9),
+    ),
+    st.binary(max_size=3),
+)
+
+
+@given(st.lists(fields, max_size=4).map(b"".join))
+@example(b"\x10\x81" + b"\x80" * 9 + b"\x00\x7a\x01x")
+@example(b"\x10\x81" + b"\x80" * 8 + b"\x01\x7a\x01x")
+@example(b"\x10" + b"\xff" * 8 + b"\x7f\x7a\x01x")
+@example(b"\x7a\x81" + b"\x80" * 4 + b"\x00x")
+@example(b"\x7a\x81\x80\x80\x80\x00x")
+@example(b"\x10" + b"\x81" * 11 + b"\x10\x7f\x7a\x01x")
+def test_so_are_numbers_longer_than_they_need_be(wire: bytes) -> None:
+    assert by_hand(wire) == by_class(wire)
 
 
 @pytest.mark.parametrize("start", [b"\x10", b"\x7a"])

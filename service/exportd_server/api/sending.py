@@ -1,4 +1,4 @@
-"""Sends the messages of a stream, to readers that take them in time."""
+"""Sends what a stream begins with, and its messages to readers that take them in time."""
 
 from __future__ import annotations
 
@@ -8,18 +8,42 @@ from typing import Any
 from exportd_server.errors import ErrorReason, ExportdError
 
 _LAST_SECONDS = 10.0
-"""How long the end of a call waits for its first message. A reader that has not even room
-for that one will not get the status either."""
+"""How long the end of a call waits for its initial metadata. Only a connection that takes
+nothing at all makes it wait, which the pings then find dead."""
+
+
+async def begin(context: Any) -> None:
+    """Send the initial metadata of a call that has sent nothing yet.
+
+    The library notes that it has sent them only when that is done. Where it is cancelled
+    before, be it in a first message that takes them along, it sends them once more with the
+    status; its core refuses that, and the caller waits for ever. So nothing cancels this:
+    whatever ends the call goes on once they are on their way, which no reader's window
+    holds up.
+    """
+    sending = asyncio.ensure_future(context.send_initial_metadata(()))
+    cancelled: asyncio.CancelledError | None = None
+    while not sending.done():
+        try:
+            await asyncio.wait({sending}, timeout=_LAST_SECONDS if cancelled else None)
+        except asyncio.CancelledError as error:
+            cancelled = error
+        else:
+            break
+    if cancelled is not None:
+        sending.add_done_callback(_note_outcome)
+        raise cancelled
+    sending.result()
+
+
+def _note_outcome(sending: asyncio.Future[None]) -> None:
+    """Nobody asks for it any more, and asyncio would complain of that."""
+    if not sending.cancelled():
+        sending.exception()
 
 
 class Messages:
-    """The messages of one call, which are sent one after the other.
-
-    The first of them takes the initial metadata along, and a call that is cancelled in
-    between does not know that it has sent them: its status would have them sent again,
-    which the library refuses, and the caller would wait for ever. So what ends a call waits
-    for the first message to be on its way.
-    """
+    """The messages of one call, which are sent one after the other."""
 
     def __init__(
         self, context: Any, stall_timeout: float, stalled: str | None = None
@@ -34,27 +58,11 @@ class Messages:
     async def send(self, message: Any) -> None:
         """Raises READER_STALLED, and the library's `InternalError` when the reader has
         gone."""
+        if not self._begun:
+            self._begun = True
+            await begin(self._context)
         try:
             async with asyncio.timeout(self._stall_timeout):
-                if self._begun:
-                    await self._context.write(message)
-                else:
-                    await self._begin(message)
+                await self._context.write(message)
         except TimeoutError:
             raise ExportdError(ErrorReason.READER_STALLED, self._stalled) from None
-
-    async def _begin(self, message: Any) -> None:
-        self._begun = True
-        writing = asyncio.ensure_future(self._context.write(message))
-        writing.add_done_callback(_note_outcome)
-        try:
-            await asyncio.shield(writing)
-        except asyncio.CancelledError:
-            await asyncio.wait({writing}, timeout=_LAST_SECONDS)
-            raise
-
-
-def _note_outcome(writing: asyncio.Future[None]) -> None:
-    """Nobody else may ask for it any more, and asyncio complains of that."""
-    if not writing.cancelled():
-        writing.exception()

@@ -21,8 +21,9 @@ from exportd_server.platform import metrics_service as metrics
 log = structlog.get_logger(__name__)
 
 _BEGINNING = 0.5
-"""Seconds that a handshake takes at most from its certificate to having hold of it, which
-is some microseconds of one thread."""
+"""Seconds that a handshake is given from asking for its certificate to having hold of it,
+which is some microseconds of one thread: one that is stopped for longer would still use
+what was freed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,12 +113,15 @@ class ServerTls:
     def credentials(self, *, require_client_cert: bool) -> grpc.ServerCredentials:
         """For a port. Without `require_client_cert` it asks clients for none at all: the
         library has nothing in between."""
-        renewals: Callable[[], Any] = _Renewals(self._latest, self._current)
+        first = self._latest()
+        # None is what the library's stubs do not know of.
+        renewals: Callable[[], Any] = _Renewals(self._latest, first)
         return grpc.dynamic_ssl_server_credentials(
-            self._current, renewals, require_client_authentication=require_client_cert
+            first, renewals, require_client_authentication=require_client_cert
         )
 
     def _latest(self) -> grpc.ServerCertificateConfiguration:
+        """Called in threads of the library, which must not see an exception."""
         with self._lock:
             signature = self._files.signature()
             if signature != self._signature:
@@ -140,8 +144,8 @@ class _Renewals:
     The library frees what served before as soon as it is given something, be it the same,
     while another thread may just have taken it up for a handshake that begins: the process
     then crashes (github.com/grpc/grpc/issues/36693). So it is given something only when
-    that is new, and time for handshakes to begin before. It asks for one connection at a
-    time, and others wait until it has its answer.
+    that is new, and handshakes time to begin before. It asks for one connection at a time;
+    others wait until it has its answer, and may keep its threads from calls meanwhile.
     """
 
     def __init__(
@@ -153,7 +157,7 @@ class _Renewals:
         self._served = served
 
     def __call__(self) -> grpc.ServerCertificateConfiguration | None:
-        """Called in threads of the library, which must not see an exception."""
+        """Called in threads of the library."""
         latest = self._latest()
         if latest is self._served:
             return None

@@ -166,6 +166,8 @@ class Readers:
 
     def _cut(self, read: _Read) -> None:
         # For good: neither a cancelled job nor a deleted or expired one ever comes back.
+        if read.cut:
+            return  # by another's news, and its scopes are ending
         read.cut = True
         for scope in read.scopes:
             scope.reschedule(asyncio.get_running_loop().time())

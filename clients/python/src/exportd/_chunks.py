@@ -18,7 +18,11 @@ METHOD = "/exportd.v1.ExportService/StreamDownload"
 _OFFSET = 2 << 3 | 0
 _CRC32C = 3 << 3 | 5
 _DATA = 15 << 3 | 2
-_MOST_SHIFT = 63
+
+# Bytes of the numbers that are read here: an offset that is not negative, and the length
+# of a message's data. The class knows what to make of longer ones.
+_OFFSET_BYTES = 9
+_SIZE_BYTES = 4
 
 
 class Chunk(NamedTuple):
@@ -37,30 +41,29 @@ def read_chunk(wire: bytes) -> Chunk:
     try:
         while wire[at] != _DATA:
             if wire[at] == _OFFSET:
-                offset, at = _varint(wire, at + 1)
+                offset, at = _varint(wire, at + 1, _OFFSET_BYTES)
             elif wire[at] == _CRC32C:
                 crc32c, at = int.from_bytes(wire[at + 1 : at + 5], "little"), at + 5
             else:
                 return _by_class(wire)
-        size, at = _varint(wire, at + 1)
+        size, at = _varint(wire, at + 1, _SIZE_BYTES)
     except IndexError:
         return _by_class(wire)
-    if at + size != len(wire) or offset >= 1 << 63:
+    if at + size != len(wire):
         return _by_class(wire)
     return Chunk(offset, crc32c, data[at:])
 
 
-def _varint(wire: bytes, at: int) -> tuple[int, int]:
-    """The number that begins there, and where the next field does. Raises `IndexError`
-    when it does not end where it must."""
-    number = shift = 0
-    while wire[at] & 0x80:
-        if shift > _MOST_SHIFT:
-            raise IndexError
-        number |= (wire[at] & 0x7F) << shift
-        shift += 7
-        at += 1
-    return number | wire[at] << shift, at + 1
+def _varint(wire: bytes, at: int, most: int) -> tuple[int, int]:
+    """The number of at most so many bytes that begins there, and where the next field
+    does. Raises `IndexError` when it does not end by then."""
+    number = 0
+    for count in range(most):
+        byte = wire[at + count]
+        number |= (byte & 0x7F) << 7 * count
+        if byte < 0x80:
+            return number, at + count + 1
+    raise IndexError
 
 
 def _by_class(wire: bytes) -> Chunk:

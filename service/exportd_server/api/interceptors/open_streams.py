@@ -12,6 +12,7 @@ import grpc
 from grpc_status import rpc_status
 
 from exportd_server.api.interceptors.handlers import Continuation, split
+from exportd_server.api.sending import begin
 from exportd_server.api.status import error_status
 from exportd_server.errors import QuotaExceeded
 
@@ -63,6 +64,8 @@ class OpenStreamsInterceptor(grpc.aio.ServerInterceptor):
                 await context.abort_with_status(rpc_status.to_status(error_status(error)))
             self._taken[peer] += 1
             try:
+                # The library's own services write to the context themselves.
+                await begin(context)
                 async with asyncio.timeout(self._seconds):
                     await _run(handler, requests, context)
             except TimeoutError:
@@ -70,6 +73,9 @@ class OpenStreamsInterceptor(grpc.aio.ServerInterceptor):
                     grpc.StatusCode.UNAVAILABLE,
                     f"the call was open for {self._seconds:g} s; call again",
                 )
+            except grpc.aio.InternalError as gone:
+                # Nothing more can be sent, and there is nobody to tell.
+                raise asyncio.CancelledError from gone
             finally:
                 self._taken[peer] -= 1
                 if not self._taken[peer]:
