@@ -809,6 +809,7 @@ def _caller_limits(settings: Settings) -> CallerLimits:
     rate = limits.requests_per_second
     return CallerLimits(
         rates=None if rate is None else RequestRates(rate, limits.request_burst),
+        calls=Slots("calls", limits.max_calls_per_tenant, limits.max_calls),
         watches=Slots(
             "watches",
             limits.max_watches_per_tenant,

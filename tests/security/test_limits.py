@@ -382,6 +382,31 @@ async def test_a_watcher_that_takes_nothing_is_dropped(
             await until_let_in(watch)
 
 
+async def test_answers_that_nobody_takes_are_the_limit_of_their_tenant_alone(
+    tmp_path: Path, gate: GateSource
+) -> None:
+    """An answer for which there is no room waits for as long as its connection lives."""
+    keys = {name: (await api_key(tmp_path, name))[0] for name in ("acme", "globex")}
+    values = {"limits": {"max_calls_per_tenant": 3}, "identity": {"api_keys": True}}
+    async with serving(tmp_path, gate, **values) as server:
+        async with connected(server.running.port) as shut:
+            await shut.send(SETTINGS, body=struct.pack(">HI", 4, 0))
+            for stream in (1, 3, 5):
+                await shut.begin_call(stream, LIST, dict(bearer(keys["acme"])))
+                await shut.send(DATA, END_STREAM, stream, bytes(5))
+            await until(lambda: _calls_under_way(LIST) == 3)
+            check(await refusal(datasets(server, keys["acme"])), "tenant:acme/calls")
+            await datasets(server, keys["globex"])
+        async with asyncio.timeout(ENOUGH):
+            while True:
+                try:
+                    await datasets(server, keys["acme"])
+                except grpc.aio.AioRpcError as error:
+                    _is_quota(error)
+                else:
+                    break
+
+
 async def test_downloads_have_a_limit_over_grpc_and_http_together(
     tmp_path: Path, gate: GateSource
 ) -> None:

@@ -7,12 +7,15 @@ lets a tenant have N times as much.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
+from typing import Any
 
 from prometheus_client import Gauge
 
@@ -62,15 +65,24 @@ class Slots:
         self._per_tenant = per_tenant
         self._total = total
         self._taken: Counter[str] = Counter()
-
-    @property
-    def taken(self) -> int:
+        self.taken = 0
         """How many places are taken."""
-        return self._taken.total()
 
     @contextmanager
     def hold(self, tenant: str) -> Iterator[None]:
         """Take a place for as long as the context is open; raises `QuotaExceeded`."""
+        self._take(tenant)
+        try:
+            yield
+        finally:
+            self._give_back(tenant)
+
+    def hold_for(self, tenant: str, task: asyncio.Task[Any]) -> None:
+        """Take a place until the task has ended; raises `QuotaExceeded`."""
+        self._take(tenant)
+        task.add_done_callback(partial(self._give_back, tenant))
+
+    def _take(self, tenant: str) -> None:
         if self._taken[tenant] >= self._per_tenant:
             self._drop_if_none(tenant)
             raise QuotaExceeded(
@@ -87,15 +99,15 @@ class Slots:
                 "again, perhaps at another one",
                 RETRY_AFTER,
             )
-        self._take(tenant, 1)
-        try:
-            yield
-        finally:
-            self._take(tenant, -1)
-            self._drop_if_none(tenant)
+        self._count(tenant, 1)
 
-    def _take(self, tenant: str, places: int) -> None:
+    def _give_back(self, tenant: str, _task: object = None) -> None:
+        self._count(tenant, -1)
+        self._drop_if_none(tenant)
+
+    def _count(self, tenant: str, places: int) -> None:
         self._taken[tenant] += places
+        self.taken += places
         if self._gauge is not None:
             self._gauge.inc(places)
 
@@ -110,6 +122,8 @@ class CallerLimits:
 
     rates: RequestRates | None
     """Of requests over gRPC and HTTP together."""
+    calls: Slots
+    """Over gRPC, each until its answer has been taken."""
     watches: Slots
     downloads: Slots
     """Over gRPC and HTTP together."""

@@ -23,7 +23,7 @@ from exportd_server.api.interceptors.handlers import OncePerMethod
 from exportd_server.api.interceptors.identity import IdentityInterceptor
 from exportd_server.api.interceptors.limits import (
     CapacityInterceptor,
-    StreamsInterceptor,
+    TenantsInterceptor,
 )
 from exportd_server.api.interceptors.metrics import MethodDescription, MetricsInterceptor
 from exportd_server.api.interceptors.open_streams import OpenStreamsInterceptor
@@ -141,7 +141,7 @@ class GrpcServer:
                         errors,
                         AuditInterceptor(services, audit),
                         IdentityInterceptor(services, authenticator, caller_limits.rates),
-                        StreamsInterceptor(services, caller_limits),
+                        TenantsInterceptor(services, caller_limits),
                     )
                 ),
             ),

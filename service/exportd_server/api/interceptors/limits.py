@@ -1,5 +1,5 @@
 """Refuses calls of which there are too many at a time: of all callers together, before
-anything is read of them, and streams of one tenant, once it is known."""
+anything is read of them, and of one tenant, once it is known."""
 
 from __future__ import annotations
 
@@ -48,10 +48,7 @@ class _Room:
         when there is none."""
         if len(self._calls) >= self._most:
             return True
-        # The library runs a call in one task from here to its end.
-        task = asyncio.current_task()
-        if task is None:
-            raise RuntimeError("a call without a task")
+        task = _task()
         self._calls.add(task)
         task.add_done_callback(self._calls.discard)
         return False
@@ -143,10 +140,24 @@ class CapacityInterceptor(grpc.aio.ServerInterceptor):
         return make(call, handler.request_deserializer, handler.response_serializer)
 
 
-class StreamsInterceptor(grpc.aio.ServerInterceptor):
-    """Holds the streams of the services named to their limits: so many at a time, and
-    readers that take what is sent. Belongs inside the interceptors that say who calls and
-    that turn errors into statuses, and next to the handlers."""
+def _task() -> asyncio.Task[Any]:
+    """What the library runs a call in from its first byte to its end: until its answer,
+    or its status, has been taken."""
+    task = asyncio.current_task()
+    if task is None:
+        raise RuntimeError("a call without a task")
+    return task
+
+
+class TenantsInterceptor(grpc.aio.ServerInterceptor):
+    """Holds the tenants' calls of the services named to their limits: so many at a time, so
+    many streams of a kind, and readers that take what is sent. Belongs inside the
+    interceptors that say who calls and that turn errors into statuses, and next to the
+    handlers.
+
+    A call whose reader has no room for the answer stays under way for as long as the
+    connection lives. So a tenant has a part of all places and not all of them.
+    """
 
     def __init__(self, services: frozenset[str], limits: CallerLimits) -> None:
         self._services = services
@@ -162,12 +173,19 @@ class StreamsInterceptor(grpc.aio.ServerInterceptor):
             return handler
         return wrapped(
             handler,
-            unary=lambda own: own,
-            stream=lambda own: self._limited(own, method),
+            unary=self._limited,
+            stream=lambda own: self._limited(self._streaming(own, method)),
             sending=self._sending,
         )
 
-    def _limited(self, behaviour: Behaviour, method: str) -> Behaviour:
+    def _limited(self, behaviour: Behaviour) -> Behaviour:
+        async def call(request: Any, context: Any) -> Any:
+            self._limits.calls.hold_for(caller().tenant, _task())
+            return await behaviour(request, context)
+
+        return call
+
+    def _streaming(self, behaviour: Behaviour, method: str) -> Behaviour:
         async def call(request: Any, context: Any) -> None:
             with self._slot(method):
                 await behaviour(request, context)
