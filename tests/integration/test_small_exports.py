@@ -31,8 +31,13 @@ def counted(ledger: SqlLedger) -> Counter[str]:
 
         return noted
 
+    def here(work: Any) -> Any:
+        asked[work.__qualname__.split(".")[1]] += 1
+        return read_here(work)
+
     for name in ("read", "write", "write_apart"):
         setattr(database, name, noting(getattr(database, name)))
+    read_here, database.read_here = database.read_here, here
     return asked
 
 
@@ -76,6 +81,7 @@ async def test_an_export_of_one_part_asks_the_ledger_only_what_it_must(
         "renew": 0,
         "wait_for_change": 0,
     }
-    # The worker looks at the job once, the watcher at each change; where they ask at the
-    # same time they are told by one read.
-    assert len(seen) <= asked["_get_jobs"] <= len(seen) + 1
+    # The worker looks at the job once, the watcher at each change; and in a thread only
+    # while the job has a place in the queue.
+    assert len(seen) <= asked["get_job"] <= len(seen) + 1
+    assert asked["_get_jobs"] <= seen.count(JobState.PENDING) + 1

@@ -101,7 +101,11 @@ class SqlLedger:
 
     async def get_job(self, tenant: str, job_id: str) -> Job | None:
         """See `Ledger`."""
-        return await self._jobs.find((tenant, job_id))
+        asked = (tenant, job_id)
+        found = self._database.read_here(lambda tx: reading.get_quick_jobs(tx, [asked]))
+        if found is not None and asked in found:
+            return found[asked]
+        return await self._jobs.find(asked)
 
     async def _get_jobs(
         self, asked: Sequence[tuple[str, str]]

@@ -124,6 +124,10 @@ class SqliteDatabase:
         self._writer = _engine(path, 1, "BEGIN IMMEDIATE")
         self._readers = _engine(path, _READERS, None, "PRAGMA query_only = ON")
         self._reading: list[Connection] = []
+        self._reader_here = _engine(
+            path, 1, None, "PRAGMA query_only = ON", "PRAGMA busy_timeout = 0"
+        )
+        self._here: Connection | None = None
 
     async def open(self) -> None:
         """Take the file. Raises `ConfigurationError`, and then holds nothing."""
@@ -147,6 +151,19 @@ class SqliteDatabase:
     async def read(self, work: Callable[[Transaction], T]) -> T:
         """See `Database`."""
         return await self._read_threads.run(partial(self._read, work))
+
+    def read_here(self, work: Callable[[Transaction], T]) -> T | None:
+        """See `Database`. What is asked for was written or read a moment ago, and lies in
+        memory; writers do not lock readers out, and who else does is not waited for."""
+        try:
+            connection, self._here = self._here or self._reader_here.connect(), None
+            with _reading(connection):
+                result = work(self._transaction(connection))
+        except (sa.exc.DBAPIError, sqlite3.Error):
+            # In a thread it waits, or is told what is wrong.
+            return None
+        self._here = connection
+        return result
 
     async def write_apart(self, work: Callable[[Transaction], T]) -> T:
         """See `Database`. There is one writer, and its queue is short."""
@@ -222,33 +239,17 @@ class SqliteDatabase:
         return result
 
     def _read(self, work: Callable[[Transaction], T]) -> T:
-        with _available(), self._read_connection() as connection:
-            return work(self._transaction(connection))
-
-    @contextmanager
-    def _read_connection(self) -> Iterator[Connection]:
-        """A connection within a transaction. The readers keep theirs, and begin by the
-        driver: a loan from the pool and the library's own transaction take longer than
-        what is read."""
-        try:
-            connection = self._reading.pop()
-        except IndexError:
-            connection = self._readers.connect()
-        driver: Any = connection.connection.driver_connection
-        try:
-            driver.execute("BEGIN")
+        with _available():
+            # They keep theirs, and begin by the driver: a loan from the pool and the
+            # library's own transaction take longer than what is read.
             try:
-                yield connection
-            finally:
-                # Nothing was written. The library may take it to have begun, too.
-                if connection.in_transaction():
-                    connection.rollback()
-                if driver.in_transaction:
-                    driver.execute("ROLLBACK")
-        except BaseException:
-            connection.close()
-            raise
-        self._reading.append(connection)
+                connection = self._reading.pop()
+            except IndexError:
+                connection = self._readers.connect()
+            with _reading(connection):
+                result = work(self._transaction(connection))
+            self._reading.append(connection)
+            return result
 
     def _transaction(self, connection: Connection) -> Transaction:
         now = self._dialect.now(connection)
@@ -260,11 +261,33 @@ class SqliteDatabase:
         for connection in self._reading:
             connection.close()
         self._readers.dispose()
+        if self._here is not None:
+            self._here.close()
+        self._reader_here.dispose()
         # The last connection to close folds the journal into the file.
         self._writer.dispose()
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+
+@contextmanager
+def _reading(connection: Connection) -> Iterator[None]:
+    """A transaction that writes nothing. The connection is closed if it fails."""
+    driver: Any = connection.connection.driver_connection
+    try:
+        driver.execute("BEGIN")
+        try:
+            yield
+        finally:
+            # The library may take it to have begun, too.
+            if connection.in_transaction():
+                connection.rollback()
+            if driver.in_transaction:
+                driver.execute("ROLLBACK")
+    except BaseException:
+        connection.close()
+        raise
 
 
 @contextmanager

@@ -80,6 +80,12 @@ class Database(Protocol):
         """Run `work` in a transaction that sees one state and writes nothing."""
         ...
 
+    def read_here(self, work: Callable[[Transaction], T]) -> T | None:
+        """As `read`, on the event loop's own thread: for a few rows, which take less time
+        than the way to another thread and back. None where it would have to wait, for
+        another machine or for somebody's lock."""
+        ...
+
     async def write_apart(self, work: Callable[[Transaction], T]) -> T:
         """As `write`, not held up by what waits there, and from any event loop."""
         ...

@@ -6,7 +6,7 @@ long over one as the database takes to run it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from functools import lru_cache
@@ -201,20 +201,44 @@ def get_jobs(
 ) -> dict[tuple[str, str], Job | None]:
     """Jobs as they stand, with their manifests, by tenant and id. Of several those are
     left out whose many parts would keep the others waiting."""
+    return _get_jobs(tx, asked, _any if len(asked) == 1 else _is_small)
+
+
+def get_quick_jobs(
+    tx: Transaction, asked: Sequence[tuple[str, str]]
+) -> dict[tuple[str, str], Job | None]:
+    """The same without those that take longer than a few rows: of many parts, or with a
+    place among those that wait."""
+    return _get_jobs(tx, asked, _is_quick)
+
+
+def _get_jobs(
+    tx: Transaction, asked: Sequence[tuple[str, str]], wanted: Callable[[Row[Any]], bool]
+) -> dict[tuple[str, str], Job | None]:
     found: dict[tuple[str, str], Job | None] = {}
     for tenant, job_id in asked:
         row = _VISIBLE_JOB_WITH_SUMS.first(tx.connection, job_id=job_id, tenant=tenant)
         if row is None:
             found[tenant, job_id] = None
-        elif len(asked) == 1 or _is_small(row):
+        elif wanted(row):
             found[tenant, job_id] = _whole(tx, row, {job_id: row})
     return found
 
 
+def _any(_row: Row[Any]) -> bool:
+    return True
+
+
 def _is_small(row: Row[Any]) -> bool:
     # Only these have a manifest.
-    if row.state != JobState.SUCCEEDED:
-        return True
+    return row.state != JobState.SUCCEEDED or _has_few_parts(row)
+
+
+def _is_quick(row: Row[Any]) -> bool:
+    return row.state != JobState.PENDING and _has_few_parts(row)
+
+
+def _has_few_parts(row: Row[Any]) -> bool:
     return int(row.parts + row.error_parts) <= _FEW_PARTS
 
 
