@@ -11,6 +11,7 @@ import fcntl
 import os
 import sqlite3
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -118,7 +119,7 @@ class SqliteDatabase:
         self._max_attempts = max_attempts
         self._loop = asyncio.get_running_loop()
         self._lock: int | None = None
-        self._write_thread = Hands(1, "exportd-ledger-write")
+        self._write_thread = ThreadPoolExecutor(1, "exportd-ledger-write")
         self._read_threads = Hands(_READERS, "exportd-ledger-read")
         self._writer = _engine(path, 1, "BEGIN IMMEDIATE")
         self._readers = _engine(path, _READERS, None, "PRAGMA query_only = ON")
@@ -131,7 +132,8 @@ class SqliteDatabase:
     async def open(self) -> None:
         """Take the file. Raises `ConfigurationError`, and then holds nothing."""
         try:
-            await self._write_thread.run(self._open)
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self._write_thread, self._open)
         except BaseException:
             await self.close()
             raise
@@ -143,7 +145,8 @@ class SqliteDatabase:
         line: str = "",  # noqa: ARG002 - all stand in one line anyway
     ) -> T:
         """See `Database`."""
-        return await self._write_thread.run(partial(self._write, work))
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._write_thread, self._write, work)
 
     async def read(self, work: Callable[[Transaction], T]) -> T:
         """See `Database`."""
@@ -253,7 +256,7 @@ class SqliteDatabase:
         return Transaction(connection, self._dialect, now, self._max_attempts)
 
     def _close(self) -> None:
-        self._write_thread.close()
+        self._write_thread.shutdown()
         self._read_threads.close()
         for connection in self._reading:
             connection.close()
