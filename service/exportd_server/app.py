@@ -21,12 +21,17 @@ from exportd_server.api.download import DownloadOptions, Downloads
 from exportd_server.api.interceptors.identity import caller
 from exportd_server.api.limits import CallerLimits, RequestRates, Slots
 from exportd_server.api.link import LinkKeys
-from exportd_server.api.server import GrpcServer, GrpcServerLost, ServerLimits
+from exportd_server.api.server import GrpcServer, ServerLimits
 from exportd_server.api.servicer import ExportService
 from exportd_server.api.urls import DownloadUrls, HttpLinks, UrlOptions
 from exportd_server.delivery.sinks import Sinks
 from exportd_server.encoders.base import Format
-from exportd_server.errors import ConfigurationError, LedgerUnavailable, StoreFailed
+from exportd_server.errors import (
+    ConfigurationError,
+    LedgerUnavailable,
+    ServerLost,
+    StoreFailed,
+)
 from exportd_server.identity.authenticator import Authenticator
 from exportd_server.identity.base import KeyStore, Scope
 from exportd_server.identity.file import FileKeyStore
@@ -127,7 +132,8 @@ async def serving(
     A program that embeds the server may bring a catalogue and types of sinks of its own
     making.
 
-    Raises `ConfigurationError` in one line for whatever the operator must mend.
+    Raises `ConfigurationError` in one line for whatever the operator must mend, and
+    `ServerLost` when it ended by itself.
     """
     if not settings.worker.enabled:
         refuse_embedded(settings, "an API without workers")
@@ -201,7 +207,7 @@ async def serving(
             log.info("stopped")
         if lost.is_set():
             # Whoever watches the process is to start it anew.
-            raise GrpcServerLost
+            raise ServerLost
 
 
 @contextlib.asynccontextmanager
@@ -809,7 +815,11 @@ def _caller_limits(settings: Settings) -> CallerLimits:
     rate = limits.requests_per_second
     return CallerLimits(
         rates=None if rate is None else RequestRates(rate, limits.request_burst),
-        calls=Slots("calls", limits.max_calls_per_tenant, limits.max_calls),
+        calls=Slots(
+            "calls",
+            limits.max_calls_per_tenant or max(1, limits.max_calls // 2),
+            limits.max_calls,
+        ),
         watches=Slots(
             "watches",
             limits.max_watches_per_tenant,

@@ -17,7 +17,7 @@ from typing import Any, NoReturn, TypeVar
 
 import click
 
-from exportd_server.errors import ConfigurationError, ExportdError
+from exportd_server.errors import ConfigurationError, ExportdError, ServerLost
 from exportd_server.identity.base import KeyStore, KeysUnreadable, Scope
 from exportd_server.identity.keys import new_key
 from exportd_server.platform.logging import configure_logging, log_everything
@@ -108,14 +108,21 @@ def _run(
     configure_logging(log.level, log.style)
     log_everything()
     keep_large_buffers()
+    code = 0
     with _configuration_errors():
-        asyncio.run(command(settings))
+        try:
+            asyncio.run(command(settings))
+        except ServerLost:
+            # Whoever watches the process is to start it anew.
+            code = 1
     if left_over():
         # A source still blocks, in a driver's own code. Taking the interpreter down
         # beneath such a thread may crash; everything of ours is closed.
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(code)
+    if code:
+        sys.exit(code)
 
 
 async def _serve(settings: Settings) -> None:

@@ -240,6 +240,10 @@ class FieldViolation:
     description: str
 
 
+class ServerLost(Exception):
+    """The gRPC server ended without being told to; the log tells why."""
+
+
 class ConfigurationError(Exception):
     """The operator's configuration is wrong: where, what, and the mend, in one line."""
 

@@ -182,8 +182,10 @@ class LimitSettings(Section):
     request_burst: PositiveInt = Field(
         2000, description="calls of one tenant at once, above that rate"
     )
-    max_calls_per_tenant: PositiveInt = Field(
-        2000, description="gRPC calls of one tenant under way at a time, streams included"
+    max_calls_per_tenant: PositiveInt | None = Field(
+        None,
+        description="gRPC calls of one tenant under way at a time, streams included; "
+        "absent: half of `max_calls`",
     )
     max_watches_per_tenant: PositiveInt = Field(
         500, description="WatchJob calls of one tenant at a time"

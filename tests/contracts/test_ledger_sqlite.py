@@ -28,6 +28,7 @@ from exportd_server.errors import (
     LedgerUnavailable,
 )
 from exportd_server.jobs.ledger import schema
+from exportd_server.jobs.ledger import sqlite as sqlite_ledger
 from exportd_server.jobs.ledger.base import (
     ClaimLimits,
     DeliveryQuery,
@@ -661,3 +662,54 @@ async def test_an_error_half_way_undoes_everything(world: World) -> None:
     assert world.dump() == before
     await world.ledger.renew([lease], timedelta(seconds=1))
     assert world.dump() != before
+
+
+# --- reads on the event loop's own thread
+
+
+def _here(world: World) -> object:
+    return database_of(world).read_here(lambda tx: tx.now)
+
+
+async def test_a_closed_ledger_is_not_opened_again_by_a_late_reader(
+    tmp_path: Path,
+) -> None:
+    def journal() -> list[str]:
+        return [
+            each.name for each in tmp_path.glob("ledger.db-*") if each.suffix != ".lock"
+        ]
+
+    async with sqlite_world(tmp_path) as world:
+        job = await world.create()
+        assert _here(world) is not None
+        assert "ledger.db-wal" in journal()
+        await database_of(world).close()
+        assert _here(world) is None
+        with pytest.raises(RuntimeError, match="ended"):
+            await world.ledger.get_job(job.tenant, job.job_id)
+        assert not journal()
+
+
+async def test_after_a_slow_read_threads_do_the_reading_for_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with sqlite_world(tmp_path) as world:
+        job = await world.create()
+        monkeypatch.setattr(sqlite_ledger, "_SLOW", -1.0)
+        assert _here(world) is not None
+        assert _here(world) is None
+        assert await world.ledger.get_job(job.tenant, job.job_id) is not None
+        monkeypatch.setattr(database_of(world), "_here_from", 0.0)
+        assert _here(world) is not None
+
+
+async def test_after_a_failed_read_threads_do_the_reading(tmp_path: Path) -> None:
+    async with sqlite_world(tmp_path) as world:
+        job = await world.create()
+
+        def fail(tx: Transaction) -> int:
+            return int(tx.connection.exec_driver_sql("SELECT * FROM nothing").scalar_one())
+
+        assert database_of(world).read_here(fail) is None
+        assert _here(world) is None
+        assert await world.ledger.get_job(job.tenant, job.job_id) is not None

@@ -778,7 +778,8 @@ async def test_calls_of_one_connection_above_its_streams_wait(
 async def test_calls_have_a_limit_that_health_is_exempt_from(
     tmp_path: Path, gate: GateSource
 ) -> None:
-    async with serving(tmp_path, gate, limits={"max_calls": 2}) as server:
+    limits = {"max_calls": 2, "max_calls_per_tenant": 2}
+    async with serving(tmp_path, gate, limits=limits) as server:
         job = await rpc.create(server.stub, "gated")
         watch = pb.WatchJobRequest(job_id=job.job_id)
         first = await begun(server.stub.WatchJob(watch))

@@ -1,10 +1,14 @@
-"""The part of the library that accepts calls: has it go on, whatever they are named."""
+"""The part of the library that accepts calls: has it go on, whatever they are named, and
+knows it from other tasks."""
 
 from __future__ import annotations
 
 import asyncio
 import codecs
 from typing import Any
+from weakref import WeakKeyDictionary
+
+import grpc
 
 _LOOP = "_server_main_loop"
 """The library's own name of what accepts calls."""
@@ -17,7 +21,7 @@ def accept_any_path() -> None:
     aio/server.pyx.pxi, `_server_main_loop`), where an error ends the loop, and with it the
     server of everybody: a single frame does it, of whoever gets as far as HTTP/2. Nothing
     of it can be reached from here but the error handler of the decoding. That one is the
-    process's; for all but this loop it stays what it was.
+    process's, and stays for good; for all but such loops it is what it was.
     """
     codecs.register_error("strict", _strict_but_for_paths)
 
@@ -36,8 +40,21 @@ def _accepting() -> bool:
     return task is not None and _accepts(task)
 
 
-def accepting() -> set[asyncio.Task[Any]]:
-    """What accepts calls, for each server on this event loop."""
+async def start(server: grpc.aio.Server) -> asyncio.Task[Any] | None:
+    """Start a server; returns what accepts its calls from now on, until the server ends.
+    None is that it cannot be told from other tasks, as the library names it otherwise."""
+    one_by_one = _starting.setdefault(asyncio.get_running_loop(), asyncio.Lock())
+    async with one_by_one:
+        others = _all_accepting()
+        await server.start()
+        found = _all_accepting() - others
+    return found.pop() if len(found) == 1 else None
+
+
+_starting: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
+
+
+def _all_accepting() -> set[asyncio.Task[Any]]:
     return {task for task in asyncio.all_tasks() if _accepts(task)}
 
 

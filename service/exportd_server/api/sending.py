@@ -22,12 +22,16 @@ async def begin(context: Any) -> None:
     holds up.
     """
     sending = asyncio.ensure_future(context.send_initial_metadata(()))
+    loop = asyncio.get_running_loop()
     cancelled: asyncio.CancelledError | None = None
+    left: float | None = None
     while not sending.done():
         try:
-            await asyncio.wait({sending}, timeout=_LAST_SECONDS if cancelled else None)
+            await asyncio.wait({sending}, timeout=left)
         except asyncio.CancelledError as error:
-            cancelled = error
+            if cancelled is None:
+                end = loop.time() + _LAST_SECONDS
+            cancelled, left = error, max(0.0, end - loop.time())
         else:
             break
     if cancelled is not None:

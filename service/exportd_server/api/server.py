@@ -15,7 +15,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
 
 from exportd.v1 import export_service_pb2
-from exportd_server.api.accepting import accept_any_path, accepting
+from exportd_server.api.accepting import accept_any_path, start
 from exportd_server.api.interceptors.audit import AuditInterceptor, noting
 from exportd_server.api.interceptors.draining import DrainInterceptor
 from exportd_server.api.interceptors.errors import ErrorInterceptor
@@ -102,10 +102,6 @@ def _milliseconds(seconds: float) -> int:
     return min(2**31 - 1, max(1, round(1000 * seconds)))
 
 
-class GrpcServerLost(Exception):
-    """The library ended the server without being told to; its log tells why."""
-
-
 class GrpcServer:
     """A server that can be started and stopped once."""
 
@@ -164,9 +160,11 @@ class GrpcServer:
 
     async def start(self, lost: Callable[[], object]) -> None:
         """Answer calls. `lost` is called when there is an end to it before `stop`."""
-        others = accepting()
-        await self._server.start()
-        self._watching = asyncio.create_task(self._watch(accepting() - others, lost))
+        accepting = await start(self._server)
+        if accepting is None:
+            log.warning("an end of the gRPC server will not be noticed")
+        else:
+            self._watching = asyncio.create_task(self._watch(accepting, lost))
         for name in ("", SERVICE.full_name):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
 
@@ -175,12 +173,12 @@ class GrpcServer:
         await self._health.enter_graceful_shutdown()
 
     async def _watch(
-        self, accepting: set[asyncio.Task[Any]], lost: Callable[[], object]
+        self, accepting: asyncio.Task[Any], lost: Callable[[], object]
     ) -> None:
         # The library tells of an end only when all calls have ended, too.
-        ended, _ = await asyncio.wait(accepting)
+        await asyncio.wait({accepting})
         if not self._stopping:
-            error = ended.pop().exception()
+            error = None if accepting.cancelled() else accepting.exception()
             log.critical("the gRPC server has ended by itself", exc_info=error)
             lost()
 

@@ -81,8 +81,8 @@ def configure_logging(
 
 
 def _tells_no_metadata(record: logging.LogRecord) -> bool:
-    # With what a caller sent, be it half a token, and as often as callers like. A value
-    # that is not UTF-8 is refused like any other that is wrong.
+    # It tells of every value that is not UTF-8, with the value, be it half a token, and as
+    # an error, as often as callers like. What needs the value takes it for a wrong one.
     return not str(record.msg).startswith("Invalid encoding")
 
 

@@ -10,6 +10,7 @@ import asyncio
 import fcntl
 import os
 import sqlite3
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -52,6 +53,10 @@ _ENSURE_TENANT = Prepared(sqlite.insert(tenants).on_conflict_do_nothing())
 _ADD_AUDIT_RECORDS = sqlite.insert(audit_records).on_conflict_do_nothing()
 
 _READERS = 2
+_SLOW = 0.05
+_NOT_HERE = 10.0
+"""Seconds that nothing is read on the loop's thread after a read there took longer than
+`_SLOW`."""
 _BUSY_SECONDS = 10
 """How long to wait for a lock that only a foreign tool, say a backup, can hold."""
 
@@ -128,6 +133,7 @@ class SqliteDatabase:
             path, 1, None, "PRAGMA query_only = ON", "PRAGMA busy_timeout = 0"
         )
         self._here: Connection | None = None
+        self._here_from = 0.0
 
     async def open(self) -> None:
         """Take the file. Raises `ConfigurationError`, and then holds nothing."""
@@ -153,16 +159,23 @@ class SqliteDatabase:
         return await self._read_threads.run(partial(self._read, work))
 
     def read_here(self, work: Callable[[Transaction], T]) -> T | None:
-        """See `Database`. What is asked for was written or read a moment ago, and lies in
-        memory; writers do not lock readers out, and who else does is not waited for."""
+        """See `Database`. Writers do not lock readers out. A disk may make one wait, and
+        SQLite by itself for what somebody holds of its files; then threads do the reading
+        for a while, and for good after a failure."""
+        begun = time.monotonic()
+        connection, self._here = self._here, None
+        if connection is None or begun < self._here_from:
+            self._here = connection
+            return None
         try:
-            connection, self._here = self._here or self._reader_here.connect(), None
             with _reading(connection):
                 result = work(self._transaction(connection))
+            self._here = connection
         except (sa.exc.DBAPIError, sqlite3.Error):
-            # In a thread it waits, or is told what is wrong.
+            # A thread is told what is wrong, or waits.
             return None
-        self._here = connection
+        if (now := time.monotonic()) - begun > _SLOW:
+            self._here_from = now + _NOT_HERE
         return result
 
     async def write_apart(self, work: Callable[[Transaction], T]) -> T:
@@ -187,6 +200,9 @@ class SqliteDatabase:
 
     async def close(self) -> None:
         """See `Database`."""
+        here, self._here = self._here, None
+        if here is not None:
+            here.close()
         await asyncio.to_thread(self._close)
         # Those who wait see that nothing more will come.
         self.signals.everyone()
@@ -205,6 +221,7 @@ class SqliteDatabase:
                 tx = self._transaction(connection)
                 working.recover(tx)
             count(tx.changes)
+            self._here = self._reader_here.connect()
         except OSError as error:
             raise ConfigurationError(
                 f"ledger {self._path}: {error.strerror}; it must be a file that the "
@@ -261,8 +278,6 @@ class SqliteDatabase:
         for connection in self._reading:
             connection.close()
         self._readers.dispose()
-        if self._here is not None:
-            self._here.close()
         self._reader_here.dispose()
         # The last connection to close folds the journal into the file.
         self._writer.dispose()

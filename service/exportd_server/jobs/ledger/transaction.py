@@ -82,8 +82,8 @@ class Database(Protocol):
 
     def read_here(self, work: Callable[[Transaction], T]) -> T | None:
         """As `read`, on the event loop's own thread: for a few rows, which take less time
-        than the way to another thread and back. None where it would have to wait, for
-        another machine or for somebody's lock."""
+        than the way to another thread and back. None where that cannot be had, for the
+        network, or for a file that was slow or locked a moment ago."""
         ...
 
     async def write_apart(self, work: Callable[[Transaction], T]) -> T:
