@@ -167,13 +167,7 @@ async def serving(
             if http:
                 await http.server.stop(0)
             raise
-        lost = asyncio.Event()
-
-        def end() -> None:
-            lost.set()
-            stop.set()
-
-        await server.start(end)
+        await server.start(stop.set)
         enabled = settings.worker.enabled
         worker = _Background(parts, stop, urls, tracer) if enabled else None
         log.info(
@@ -198,14 +192,14 @@ async def serving(
             stop.set()
             grace = settings.drain_timeout
             await asyncio.gather(
-                server.stop(0 if lost.is_set() else grace),
+                server.stop(grace),
                 *([http.server.stop(grace)] if http else []),
                 *([worker.drain(grace)] if worker else []),
             )
             if worker:
                 await worker.end()
             log.info("stopped")
-        if lost.is_set():
+        if server.lost:
             # Whoever watches the process is to start it anew.
             raise ServerLost
 

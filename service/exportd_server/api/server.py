@@ -118,6 +118,8 @@ class GrpcServer:
         errors = ErrorInterceptor(services)
         self._active = errors.active
         self._drain = DrainInterceptor(services)
+        self.lost = False
+        """Whether it has ended without being stopped."""
         self._stopping = False
         self._watching: asyncio.Task[None] | None = None
         accept_any_path()
@@ -158,13 +160,13 @@ class GrpcServer:
         except RuntimeError as error:
             raise OSError(f"cannot listen on {address}") from error
 
-    async def start(self, lost: Callable[[], object]) -> None:
-        """Answer calls. `lost` is called when there is an end to it before `stop`."""
+    async def start(self, on_lost: Callable[[], object]) -> None:
+        """Answer calls. `on_lost` is called when there is an end to it before `stop`."""
         accepting = await start(self._server)
         if accepting is None:
             log.warning("an end of the gRPC server will not be noticed")
         else:
-            self._watching = asyncio.create_task(self._watch(accepting, lost))
+            self._watching = asyncio.create_task(self._watch(accepting, on_lost))
         for name in ("", SERVICE.full_name):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
 
@@ -173,19 +175,22 @@ class GrpcServer:
         await self._health.enter_graceful_shutdown()
 
     async def _watch(
-        self, accepting: asyncio.Task[Any], lost: Callable[[], object]
+        self, accepting: asyncio.Task[Any], on_lost: Callable[[], object]
     ) -> None:
         # The library tells of an end only when all calls have ended, too.
         await asyncio.wait({accepting})
         if not self._stopping:
             error = None if accepting.cancelled() else accepting.exception()
             log.critical("the gRPC server has ended by itself", exc_info=error)
-            lost()
+            self.lost = True
+            on_lost()
 
     async def stop(self, grace: float) -> None:
         """Refuse new calls; those under way have `grace` seconds to end. Of those that are
         cut then, changes that have begun are waited for."""
         self._stopping = True
+        if self.lost:
+            grace = 0.0  # no call can be answered
         end = asyncio.get_running_loop().time() + grace
         with suppress(TimeoutError):
             async with asyncio.timeout(min(grace, _LAST_CALLS)):

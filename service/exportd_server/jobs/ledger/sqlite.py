@@ -163,10 +163,9 @@ class SqliteDatabase:
         SQLite by itself for what somebody holds of its files; then threads do the reading
         for a while, and for good after a failure."""
         begun = time.monotonic()
-        connection, self._here = self._here, None
-        if connection is None or begun < self._here_from:
-            self._here = connection
+        if self._here is None or begun < self._here_from:
             return None
+        connection, self._here = self._here, None
         try:
             with _reading(connection):
                 result = work(self._transaction(connection))
