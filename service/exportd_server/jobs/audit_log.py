@@ -40,6 +40,9 @@ once, and so many a second. What is refused costs a caller nothing: it shall not
 ledger."""
 _STRANGERS = ""
 """Stands for the tenant of callers that nobody knows."""
+_GATHERING = 0.1
+"""Seconds that a record may wait for others to be kept with: a commit for each call would
+have what callers wait for stand in line behind it."""
 _FIRST_PAUSE = 0.1
 _LONGEST_PAUSE = 5.0
 
@@ -83,6 +86,7 @@ class AuditLog:
         """On its way to the ledger."""
         self._refusals = TokenBuckets(_REFUSALS_PER_SECOND, refusals)
         self._told = asyncio.Event()
+        self._wanted = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
         self._closing = False
@@ -115,9 +119,12 @@ class AuditLog:
         self._measure()
         self._idle.clear()
         self._told.set()
+        if len(self._waiting) >= BATCH:
+            self._wanted.set()
 
     async def flushed(self) -> None:
         """Wait until everything that was added is in the ledger, or counted as lost."""
+        self._wanted.set()
         await self._idle.wait()
 
     async def close(self, within: float) -> None:
@@ -140,6 +147,10 @@ class AuditLog:
         pause = _FIRST_PAUSE
         while True:
             await self._told.wait()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_GATHERING):
+                    await self._wanted.wait()
+            self._wanted.clear()
             self._told.clear()
             while self._batch or self._waiting:
                 self._batch = self._batch or self._waiting.take(BATCH)

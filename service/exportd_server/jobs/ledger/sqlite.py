@@ -126,11 +126,12 @@ class SqliteDatabase:
         self._lock: int | None = None
         self._write_thread = ThreadPoolExecutor(1, "exportd-ledger-write")
         self._read_threads = Hands(_READERS, "exportd-ledger-read")
-        self._writer = _engine(path, 1, "BEGIN IMMEDIATE")
-        self._readers = _engine(path, _READERS, None, "PRAGMA query_only = ON")
+        self._writer = _engine(path, 1)
+        self._writing: Connection | None = None
+        self._readers = _engine(path, _READERS, "PRAGMA query_only = ON")
         self._reading: list[Connection] = []
         self._reader_here = _engine(
-            path, 1, None, "PRAGMA query_only = ON", "PRAGMA busy_timeout = 0"
+            path, 1, "PRAGMA query_only = ON", "PRAGMA busy_timeout = 0"
         )
         self._here: Connection | None = None
         self._here_from = 0.0
@@ -167,7 +168,7 @@ class SqliteDatabase:
             return None
         connection, self._here = self._here, None
         try:
-            with _reading(connection):
+            with _transaction(connection, "BEGIN"):
                 result = work(self._transaction(connection))
             self._here = connection
         except (sa.exc.DBAPIError, sqlite3.Error):
@@ -214,11 +215,12 @@ class SqliteDatabase:
             self._take_lock()
             # The journal files take their permissions from this one.
             os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-            with self._writer.begin() as connection:
-                schema.upgrade(connection, self._path)
-            with self._writer.begin() as connection:
+            self._upgrade()
+            connection = self._writer.connect()
+            with _transaction(connection, "BEGIN IMMEDIATE"):
                 tx = self._transaction(connection)
                 working.recover(tx)
+            self._writing = connection
             count(tx.changes)
             self._here = self._reader_here.connect()
         except OSError as error:
@@ -243,10 +245,25 @@ class SqliteDatabase:
                 "give this one a file of its own"
             ) from None
 
+    def _upgrade(self) -> None:
+        """By the library's own transactions, as that of the migrations needs it."""
+        engine = _engine(self._path, 1)
+        sa.event.listen(
+            engine, "begin", lambda opened: opened.exec_driver_sql("BEGIN IMMEDIATE")
+        )
+        with engine.begin() as connection:
+            schema.upgrade(connection, self._path)
+        engine.dispose()
+
     def _write(self, work: Callable[[Transaction], T]) -> T:
-        with _available(), self._writer.begin() as connection:
-            tx = self._transaction(connection)
-            result = work(tx)
+        with _available():
+            connection, self._writing = self._writing, None
+            if connection is None:
+                connection = self._writer.connect()
+            with _transaction(connection, "BEGIN IMMEDIATE"):
+                tx = self._transaction(connection)
+                result = work(tx)
+            self._writing = connection
         count(tx.changes)
         # Told from here, so that the news spreads even if the caller has gone away. The
         # loop may be closing down, with nobody left to tell.
@@ -256,13 +273,11 @@ class SqliteDatabase:
 
     def _read(self, work: Callable[[Transaction], T]) -> T:
         with _available():
-            # They keep theirs, and begin by the driver: a loan from the pool and the
-            # library's own transaction take longer than what is read.
             try:
                 connection = self._reading.pop()
             except IndexError:
                 connection = self._readers.connect()
-            with _reading(connection):
+            with _transaction(connection, "BEGIN"):
                 result = work(self._transaction(connection))
             self._reading.append(connection)
             return result
@@ -278,6 +293,8 @@ class SqliteDatabase:
             connection.close()
         self._readers.dispose()
         self._reader_here.dispose()
+        if self._writing is not None:
+            self._writing.close()
         # The last connection to close folds the journal into the file.
         self._writer.dispose()
         if self._lock is not None:
@@ -286,21 +303,27 @@ class SqliteDatabase:
 
 
 @contextmanager
-def _reading(connection: Connection) -> Iterator[None]:
-    """A transaction that writes nothing. The connection is closed if it fails."""
+def _transaction(connection: Connection, begin: str) -> Iterator[None]:
+    """Commits at the end. After an exception all is undone, and the connection closed.
+
+    Threads keep their connections, and begin by the driver: a loan from the pool and the
+    library's own transaction take as long as a short statement.
+    """
     driver: Any = connection.connection.driver_connection
     try:
-        driver.execute("BEGIN")
-        try:
-            yield
-        finally:
-            # The library may take it to have begun, too.
-            if connection.in_transaction():
-                connection.rollback()
-            if driver.in_transaction:
-                driver.execute("ROLLBACK")
+        driver.execute(begin)
+        yield
+        # The library may take it to have begun, too.
+        if connection.in_transaction():
+            connection.commit()
+        if driver.in_transaction:
+            driver.commit()
     except BaseException:
-        connection.close()
+        try:
+            # The library forgets to, where it was its commit that failed.
+            driver.rollback()
+        finally:
+            connection.close()
         raise
 
 
@@ -316,8 +339,8 @@ def _available() -> Iterator[None]:
         raise LedgerUnavailable from error
 
 
-def _engine(path: Path, connections: int, begin: str | None, *pragmas: str) -> Engine:
-    """Connections that begin transactions so, or not by themselves."""
+def _engine(path: Path, connections: int, *pragmas: str) -> Engine:
+    """Connections that begin no transactions by themselves."""
     engine = sa.create_engine(
         sa.URL.create("sqlite", database=str(path)),
         poolclass=QueuePool,
@@ -337,11 +360,5 @@ def _engine(path: Path, connections: int, begin: str | None, *pragmas: str) -> E
             *pragmas,
         ):
             connection.execute(pragma)
-
-    if begin is not None:
-
-        @sa.event.listens_for(engine, "begin")
-        def start(connection: Connection) -> None:
-            connection.exec_driver_sql(begin)
 
     return engine

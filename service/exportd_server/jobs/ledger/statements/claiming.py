@@ -1,11 +1,14 @@
 """Which task is next, and whose it becomes.
 
+On PostgreSQL the server itself does this: see the migrations.
+
 The cost follows the number of tenants that wait and of leases held, not the backlog:
 each waiting tenant contributes the one task at the head of its queue, found by index.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection
 from dataclasses import replace
 from functools import lru_cache
@@ -50,7 +53,7 @@ _TAKE = Prepared(
     )
     .returning(tasks)
 )
-_PROMOTE = (
+_PROMOTE = Prepared(
     sa.update(tasks)
     .where(tasks.c.state == TaskState.SCHEDULED.sql, tasks.c.run_at <= sa.bindparam("now"))
     .values(state=TaskState.READY.value)
@@ -112,10 +115,8 @@ def _choose(
             tx.connection, now=tx.now, **values
         )
     if chosen is None and TaskKind.DELIVER in kinds:
-        left = sorted(limits.no_deliveries_of)
-        chosen = tx.connection.execute(
-            delivery_choice(), {"now": tx.now, "left": left}
-        ).first()
+        left = json.dumps(sorted(limits.no_deliveries_of))
+        chosen = _prepared_delivery_choice().first(tx.connection, now=tx.now, left=left)
     return chosen
 
 
@@ -156,7 +157,7 @@ def to_lease(task: Row[Any], job: Row[Any] | None) -> Lease:
 
 def _promote(tx: Transaction) -> None:
     """Make the tasks ready whose time has come. Others may be waiting for them too."""
-    if tx.connection.execute(_PROMOTE, {"now": tx.now}).rowcount:
+    if _PROMOTE.run(tx.connection, now=tx.now):
         tx.changes.work = True
 
 
@@ -304,10 +305,14 @@ def choice(kinds: frozenset[TaskKind], *, limited: bool) -> sa.Select[Any]:
 
 
 @lru_cache(maxsize=1)
+def _prepared_delivery_choice() -> Prepared:
+    return Prepared(delivery_choice())
+
+
 def delivery_choice() -> sa.Select[Any]:
     """The next delivery at `now`: of the queue with the fewest under way, and there of
     the tenant with the fewest, of several the one served longest ago; never more of one
-    queue than it allows, and none of the tenants in `left`."""
+    queue than it allows, and none of the tenants in `left`, a list in JSON."""
     now = sa.bindparam("now", type_=sa.BigInteger)
     # By kind: that they have a queue would send SQLite through all that stands in queues.
     at_work = (
@@ -353,6 +358,7 @@ def delivery_choice() -> sa.Select[Any]:
         tasks.c.kind == TaskKind.DELIVER.value,
     )
     found = sa.union_all(heads, expired).cte("found")
+    left = sa.func.json_each(sa.bindparam("left", type_=sa.Text)).table_valued("value")
     under_way = sa.func.coalesce(busy.c.tasks, 0)
     return (
         sa.select(tasks.c.task_id, tasks.c.token, tasks.c.job_id, tasks.c.state)
@@ -364,7 +370,7 @@ def delivery_choice() -> sa.Select[Any]:
         .outerjoin(tenants, tenants.c.tenant == tasks.c.tenant)
         .where(
             sa.or_(tasks.c.state == TaskState.LEASED.sql, under_way < queues.c.concurrency),
-            tasks.c.tenant.not_in(sa.bindparam("left", expanding=True)),
+            tasks.c.tenant.not_in(sa.select(left.c.value)),
         )
         .order_by(
             # What a lost lease left counts as under way, so it is taken over first: else
