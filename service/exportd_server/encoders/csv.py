@@ -16,7 +16,7 @@ from exportd_server.encoders.values import (
     Chunks,
     encoding,
     is_text,
-    polars_series,
+    polars_frame,
     simple,
     unwrapped,
 )
@@ -44,7 +44,14 @@ class CsvEncoder(TextEncoder):
     def __init__(self, output: OutputFormat, schema: pa.Schema, sink: ByteSink) -> None:
         super().__init__(output, schema, sink)
         self._options = output.csv
-        self._safe = self._options.dialect is CsvDialect.SPREADSHEET_SAFE
+        # Names need not differ.
+        self._places = [*map(str, range(len(schema)))]
+        self._armed = [
+            place
+            for place, field in zip(self._places, schema, strict=True)
+            if self._options.dialect is CsvDialect.SPREADSHEET_SAFE
+            and not _is_number(unwrapped(field.type))
+        ]
         self._marker = self._options.null_marker
         if not self._marker and len(schema) == 1:
             self._marker = _LONE_MARKER
@@ -57,19 +64,16 @@ class CsvEncoder(TextEncoder):
         self.prefix_bytes = self._out.written
 
     def _encode(self, piece: pa.RecordBatch) -> Chunks:
-        columns = []
-        for index, (field, column) in enumerate(
-            zip(self._schema, piece.columns, strict=True)
-        ):
+        cells = []
+        for field, column in zip(self._schema, piece.columns, strict=True):
             with encoding(field.name):
-                cells = polars_series(str(index), _cells(column))
-                if self._all_text:
-                    cells = cells.cast(pl.String)
-                if self._safe and not _is_number(unwrapped(field.type)):
-                    cells = cells.to_frame().select(_harmless(pl.col(cells.name)))[:, 0]
-            columns.append(cells)
-        frame = pl.DataFrame(columns)
+                cells.append(_cells(column))
         with encoding():
+            frame = polars_frame(self._places, cells)
+            if self._all_text:
+                frame = frame.cast(pl.String)
+            if self._armed:
+                frame = frame.with_columns(_harmless(pl.col(self._armed)))
             style: Literal["necessary", "never"] = "necessary"
             if self._marker and self._ambiguous(frame):
                 frame = frame.with_columns(self._quoted(pl.col(pl.String)))

@@ -244,25 +244,20 @@ def _storage(array: pa.Array) -> pa.Array:
 
 
 class _Exported:
-    """An array or a batch that shows nothing of itself but Arrow's C data interface.
+    """A batch that shows nothing of itself but Arrow's C data interface.
 
-    By it Polars takes a column over at once, where it is asked. What it knows to be of
+    By it Polars takes all columns over at once, where it is asked. What it knows to be of
     pyarrow it spreads over its pool of threads, whose handing over and spinning cost two
     encoders side by side twice the time.
     https://arrow.apache.org/docs/format/CDataInterface/PyCapsuleInterface.html
     """
 
-    def __init__(self, values: pa.Array | pa.RecordBatch) -> None:
+    def __init__(self, values: pa.RecordBatch) -> None:
         self._values = values
 
     def __arrow_c_array__(self, requested_schema: object = None) -> tuple[object, object]:
         exported: tuple[object, object] = self._values.__arrow_c_array__(requested_schema)
         return exported
-
-
-def polars_series(name: str, array: pa.Array) -> pl.Series:
-    """The column as Polars holds it."""
-    return pl.Series(_Exported(array)).rename(name)
 
 
 def polars_frame(names: Sequence[str], arrays: Sequence[pa.Array]) -> pl.DataFrame:
