@@ -12,10 +12,8 @@ from alembic import command
 from alembic.config import Config
 
 from exportd_server.jobs.ledger import schema
-from exportd_server.jobs.ledger.base import Lease, LeaseLost, Totals
-from exportd_server.jobs.model import PartRecord
-from exportd_server.store.key import OutputKind
-from tests.support.ledger import BACKENDS, CLEANUP, Backend, World, part
+from exportd_server.jobs.ledger.base import LeaseLost, Totals
+from tests.support.ledger import BACKENDS, CLEANUP, Backend, World, errors, part
 
 
 @pytest.fixture(params=list(BACKENDS.values()), ids=list(BACKENDS))
@@ -23,12 +21,6 @@ async def world(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
     backend: Backend = request.param
     async with backend(tmp_path, request) as world:
         yield world
-
-
-def errors(lease: Lease, sequence: int = 0, *, rows: int = 3, size: int = 40) -> PartRecord:
-    """The error part beside `part`."""
-    told = part(lease, sequence, rows=rows, size=size)
-    return replace(told, kind=OutputKind.ERROR, prefix_bytes=0)
 
 
 async def test_an_error_part_is_recorded_with_its_output_part(world: World) -> None:

@@ -10,7 +10,7 @@ from uuid import UUID
 import pytest
 
 from exportd_server.errors import ErrorReason, ErrorRecord
-from exportd_server.jobs.ledger.base import JobQuery, Kept, Lease, LeaseLost
+from exportd_server.jobs.ledger.base import JobQuery, Kept, LastPart, Lease, LeaseLost
 from exportd_server.jobs.model import Job, JobState
 from exportd_server.store.key import JobPrefix
 from tests.support.ledger import (
@@ -20,6 +20,7 @@ from tests.support.ledger import (
     SWEEP,
     Backend,
     World,
+    errors,
     part,
 )
 
@@ -232,6 +233,28 @@ async def test_of_the_last_shard_it_is_told_what_will_be_published_and_nothing_c
     for late in (first, second):
         with pytest.raises(LeaseLost):
             await world.ledger.complete_unless_last(late)
+
+
+async def test_the_last_part_of_the_last_shard_tells_what_will_be_published(
+    world: World,
+) -> None:
+    job, first = await world.running(2)
+    second = await world.lease()
+    await world.ledger.add_part(first, part(first, 0))
+    added = await world.ledger.add_last_part(first, part(first, 1), errors(first, 1))
+    assert added == LastPart([], None), "another shard is unfinished"
+    assert await world.ledger.complete_unless_last(first) is None
+    for _ in range(2):
+        # Of an answer that was lost nobody knows whether it was recorded.
+        told = (await world.ledger.add_last_part(second, part(second))).manifest
+        before = world.dump()
+        assert await world.ledger.complete_unless_last(second) == told
+        assert world.dump() == before
+    assert told is not None
+    assert len(told.parts) == 3
+    assert len(told.error_parts) == 1
+    assert await world.ledger.complete_shard(second, manifest=True)
+    assert (await world.job(job)).manifest == told
 
 
 async def test_the_manifest_that_was_named_stays_and_no_other_one(world: World) -> None:

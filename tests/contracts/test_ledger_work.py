@@ -206,6 +206,8 @@ STALE: dict[str, Callable[[World, Lease], Awaitable[object]]] = {
     ),
     "shard_parts": lambda w, lease: w.ledger.shard_parts(lease),
     "add_part": lambda w, lease: w.ledger.add_part(lease, part(lease)),
+    "add_last_part": lambda w, lease: w.ledger.add_last_part(lease, part(lease)),
+    "complete_unless_last": lambda w, lease: w.ledger.complete_unless_last(lease),
     "complete_shard": lambda w, lease: w.ledger.complete_shard(lease),
     "restart_output": lambda w, lease: w.ledger.restart_output(lease),
     "fail_attempt": lambda w, lease: w.ledger.fail_attempt(

@@ -65,6 +65,7 @@ async def test_an_export_of_one_part_asks_the_ledger_only_what_it_must(
             "create_job",
             "record_plan",
             "add_part",
+            "add_last_part",
             "complete_unless_last",
             "complete_shard",
             "renew",
@@ -74,8 +75,9 @@ async def test_an_export_of_one_part_asks_the_ledger_only_what_it_must(
     assert work == {
         "create_job": 1,
         "record_plan": 1,
-        "add_part": 1,
-        "complete_unless_last": 1,
+        "add_part": 0,
+        "add_last_part": 1,
+        "complete_unless_last": 0,
         "complete_shard": 1,
         # Its own end is no news to it, and whoever watches is told.
         "renew": 0,

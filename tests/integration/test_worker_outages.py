@@ -7,6 +7,7 @@ import re
 import time
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,9 +45,11 @@ class EventfulSource(GateSource):
         super().wait_for_turn(stream)
 
 
-async def right_and_once(fleet: Fleet, source: GateSource, faults: Faults) -> None:
+async def right_and_once(
+    fleet: Fleet, source: GateSource, faults: Faults, **what: Any
+) -> None:
     """Export, and find every row once and in order."""
-    job = await fleet.create()
+    job = await fleet.create(**what)
     async with fleet.worker(
         source, ledger=faults.ledger, lease=LEASE, poll=0.2, progress_interval=0.02
     ):
@@ -86,6 +89,19 @@ async def test_a_call_whose_answer_is_lost_leaves_the_output_right(
         source = EventfulSource(faults)
         await right_and_once(fleet, source, faults)
         assert source.opened >= 3
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+async def test_the_last_part_whose_answer_is_lost_is_there_once(
+    tmp_path: Path, *, after: bool
+) -> None:
+    async with fleet_in(tmp_path, max_rows=10**9) as fleet:
+        faults = Faults(fleet.ledger)
+        faults.fail("add_last_part", 1 if after else 3, after=after)
+        # Three batches are not ten: more is to come when the rows are at an end.
+        await right_and_once(
+            fleet, EventfulSource(faults), faults, max_part_rows=3 * BATCH_ROWS
+        )
 
 
 async def test_every_call_may_fail_at_once(tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ from exportd_server.jobs.ledger.base import (
     DeliveryQuery,
     EndpointDisabled,
     JobQuery,
+    LastPart,
     Lease,
     LeaseLost,
     NewJob,
@@ -58,6 +59,7 @@ from exportd_server.jobs.model import (
     DeliveryState,
     Job,
     JobState,
+    Manifest,
     OnFull,
     QueuePolicy,
 )
@@ -922,19 +924,23 @@ class LedgerMachine(RuleBasedStateMachine):
         assert (first.token, first.attempt) == (self.model.token, task.attempts)
         return first
 
-    @rule(lease=leases, drop=st.sampled_from([False, False, True]))
-    def add_part(self, lease: Lease, *, drop: bool = False) -> None:
+    @rule(lease=leases, drop=st.sampled_from([False, False, True]), last=st.booleans())
+    def add_part(self, lease: Lease, *, drop: bool = False, last: bool = False) -> None:
         if lease.kind is not TaskKind.SHARD:
             return
         task = self.model.holds(lease)
         sequence = len(task.parts) if task else 0
-        adding = self.ledger.add_part(lease, part(lease, sequence), drop=drop)
-        if done := self.attempt(lease, adding):
-            task, without = done
+        add = self.ledger.add_last_part if last else self.ledger.add_part
+        if done := self.attempt(lease, add(lease, part(lease, sequence), drop=drop)):
+            task, added = done
             assert task.job is not None
             assert task.shard is not None
             task.parts.append(lease.token)
             expected = self.model.add_part(task.job, task.shard, sequence, drop=drop)
+            without = added
+            if isinstance(added, LastPart):
+                without = added.dropped
+                self.told(task, added.manifest)
             assert list(without) == expected
 
     @rule(lease=leases)
@@ -962,13 +968,17 @@ class LedgerMachine(RuleBasedStateMachine):
             return
         if done := self.attempt(lease, self.ledger.complete_unless_last(lease)):
             task, manifest = done
-            assert task.job is not None
-            others = (other for other in self.model.work(task.job) if other is not task)
-            last = all(other.state == "done" for other in others)
-            assert (manifest is not None) == last
+            self.told(task, manifest)
             if manifest is None:
                 assert not self.completed(task)
-                return
+
+    def told(self, task: ModelTask, manifest: Manifest | None) -> None:
+        """What the end of a shard would publish is all, and told of the last one alone."""
+        assert task.job is not None
+        others = (other for other in self.model.work(task.job) if other is not task)
+        last = all(other.state == "done" for other in others)
+        assert (manifest is not None) == last
+        if manifest is not None:
             found = [(p.shard, p.sequence, p.token) for p in manifest.parts]
             assert found == self.model.manifest(task.job)
 

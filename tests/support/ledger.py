@@ -6,7 +6,7 @@ import shutil
 import sqlite3
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from itertools import count
 from pathlib import Path
@@ -26,6 +26,7 @@ from exportd_server.jobs.ledger.sqlite import open_sqlite_ledger
 from exportd_server.jobs.ledger.tables import METADATA
 from exportd_server.jobs.model import ExportSpec, Job, ManifestColumn, PartRecord
 from exportd_server.sources.base import Shard
+from exportd_server.store.key import OutputKind
 from tests.support.postgres import PostgresServer
 
 EXPORT = (TaskKind.PLAN, TaskKind.SHARD)
@@ -78,6 +79,12 @@ def part(lease: Lease, sequence: int = 0, *, rows: int = 10, size: int = 100) ->
         suffix_crc32c=3,
         sha256=bytes(range(32)),
     )
+
+
+def errors(lease: Lease, sequence: int = 0, *, rows: int = 3, size: int = 40) -> PartRecord:
+    """The error part beside `part`."""
+    told = part(lease, sequence, rows=rows, size=size)
+    return replace(told, kind=OutputKind.ERROR, prefix_bytes=0)
 
 
 def shards(number: int) -> list[Shard]:

@@ -80,10 +80,13 @@ class PartsLost(Exception):
 
 
 @dataclass(slots=True)
-class _Patience:
-    """Seconds that a task may yet wait for room in queues."""
+class _Recording:
+    """The recording of a run's parts: `patience` is for how many seconds it may yet wait
+    for room in queues, and `manifest` what the job will publish once this run has ended,
+    where the last part told."""
 
-    left: float
+    patience: float
+    manifest: Manifest | None = None
 
 
 class Exporter:
@@ -255,6 +258,7 @@ class Exporter:
             job.spec.max_row_errors,
         )
         caps.check(rows, bytes_, row_errors)
+        recording = _Recording(self._options.block_timeout)
         run = ShardRun(
             ShardTask(
                 source=dataset.source,
@@ -271,7 +275,7 @@ class Exporter:
                 skip_errors=job.spec.max_row_errors is not None,
             ),
             self._store,
-            commit=self._commit(held, job, time_cap, parts=_parts(job)),
+            commit=self._commit(held, job, time_cap, recording),
             check=caps.check,
             max_bytes_in_flight=self._options.max_bytes_in_flight,
         )
@@ -279,7 +283,9 @@ class Exporter:
             span.set({"exportd.shard": lease.shard.index})
             async with self._progress(held, run, caps):
                 await _run_in_thread(held, run, self._strays, self._overdue(run, time_cap))
-            last = await held.insist(lambda: self._ledger.complete_unless_last(lease))
+            last = recording.manifest or await held.insist(
+                lambda: self._ledger.complete_unless_last(lease)
+            )
             span.set({"exportd.rows": run.rows})
             if last is not None:
                 # All shards together may have more than each of them by itself.
@@ -337,12 +343,13 @@ class Exporter:
         job: Job,
         time_cap: TimeCap,
         lease: Lease,
-        part: PartRecord,
-        errors: PartRecord | None,
-        patience: _Patience,
+        finished: FinishedPart,
+        recording: _Recording,
     ) -> None:
         """Record a part, once each sink that must not miss it has room for it, or was
         waited for long enough."""
+        part = _part_record(finished)
+        errors = None if finished.errors is None else _part_record(finished.errors)
         drop = False
         if any(sink.takes is Takes.PARTS for sink in job.spec.sinks):
             while not await held.insist(lambda: self._ledger.has_room(lease)):
@@ -350,13 +357,18 @@ class Exporter:
                 if (passed := time_cap.passed()) is not None:
                     raise passed
                 # A sink that takes nothing is no reason for the job to fail.
-                if drop := patience.left <= 0:
+                if drop := recording.patience <= 0:
                     break
                 await asyncio.sleep(_FULL_PAUSE)
-                patience.left -= _FULL_PAUSE
-        dropped = await held.insist(
-            lambda: self._ledger.add_part(lease, part, errors, drop=drop)
-        )
+                recording.patience -= _FULL_PAUSE
+        if finished.last:
+            dropped, recording.manifest = await held.insist(
+                lambda: self._ledger.add_last_part(lease, part, errors, drop=drop)
+            )
+        else:
+            dropped = await held.insist(
+                lambda: self._ledger.add_part(lease, part, errors, drop=drop)
+            )
         labels = (
             metrics_exports.known(job.spec.dataset),
             job.spec.output.format.value,
@@ -370,19 +382,17 @@ class Exporter:
             log.warning("delivery dropped", sink=sink.name, queue=sink.queue)
 
     def _commit(
-        self, held: Held, job: Job, time_cap: TimeCap, *, parts: int
+        self, held: Held, job: Job, time_cap: TimeCap, recording: _Recording
     ) -> Callable[[FinishedPart], None]:
         lease, loop = held.lease, asyncio.get_running_loop()
-        patience = _Patience(self._options.block_timeout)
+        parts = job.progress.parts_done + job.progress.error_parts
 
         def commit(part: FinishedPart) -> None:
             """In the pipeline's thread: record a part before the next one begins."""
             nonlocal parts
             parts += 1 if part.errors is None else 2
             check_parts(parts)
-            record = _part_record(part)
-            errors = None if part.errors is None else _part_record(part.errors)
-            recorded = self._record(held, job, time_cap, lease, record, errors, patience)
+            recorded = self._record(held, job, time_cap, lease, part, recording)
             asyncio.run_coroutine_threadsafe(recorded, loop).result()
 
         return commit
@@ -509,11 +519,6 @@ def unforeseen(error: Exception) -> ErrorRecord:
         f"internal error; the operator finds it by reference {reference}",
         {"reference": reference},
     )
-
-
-def _parts(job: Job) -> int:
-    """All parts that are finished."""
-    return job.progress.parts_done + job.progress.error_parts
 
 
 def _part_record(part: FinishedPart) -> PartRecord:

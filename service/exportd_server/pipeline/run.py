@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import pyarrow as pa
@@ -50,12 +50,14 @@ class PartLimits:
 @dataclass(frozen=True, slots=True)
 class FinishedPart:
     """A part that is durable in the store, and so is the error part with the rows that
-    it should have had, if there are any."""
+    it should have had, if there are any. `last`: none of the shard comes after it; else
+    one may."""
 
     key: OutputKey
     rows: int
     digest: PartDigest
     errors: FinishedPart | None = None
+    last: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +224,7 @@ class ShardRun:
                         self._finish_part(part)
                         part = None
             if part is not None:
-                self._finish_part(part)
+                self._finish_part(part, last=True)
                 part = None
         finally:
             if part is not None:
@@ -282,9 +284,9 @@ class ShardRun:
         if self._cancelled:
             raise Stopped
 
-    def _finish_part(self, part: _OpenPart) -> None:
+    def _finish_part(self, part: _OpenPart, *, last: bool = False) -> None:
         with self._encoding():
-            finished = part.finish()
+            finished = replace(part.finish(), last=last)
         self._finished_rows += finished.rows
         self._finished_bytes += finished.digest.bytes
         if finished.errors is not None:

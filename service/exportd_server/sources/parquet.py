@@ -9,7 +9,7 @@ column; everything else stays with the engine.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -46,6 +46,8 @@ class _Piece:
     groups: tuple[_Groups, ...]
     skip: int
     rows: int
+    metadata: pq.FileMetaData | None = None
+    """What the file's footer tells, where it was kept."""
 
 
 class PlainRows:
@@ -64,7 +66,7 @@ class PlainRows:
         read at all, which the engine then tells in its own way, and for many files."""
         if len(paths) > _MOST_FILES:
             return None
-        pieces = []
+        pieces: list[_Piece] = []
         seen = 0
         for path in paths:
             if stop is not None and seen >= stop:
@@ -74,7 +76,10 @@ class PlainRows:
                 return None
             piece, seen = footer.piece(columns, start, stop, seen)
             if piece is not None:
-                pieces.append(piece)
+                # The first one's, for the first rows to come soon; of all files they
+                # might be as large as the rows that are read at a time.
+                first = None if pieces else footer.metadata
+                pieces.append(replace(piece, metadata=first))
         return cls([column.name for column in columns], pieces)
 
     def batches(self, stop: Stop) -> Iterator[pa.RecordBatch]:
@@ -86,7 +91,9 @@ class PlainRows:
     def _read(
         self, file: pa.NativeFile, piece: _Piece, stop: Stop
     ) -> Iterator[pa.RecordBatch]:
-        reader = pq.ParquetFile(file, buffer_size=_BUFFER_BYTES, pre_buffer=False)
+        reader = pq.ParquetFile(
+            file, metadata=piece.metadata, buffer_size=_BUFFER_BYTES, pre_buffer=False
+        )
         skip, left = piece.skip, piece.rows
         for groups in piece.groups:
             for batch in reader.iter_batches(
@@ -126,7 +133,7 @@ class _Footer:
 
     def __init__(self, path: str, metadata: pq.FileMetaData, schema: pa.Schema) -> None:
         self._path = path
-        self._metadata = metadata
+        self.metadata = metadata
         self.schema = schema
         # The places of the values of each column, by its name.
         self._leaves: dict[str, list[int]] = {}
@@ -155,7 +162,7 @@ class _Footer:
             return False
         wanted = {*_paths(column.type, column.name)} if _clear([column.name]) else {""}
         leaves = [
-            self._metadata.schema.column(each) for each in self._leaves.get(column.name, ())
+            self.metadata.schema.column(each) for each in self._leaves.get(column.name, ())
         ]
         return {leaf.path for leaf in leaves} == wanted and all(
             leaf.physical_type != "INT96" and leaf.logical_type.type in _LOGICAL
@@ -170,8 +177,8 @@ class _Footer:
         leaves = [leaf for column in columns for leaf in self._leaves[column.name]]
         found: list[_Groups] = []
         first = last = seen
-        for index in range(self._metadata.num_row_groups):
-            group = self._metadata.row_group(index)
+        for index in range(self.metadata.num_row_groups):
+            group = self.metadata.row_group(index)
             after = seen + group.num_rows
             if group.num_rows and after > start and (stop is None or seen < stop):
                 first = first if found else seen

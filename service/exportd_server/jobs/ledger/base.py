@@ -191,6 +191,14 @@ class Totals(NamedTuple):
     row_errors: int
 
 
+class LastPart(NamedTuple):
+    """What there is to know once a shard's last part is recorded: which of the job's sinks
+    will not get it, and what the shard's end will publish, if it is the job's end, too."""
+
+    dropped: Sequence[int]
+    manifest: Manifest | None
+
+
 class DeliveryFailure(NamedTuple):
     """What a failed attempt came to."""
 
@@ -383,6 +391,19 @@ class Ledger(Protocol):
         else ValueError. Recording the last ones again changes nothing. Returns which of
         the job's sinks will not get it, because their queue is full and drops; with
         `drop` one that blocks does so, too."""
+        ...
+
+    async def add_last_part(
+        self,
+        lease: Lease,
+        part: PartRecord,
+        errors: PartRecord | None = None,
+        *,
+        drop: bool = False,
+    ) -> LastPart:
+        """As `add_part`, for the last part of a shard, which is not ended by it. If no
+        other shard of the job is unfinished, what its end will publish is returned, too,
+        as by `complete_unless_last`."""
         ...
 
     async def complete_unless_last(self, lease: Lease) -> Manifest | None:

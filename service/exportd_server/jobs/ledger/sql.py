@@ -22,6 +22,7 @@ from exportd_server.jobs.ledger.base import (
     JobQuery,
     JobWatch,
     Kept,
+    LastPart,
     Lease,
     LeaseLost,
     NewJob,
@@ -253,6 +254,20 @@ class SqlLedger:
         """See `Ledger`."""
         return await self._database.write(
             lambda tx: working.add_part(tx, lease, part, errors, drop=drop),
+            line=lease.job_id,
+        )
+
+    async def add_last_part(
+        self,
+        lease: Lease,
+        part: PartRecord,
+        errors: PartRecord | None = None,
+        *,
+        drop: bool = False,
+    ) -> LastPart:
+        """See `Ledger`."""
+        return await self._database.write(
+            lambda tx: working.add_last_part(tx, lease, part, errors, drop=drop),
             line=lease.job_id,
         )
 

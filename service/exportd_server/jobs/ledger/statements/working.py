@@ -11,7 +11,7 @@ from sqlalchemy.engine import Row
 
 from exportd_server.errors import TABLE, ErrorReason, ErrorRecord
 from exportd_server.jobs.ledger import codec
-from exportd_server.jobs.ledger.base import Lease, LeaseLost, TaskKind, Totals
+from exportd_server.jobs.ledger.base import LastPart, Lease, LeaseLost, TaskKind, Totals
 from exportd_server.jobs.ledger.prepared import Prepared
 from exportd_server.jobs.ledger.statements import delivering, lifecycle, reading
 from exportd_server.jobs.ledger.statements.claiming import fail_exhausted_job, to_lease
@@ -190,13 +190,40 @@ def add_part(
 ) -> list[int]:
     """Record the shard's next part, with its error part, unless they are the ones
     recorded last."""
+    dropped, _, _ = _record_part(tx, lease, part, errors, drop=drop)
+    return dropped
+
+
+def add_last_part(
+    tx: Transaction,
+    lease: Lease,
+    part: PartRecord,
+    errors: PartRecord | None,
+    *,
+    drop: bool,
+) -> LastPart:
+    """Record the shard's last part, and tell what its end would publish."""
+    dropped, task, job = _record_part(tx, lease, part, errors, drop=drop)
+    manifest = reading.manifest_of(tx, job) if _is_last(tx, task) else None
+    return LastPart(dropped, manifest)
+
+
+def _record_part(
+    tx: Transaction,
+    lease: Lease,
+    part: PartRecord,
+    errors: PartRecord | None,
+    *,
+    drop: bool,
+) -> tuple[list[int], Row[Any], Row[Any]]:
+    """Also returns the shard's task and its job, as they were before."""
     task, job = _exporting(tx, lease, TaskKind.SHARD)
     new = [part] if errors is None else [errors, part]
     _check_kinds(part, errors)
     if part.sequence == task.parts - 1:
         had = reading.parts_of_shard(tx, job.job_id, task.generation, task.shard)
         if [each for each in had if each.sequence == part.sequence] == new:
-            return []
+            return [], task, job
     if (part.shard, part.sequence, part.token) != (task.shard, task.parts, task.token):
         raise ValueError(
             f"part {part.shard}/{part.sequence} of token {part.token} is not the next "
@@ -224,7 +251,7 @@ def add_part(
     )
     dropped = delivering.add_part(tx, job, part, drop=drop)
     lifecycle.touch(tx, job.job_id)
-    return dropped
+    return dropped, task, job
 
 
 def _check_kinds(part: PartRecord, errors: PartRecord | None) -> None:
