@@ -30,6 +30,7 @@ from exportd_server.jobs.audit_log import BATCH, AuditLog
 from exportd_server.jobs.audit_queue import FairQueue
 from exportd_server.platform import metrics
 from tests.support.ledger import FakeClock
+from tests.support.waits import ENOUGH
 
 CAUSES = ("full", "refused", "refusals", "shutdown", "unidentified")
 
@@ -106,6 +107,32 @@ async def test_everything_is_kept_in_order_and_in_few_transactions(
         assert parts(shelf.kept) == list(range(3 * BATCH + 1))
         assert shelf.calls == 4
     assert lost() == {}
+
+
+async def test_records_of_calls_that_follow_each_other_are_kept_together() -> None:
+    shelf = Shelf()
+    async with keeping(shelf) as log:
+        for number in range(3):
+            log.add(record(number))
+            for _ in range(10):
+                await asyncio.sleep(0)
+        assert shelf.calls == 0
+        await log.flushed()
+        assert (parts(shelf.kept), shelf.calls) == ([0, 1, 2], 1)
+
+
+async def test_a_record_is_kept_although_nobody_waits_for_it() -> None:
+    shelf = Shelf()
+    asked = asyncio.Event()
+
+    def fault(_: Sequence[AuditRecord]) -> None:
+        asked.set()
+
+    shelf.fault = fault
+    async with keeping(shelf) as log:
+        log.add(record())
+        async with asyncio.timeout(ENOUGH):
+            await asked.wait()
 
 
 async def test_records_beyond_the_queue_are_logged_and_counted(
