@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import structlog
-from prometheus_client import start_http_server
 
 from exportd_server import samples
 from exportd_server.addresses import host_and_port
@@ -93,6 +92,8 @@ _TRACES_SECONDS = 2.0
 """In which spans that still wait are sent, once everything else has ended."""
 _AUDIT_SECONDS = 5.0
 """In which audit records that still wait are kept, once everything else has ended."""
+_METRICS_SECONDS = 1.0
+"""In which those who read the metrics have them, at the end."""
 
 
 NO_TRACING = (
@@ -556,9 +557,17 @@ async def _measured(
     if not settings.metrics.listen:
         yield
         return
+    # Its library takes a while to load, and many do without.
+    from exportd_server.api.http import HttpServer  # noqa: PLC0415 - see above
+    from exportd_server.api.http_metrics import (  # noqa: PLC0415 - see above
+        MOST_CONNECTIONS,
+        add_metrics,
+    )
+
     host, port = host_and_port("metrics.listen", settings.metrics.listen)
+    server = HttpServer(add_metrics, max_connections=MOST_CONNECTIONS)
     try:
-        server, thread = start_http_server(port, host, registry=metrics.REGISTRY)
+        await server.start(host, port)
     except OSError as error:
         raise ConfigurationError(
             f"metrics.listen: {error}; is another server on that port?"
@@ -571,9 +580,7 @@ async def _measured(
     finally:
         measuring.cancel()
         await asyncio.wait({measuring})
-        await asyncio.to_thread(server.shutdown)
-        server.server_close()
-        await asyncio.to_thread(thread.join)
+        await server.stop(_METRICS_SECONDS)
 
 
 def _places(settings: Settings) -> dict[str, Path]:

@@ -5,17 +5,21 @@ from __future__ import annotations
 import asyncio
 import math
 import sqlite3
+import threading
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, closing, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, closing, suppress
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
 import grpc
+import httpx
 import pytest
 from google.protobuf import struct_pb2
 
 from exportd.v1 import export_service_pb2 as pb
 from exportd.v1 import job_pb2, sink_pb2
+from exportd_server.api.http_metrics import MOST_CONNECTIONS
 from exportd_server.errors import DeliveryFailed, LedgerUnavailable, SourceFailed
 from exportd_server.jobs import measuring
 from exportd_server.jobs.ledger.sqlite import open_sqlite_ledger
@@ -327,6 +331,49 @@ async def test_names_that_callers_invent_make_no_series(
         after = await scrape(it.address)
         # How long something takes, and how it ended, is not the callers' to name.
         assert after.series.keys() == before.series.keys()
+
+
+async def test_those_who_connect_and_say_nothing_have_no_threads_and_are_few(
+    tmp_path: Path, unused_tcp_port: int
+) -> None:
+    async with (
+        measured(tmp_path, unused_tcp_port, sources={}) as server,
+        AsyncExitStack() as silent,
+    ):
+        threads = threading.active_count()
+        for _ in range(MOST_CONNECTIONS):
+            _, writer = await asyncio.open_connection("127.0.0.1", unused_tcp_port)
+            silent.callback(writer.close)
+        reader, writer = await asyncio.open_connection("127.0.0.1", unused_tcp_port)
+        assert (await reader.read()).startswith(b"HTTP/1.1 503 ")
+        writer.close()
+        assert threading.active_count() - threads < MOST_CONNECTIONS / 2
+        await silent.aclose()
+        async with (
+            asyncio.timeout(ENOUGH),
+            httpx.AsyncClient(base_url=f"http://{server.address}") as client,
+        ):
+            while (await client.get("/metrics")).is_server_error:
+                await asyncio.sleep(0.01)
+
+
+async def test_metrics_are_given_in_the_format_and_by_the_names_that_are_asked_for(
+    tmp_path: Path, unused_tcp_port: int
+) -> None:
+    async with (
+        measured(tmp_path, unused_tcp_port, sources={}) as server,
+        httpx.AsyncClient(base_url=f"http://{server.address}") as client,
+    ):
+        plain = await client.get("/metrics", headers={"accept-encoding": "gzip"})
+        assert plain.headers["content-type"].startswith("text/plain; version=")
+        assert plain.headers["content-encoding"] == "gzip"
+        wanted = {"accept": "application/openmetrics-text; version=1.0.0"}
+        named = {"name[]": "exportd_build_info"}
+        some = await client.get("/metrics", headers=wanted, params=named)
+        assert some.headers["content-type"].startswith("application/openmetrics-text")
+        series = [line for line in some.text.splitlines() if not line.startswith("#")]
+        assert [line.partition("{")[0] for line in series] == ["exportd_build_info"]
+        assert (await client.get("/")).status_code == HTTPStatus.NOT_FOUND
 
 
 async def test_a_dataset_that_is_not_in_the_catalogue_has_no_name() -> None:
