@@ -703,7 +703,9 @@ async def test_after_a_slow_read_threads_do_the_reading_for_a_while(
         assert _here(world) is not None
 
 
-async def test_after_a_failed_read_threads_do_the_reading(tmp_path: Path) -> None:
+async def test_after_a_failed_read_threads_do_the_reading_for_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with sqlite_world(tmp_path) as world:
         job = await world.create()
 
@@ -713,3 +715,5 @@ async def test_after_a_failed_read_threads_do_the_reading(tmp_path: Path) -> Non
         assert database_of(world).read_here(fail) is None
         assert _here(world) is None
         assert await world.ledger.get_job(job.tenant, job.job_id) is not None
+        monkeypatch.setattr(database_of(world), "_here_from", 0.0)
+        assert _here(world) is not None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import math
 import os
 import sqlite3
 import time
@@ -55,8 +56,8 @@ _ADD_AUDIT_RECORDS = sqlite.insert(audit_records).on_conflict_do_nothing()
 _READERS = 2
 _SLOW = 0.05
 _NOT_HERE = 10.0
-"""Seconds that nothing is read on the loop's thread after a read there took longer than
-`_SLOW`."""
+"""Seconds that nothing is read on the loop's thread after a read there failed, or took
+longer than `_SLOW`."""
 _BUSY_SECONDS = 10
 """How long to wait for a lock that only a foreign tool, say a backup, can hold."""
 
@@ -134,7 +135,7 @@ class SqliteDatabase:
             path, 1, "PRAGMA query_only = ON", "PRAGMA busy_timeout = 0"
         )
         self._here: Connection | None = None
-        self._here_from = 0.0
+        self._here_from = math.inf
 
     async def open(self) -> None:
         """Take the file. Raises `ConfigurationError`, and then holds nothing."""
@@ -161,18 +162,21 @@ class SqliteDatabase:
 
     def read_here(self, work: Callable[[Transaction], T]) -> T | None:
         """See `Database`. Writers do not lock readers out. A disk may make one wait, and
-        SQLite by itself for what somebody holds of its files; then threads do the reading
-        for a while, and for good after a failure."""
+        SQLite by itself for what somebody holds of its files; then, and after a failure,
+        threads do the reading for a while."""
         begun = time.monotonic()
-        if self._here is None or begun < self._here_from:
+        if begun < self._here_from:
             return None
         connection, self._here = self._here, None
         try:
+            if connection is None:
+                connection = self._reader_here.connect()
             with _transaction(connection, "BEGIN"):
                 result = work(self._transaction(connection))
             self._here = connection
         except (sa.exc.DBAPIError, sqlite3.Error):
             # A thread is told what is wrong, or waits.
+            self._here_from = time.monotonic() + _NOT_HERE
             return None
         if (now := time.monotonic()) - begun > _SLOW:
             self._here_from = now + _NOT_HERE
@@ -200,6 +204,7 @@ class SqliteDatabase:
 
     async def close(self) -> None:
         """See `Database`."""
+        self._here_from = math.inf
         here, self._here = self._here, None
         if here is not None:
             here.close()
@@ -223,6 +228,7 @@ class SqliteDatabase:
             self._writing = connection
             count(tx.changes)
             self._here = self._reader_here.connect()
+            self._here_from = 0.0
         except OSError as error:
             raise ConfigurationError(
                 f"ledger {self._path}: {error.strerror}; it must be a file that the "
