@@ -222,6 +222,7 @@ async def test_a_job_is_shown_with_its_parts_timeline_and_request(tmp_path: Path
             "wide", max_part_rows=BATCH_ROWS, labels={"team": "blue"}, limit=1500
         )
         job = await here.settle(job_id)
+        await here.records(1, job_id=job_id)
         page = await visitor.get(f"/jobs/{job_id}")
         for part in job.manifest.parts:
             assert part.file_name in page.text

@@ -276,7 +276,7 @@ async def test_a_finished_job_is_read_with_few_statements_that_are_built_already
     assert [text.split()[0] for text in texts] == [
         "BEGIN",
         *STATEMENTS_OF_A_READ * ["SELECT"],
-        "ROLLBACK",
+        "COMMIT",
     ]
     assert not by_the_library
     with _counting(lambda _: True) as count:

@@ -37,21 +37,9 @@ class Prepared:
         self._statement = statement
         self._compiled: dict[tuple[str, ...], _Compiled] = {}
 
-    def run(self, connection: Connection, /, **values: Any) -> int:
-        """Run it within the connection's transaction; how many rows it changed. Raises as
-        the library does."""
-        changed, _ = self._run(connection, values)
-        return changed
-
     def rows(self, connection: Connection, /, **values: Any) -> list[Any]:
         """Run it within the connection's transaction; its rows as named tuples. Raises as
         the library does."""
-        _, rows = self._run(connection, values)
-        return rows
-
-    def _run(
-        self, connection: Connection, values: Mapping[str, Any]
-    ) -> tuple[int, list[Any]]:
         dialect = connection.dialect
         # The code of this project names the values, so there are few of these.
         which = (dialect.name, *values)
@@ -68,7 +56,7 @@ class Prepared:
         try:
             cursor = driver.execute(compiled.text, parameters)
             if cursor.description is None:
-                return cursor.rowcount, []
+                return []
             rows = cursor.fetchall()
         except dialect.loaded_dbapi.Error as error:
             raise sa.exc.DBAPIError.instance(
@@ -82,7 +70,7 @@ class Prepared:
             names = [column[0] for column in cursor.description]
             row: Any = namedtuple("Row", names, rename=True)  # type: ignore[misc] # noqa: PYI024 - of the statement's columns
             compiled.row = row._make
-        return cursor.rowcount, [*map(compiled.row, rows)]
+        return [*map(compiled.row, rows)]
 
     def first(self, connection: Connection, /, **values: Any) -> Any:
         """The first row; None when there is none."""

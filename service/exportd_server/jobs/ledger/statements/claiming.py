@@ -57,6 +57,7 @@ _PROMOTE = Prepared(
     sa.update(tasks)
     .where(tasks.c.state == TaskState.SCHEDULED.sql, tasks.c.run_at <= sa.bindparam("now"))
     .values(state=TaskState.READY.value)
+    .returning(tasks.c.task_id)
 )
 _EXHAUSTED_JOBS = sa.select(tasks.c.job_id).where(
     tasks.c.state == TaskState.LEASED.sql,
@@ -157,7 +158,7 @@ def to_lease(task: Row[Any], job: Row[Any] | None) -> Lease:
 
 def _promote(tx: Transaction) -> None:
     """Make the tasks ready whose time has come. Others may be waiting for them too."""
-    if _PROMOTE.run(tx.connection, now=tx.now):
+    if _PROMOTE.rows(tx.connection, now=tx.now):
         tx.changes.work = True
 
 
