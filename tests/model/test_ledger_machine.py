@@ -1386,9 +1386,9 @@ def _settings(examples: int) -> settings:
 
 
 TestSqliteLedger = SqliteMachine.TestCase
-TestSqliteLedger.settings = _settings(12)
+TestSqliteLedger.settings = _settings(8)
 TestPostgresLedger = PostgresMachine.TestCase
-TestPostgresLedger.settings = _settings(12)
+TestPostgresLedger.settings = _settings(8)
 
 
 @pytest.mark.minutes

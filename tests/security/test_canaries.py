@@ -428,7 +428,11 @@ def _private_key(canaries: Canaries, folder: Path) -> tuple[dict[str, str], byte
     return settings, authority.cert
 
 
-@pytest.mark.parametrize("encrypted", [False, True], ids=["plain", "TLS"])
+@pytest.mark.parametrize(
+    "encrypted",
+    [False, pytest.param(True, id="TLS", marks=pytest.mark.minutes)],
+    ids=["plain", None],
+)
 async def test_an_embedded_server_lets_no_secret_out(
     tmp_path: Path,
     postgres: PostgresServer,
@@ -456,7 +460,7 @@ async def test_an_embedded_server_lets_no_secret_out(
             jobs = await _provoke(scene, stub)
             await _strangers(scene, stub)
         scene.evidence.add(
-            "metrics", await asyncio.to_thread(_fetched, f"http://{metrics}/")
+            "metrics", await asyncio.to_thread(_fetched, f"http://{metrics}/metrics")
         )
         scene.evidence.add_process("process", server.process.pid)
         # With what is written ahead, and before anything is tidied.
@@ -471,6 +475,7 @@ async def test_an_embedded_server_lets_no_secret_out(
     )
     assert len(jobs) >= 10
     assert len(receiver.requests) >= 3, "normal use is part of it"
+    assert b"exportd_build_info" in scene.evidence.pieces["metrics"]
     assert {"log", "metrics", "data", "answers", "errors", "downloads", "process"} <= set(
         scene.evidence.pieces
     )
@@ -494,7 +499,7 @@ async def test_a_fleet_lets_no_secret_out(
             await _provoke(scene, stub)
             await _strangers(scene, stub)
         scene.evidence.add(
-            "metrics", await asyncio.to_thread(_fetched, f"http://{metrics}/")
+            "metrics", await asyncio.to_thread(_fetched, f"http://{metrics}/metrics")
         )
         for name, member in (("API", api), ("worker", worker)):
             scene.evidence.add_process(f"process of the {name}", member.process.pid)

@@ -488,8 +488,8 @@ def test_many_connections_at_once_and_a_renewal_among_them_leave_the_server_aliv
         ThreadPoolExecutor(32) as threads,
     ):
         before = connect(1)
-        crowd = [threads.submit(connect, 60) for _ in range(31)]
-        connect(30)
+        crowd = [threads.submit(connect, 30) for _ in range(31)]
+        connect(15)
         replace(shown, new)
         after = connect(1)
         shown_to_crowd = [each.result() for each in crowd]
