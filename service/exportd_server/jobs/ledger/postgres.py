@@ -30,6 +30,7 @@ from exportd_server.jobs.ledger.counting import count
 from exportd_server.jobs.ledger.lanes import Lane, Lines
 from exportd_server.jobs.ledger.listener import Listener
 from exportd_server.jobs.ledger.postgres_server import Address
+from exportd_server.jobs.ledger.prepared import Prepared
 from exportd_server.jobs.ledger.signals import Signals
 from exportd_server.jobs.ledger.sql import SqlLedger
 from exportd_server.jobs.ledger.statements import claiming, lifecycle
@@ -55,6 +56,15 @@ there a task that is taken over was leased. A job may not have been there yet, s
 function looks for its trace, which sees what is there by then."""
 _CLAIM = _TAKEOVER + "claim_task(%s, %s, %s, %s, %s, %s, %s, %s, %s) AS claimed"
 _CLAIM_DELIVERY = _TAKEOVER + "claim_delivery(%s, %s, %s, %s, %s, %s::text[]) AS claimed"
+
+# Built once, as in `reading`.
+_TRY_TENANT = Prepared(
+    sa.text("SELECT pg_try_advisory_xact_lock(hashtextextended(:tenant, 0))")
+)
+_LOCK_TENANT = Prepared(
+    sa.text("SELECT pg_advisory_xact_lock(hashtextextended(:tenant, 0))")
+)
+_ENSURE_TENANT = Prepared(postgresql.insert(tenants).on_conflict_do_nothing())
 
 _IN_THE_WAY = frozenset({"40001", "40P01"})
 """Serialization failure, deadlock: the transaction was undone and may be tried again."""
@@ -115,23 +125,13 @@ class PostgresDialect:
 
     def alone_with_tenant(self, connection: Connection, tenant: str) -> bool:
         """By the lock that creating takes."""
-        return bool(
-            connection.execute(
-                sa.text("SELECT pg_try_advisory_xact_lock(hashtextextended(:tenant, 0))"),
-                {"tenant": tenant},
-            ).scalar_one()
-        )
+        return bool(_TRY_TENANT.scalar(connection, tenant=tenant))
 
     def ensure_tenant(self, connection: Connection, tenant: str) -> None:
         """Those who create jobs for one tenant stand in line, which also makes the quota
         exact. Not by the tenant's row, which a claim must find unlocked."""
-        connection.execute(
-            sa.text("SELECT pg_advisory_xact_lock(hashtextextended(:tenant, 0))"),
-            {"tenant": tenant},
-        )
-        connection.execute(
-            postgresql.insert(tenants).values(tenant=tenant).on_conflict_do_nothing()
-        )
+        _LOCK_TENANT.rows(connection, tenant=tenant)
+        _ENSURE_TENANT.rows(connection, tenant=tenant)
 
     def ensure_queue(self, connection: Connection, values: Mapping[str, Any]) -> None:
         """Insert the row unless it is there."""
