@@ -20,12 +20,27 @@ from sqlalchemy.engine import Connection
 @dataclass(slots=True)
 class _Compiled:
     """A statement in a database's own words. `names` says which value goes where, None for
-    one that takes them by name; `given` are the values that it brings along."""
+    one that takes them by name; `given` are the values that it brings along. `row` makes
+    its rows, once it was run."""
 
     text: str
     names: Sequence[str] | None
     given: Mapping[str, Any]
     row: Callable[[Sequence[Any]], Any] | None = None
+
+
+def _row_of(description: Sequence[Sequence[Any]] | None) -> Callable[[Sequence[Any]], Any]:
+    """What makes named tuples of a statement's rows; `_no_row` for one that has none."""
+    if description is None:
+        return _no_row
+    names = [column[0] for column in description]
+    row: Any = namedtuple("Row", names, rename=True)  # type: ignore[misc] # noqa: PYI024 - of the statement's columns
+    make: Callable[[Sequence[Any]], Any] = row._make
+    return make
+
+
+def _no_row(row: Sequence[Any]) -> Any:
+    raise AssertionError(f"a row of a statement that has none: {row!r}")
 
 
 class Prepared:
@@ -55,9 +70,11 @@ class Prepared:
         driver: Any = connection.connection.driver_connection
         try:
             cursor = driver.execute(compiled.text, parameters)
-            if cursor.description is None:
-                return []
-            rows = cursor.fetchall()
+            row = compiled.row
+            if row is None:
+                # Once: a driver may make objects of each column to tell.
+                row = compiled.row = _row_of(cursor.description)
+            return [] if row is _no_row else [*map(row, cursor.fetchall())]
         except dialect.loaded_dbapi.Error as error:
             raise sa.exc.DBAPIError.instance(
                 compiled.text,
@@ -66,11 +83,6 @@ class Prepared:
                 dialect.loaded_dbapi.Error,
                 dialect=dialect,
             ) from error
-        if compiled.row is None:
-            names = [column[0] for column in cursor.description]
-            row: Any = namedtuple("Row", names, rename=True)  # type: ignore[misc] # noqa: PYI024 - of the statement's columns
-            compiled.row = row._make
-        return [*map(compiled.row, rows)]
 
     def first(self, connection: Connection, /, **values: Any) -> Any:
         """The first row; None when there is none."""
