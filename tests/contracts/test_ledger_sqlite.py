@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import AsyncIterator
+from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -233,6 +234,44 @@ async def test_what_was_refused_is_not_held(tmp_path: Path) -> None:
         await open_sqlite_ledger(path, FakeClock())
     path.unlink()
     await (await open_sqlite_ledger(path, FakeClock())).close()
+
+
+async def test_nothing_is_left_of_a_ledger_of_a_later_version_that_was_refused(
+    tmp_path: Path,
+) -> None:
+    def files() -> list[Path]:
+        return sorted(tmp_path.iterdir())
+
+    path = tmp_path / "ledger.db"
+    await (await open_sqlite_ledger(path, FakeClock())).close()
+    with closing(sqlite3.connect(path)) as later, later:
+        later.execute("UPDATE alembic_version SET version_num = 'later'")
+    before = files()
+    with pytest.raises(ConfigurationError, match="later") as refused:
+        await open_sqlite_ledger(path, FakeClock())
+    # Whoever has the error has not yet let go of what it came from.
+    assert refused.tb is not None
+    assert files() == before, "no journal of an open file"
+
+
+async def test_a_ledger_that_somebody_locks_after_its_upgrade_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "ledger.db"
+    await (await open_sqlite_ledger(path, FakeClock())).close()
+    monkeypatch.setattr(sqlite_ledger, "_BUSY_SECONDS", 0.1)
+    upgrade = SqliteDatabase._upgrade
+    with closing(
+        sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    ) as tool:
+
+        def upgraded(database: SqliteDatabase) -> None:
+            upgrade(database)
+            tool.execute("BEGIN IMMEDIATE")
+
+        monkeypatch.setattr(SqliteDatabase, "_upgrade", upgraded)
+        with pytest.raises(ConfigurationError, match="locked"):
+            await open_sqlite_ledger(path, FakeClock())
 
 
 async def test_a_new_ledger_makes_its_folder_and_is_the_owners_alone(
@@ -662,6 +701,36 @@ async def test_an_error_half_way_undoes_everything(world: World) -> None:
     assert world.dump() == before
     await world.ledger.renew([lease], timedelta(seconds=1))
     assert world.dump() != before
+
+
+@pytest.mark.parametrize("by", ["library", "driver"])
+async def test_a_commit_that_fails_undoes_the_change_and_spoils_nothing(
+    tmp_path: Path, by: str
+) -> None:
+    """A reference that is looked at when the transaction ends."""
+
+    def tables(tx: Transaction) -> None:
+        run = tx.connection.exec_driver_sql
+        run("CREATE TABLE parent (id INTEGER PRIMARY KEY)")
+        run("CREATE TABLE child (id REFERENCES parent (id) DEFERRABLE INITIALLY DEFERRED)")
+
+    def orphan(tx: Transaction) -> None:
+        text = "INSERT INTO child VALUES (5)"
+        if by == "library":
+            tx.connection.exec_driver_sql(text)
+        else:
+            driver: Any = tx.connection.connection.driver_connection
+            driver.execute(text)
+
+    def orphans(tx: Transaction) -> object:
+        return tx.connection.exec_driver_sql("SELECT count(*) FROM child").scalar()
+
+    async with sqlite_world(tmp_path) as world:
+        database = database_of(world)
+        await database.write(tables)
+        with pytest.raises(sa.exc.IntegrityError):
+            await database.write(orphan)
+        assert await database.write(orphans) == 0
 
 
 # --- reads on the event loop's own thread

@@ -13,6 +13,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from exportd_server.errors import LedgerUnavailable
+from exportd_server.jobs import audit_log
 from exportd_server.jobs.audit import (
     ENDED_WELL,
     AuditMethod,
@@ -109,16 +110,52 @@ async def test_everything_is_kept_in_order_and_in_few_transactions(
     assert lost() == {}
 
 
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No record is kept because it has waited for long enough."""
+    monkeypatch.setattr(audit_log, "_GATHERING", 10 * ENOUGH)
+
+
+async def turns() -> None:
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+@pytest.mark.usefixtures("patient")
 async def test_records_of_calls_that_follow_each_other_are_kept_together() -> None:
     shelf = Shelf()
     async with keeping(shelf) as log:
         for number in range(3):
             log.add(record(number))
-            for _ in range(10):
-                await asyncio.sleep(0)
+            await turns()
         assert shelf.calls == 0
         await log.flushed()
         assert (parts(shelf.kept), shelf.calls) == ([0, 1, 2], 1)
+        await log.flushed()
+        log.add(record(3))
+        await turns()
+        assert shelf.calls == 1, "who wanted the others does not want this one"
+        await log.flushed()
+        assert shelf.calls == 2
+
+
+@pytest.mark.usefixtures("patient")
+async def test_a_full_batch_is_kept_at_once_and_what_comes_meanwhile_together() -> None:
+    shelf = Shelf()
+    shelf.open.clear()
+    async with keeping(shelf) as log:
+        for number in range(BATCH):
+            log.add(record(number))
+        await turns()
+        assert shelf.calls == 1
+        for number in range(3):
+            log.add(record(BATCH + number))
+            await turns()
+        shelf.open.set()
+        await turns()
+        assert (len(shelf.kept), shelf.calls) == (BATCH, 1)
+        await log.flushed()
+        assert (len(shelf.kept), shelf.calls) == (BATCH + 3, 2)
 
 
 async def test_a_record_is_kept_although_nobody_waits_for_it() -> None:

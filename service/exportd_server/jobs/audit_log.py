@@ -86,7 +86,8 @@ class AuditLog:
         """On its way to the ledger."""
         self._refusals = TokenBuckets(_REFUSALS_PER_SECOND, refusals)
         self._told = asyncio.Event()
-        self._wanted = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self._flushing = False
         self._idle = asyncio.Event()
         self._idle.set()
         self._closing = False
@@ -120,11 +121,13 @@ class AuditLog:
         self._idle.clear()
         self._told.set()
         if len(self._waiting) >= BATCH:
-            self._wanted.set()
+            self._hurry.set()
 
     async def flushed(self) -> None:
         """Wait until everything that was added is in the ledger, or counted as lost."""
-        self._wanted.set()
+        if not self._idle.is_set():
+            self._flushing = True
+            self._hurry.set()
         await self._idle.wait()
 
     async def close(self, within: float) -> None:
@@ -147,13 +150,11 @@ class AuditLog:
         pause = _FIRST_PAUSE
         while True:
             await self._told.wait()
-            with suppress(TimeoutError):
-                async with asyncio.timeout(_GATHERING):
-                    await self._wanted.wait()
-            self._wanted.clear()
             self._told.clear()
             while self._batch or self._waiting:
-                self._batch = self._batch or self._waiting.take(BATCH)
+                if not self._batch:
+                    await self._gather()
+                    self._batch = self._waiting.take(BATCH)
                 try:
                     await self._ledger.append_audit(self._batch)
                 except LedgerUnavailable:
@@ -173,7 +174,18 @@ class AuditLog:
                     self._failing, pause = False, _FIRST_PAUSE
                 self._batch = []
                 self._measure()
+            self._flushing = False
+            self._hurry.clear()
             self._idle.set()
+
+    async def _gather(self) -> None:
+        """Wait until a batch is full, wanted, or has waited for long enough."""
+        if len(self._waiting) < BATCH:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_GATHERING):
+                    await self._hurry.wait()
+        if not self._flushing:
+            self._hurry.clear()
 
     def _measure(self) -> None:
         audit_waiting.set(len(self._batch) + len(self._waiting))

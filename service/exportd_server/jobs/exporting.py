@@ -366,6 +366,7 @@ class Exporter:
                 lambda: self._ledger.add_last_part(lease, part, errors, drop=drop)
             )
         else:
+            recording.manifest = None
             dropped = await held.insist(
                 lambda: self._ledger.add_part(lease, part, errors, drop=drop)
             )

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import pyarrow as pa
@@ -286,7 +286,7 @@ class ShardRun:
 
     def _finish_part(self, part: _OpenPart, *, last: bool = False) -> None:
         with self._encoding():
-            finished = replace(part.finish(), last=last)
+            finished = part.finish(last=last)
         self._finished_rows += finished.rows
         self._finished_bytes += finished.digest.bytes
         if finished.errors is not None:
@@ -457,14 +457,14 @@ class _OpenPart:
             limits.max_bytes is not None and self.bytes >= limits.max_bytes
         )
 
-    def finish(self) -> FinishedPart:
+    def finish(self, *, last: bool) -> FinishedPart:
         """Make the part durable and readable."""
         with self._store_errors_first():
             self.encoder.close()
         digest = self.sink.finish(self.encoder.prefix_bytes, self.encoder.suffix_bytes)
         errors = None if self._errors is None else self._errors.finish()
         self.writer.finalize()
-        return FinishedPart(self.key, self.rows, digest, errors)
+        return FinishedPart(self.key, self.rows, digest, errors, last)
 
     @contextmanager
     def _store_errors_first(self) -> Iterator[None]:

@@ -9,7 +9,7 @@ column; everything else stays with the engine.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -74,12 +74,11 @@ class PlainRows:
             footer = _Footer.of(path)
             if footer is None or not all(map(footer.has, columns)):
                 return None
-            piece, seen = footer.piece(columns, start, stop, seen)
+            # Of the first one it is kept, for the first rows to come soon; that of all
+            # might be as large as the rows that are read at a time.
+            piece, seen = footer.piece(columns, start, stop, seen, keep=not pieces)
             if piece is not None:
-                # The first one's, for the first rows to come soon; of all files they
-                # might be as large as the rows that are read at a time.
-                first = None if pieces else footer.metadata
-                pieces.append(replace(piece, metadata=first))
+                pieces.append(piece)
         return cls([column.name for column in columns], pieces)
 
     def batches(self, stop: Stop) -> Iterator[pa.RecordBatch]:
@@ -170,10 +169,16 @@ class _Footer:
         )
 
     def piece(
-        self, columns: Sequence[Column], start: int, stop: int | None, seen: int
+        self,
+        columns: Sequence[Column],
+        start: int,
+        stop: int | None,
+        seen: int,
+        *,
+        keep: bool,
     ) -> tuple[_Piece | None, int]:
         """Its part of the rows from `start` to `stop`, `seen` of which came before it, and
-        how many have then been seen."""
+        how many have then been seen; with `keep` the part has what the footer tells."""
         leaves = [leaf for column in columns for leaf in self._leaves[column.name]]
         found: list[_Groups] = []
         first = last = seen
@@ -195,7 +200,9 @@ class _Footer:
         end = last if stop is None else min(stop, last)
         # Beyond the last row nothing is decoded.
         groups = [each._replace(at_once=min(each.at_once, end - first)) for each in found]
-        return _Piece(self._path, tuple(groups), begin - first, end - begin), seen
+        metadata = self.metadata if keep else None
+        piece = _Piece(self._path, tuple(groups), begin - first, end - begin, metadata)
+        return piece, seen
 
 
 def _at_once(group: pq.RowGroupMetaData, leaves: Sequence[int]) -> int:

@@ -2,8 +2,8 @@
 
 The library takes many times as long to build, look up and prepare a statement, and to wrap
 its rows, as the database takes to run it. So these are compiled once for each database, and
-go to its driver as they are. Whoever opens a transaction begins it by the library, which
-knows nothing of them.
+go to its driver as they are. The library knows nothing of them: whoever opens a transaction
+sees to it that it is begun and committed.
 """
 
 from __future__ import annotations

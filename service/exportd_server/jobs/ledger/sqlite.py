@@ -171,10 +171,10 @@ class SqliteDatabase:
         try:
             if connection is None:
                 connection = self._reader_here.connect()
-            with _transaction(connection, "BEGIN"):
+            with _in_transaction(connection, "BEGIN"):
                 result = work(self._transaction(connection))
             self._here = connection
-        except (sa.exc.DBAPIError, sqlite3.Error):
+        except sa.exc.DBAPIError:
             # A thread is told what is wrong, or waits.
             self._here_from = time.monotonic() + _NOT_HERE
             return None
@@ -222,7 +222,7 @@ class SqliteDatabase:
             os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
             self._upgrade()
             connection = self._writer.connect()
-            with _transaction(connection, "BEGIN IMMEDIATE"):
+            with _in_transaction(connection, "BEGIN IMMEDIATE"):
                 tx = self._transaction(connection)
                 working.recover(tx)
             self._writing = connection
@@ -257,16 +257,18 @@ class SqliteDatabase:
         sa.event.listen(
             engine, "begin", lambda opened: opened.exec_driver_sql("BEGIN IMMEDIATE")
         )
-        with engine.begin() as connection:
-            schema.upgrade(connection, self._path)
-        engine.dispose()
+        try:
+            with engine.begin() as connection:
+                schema.upgrade(connection, self._path)
+        finally:
+            engine.dispose()
 
     def _write(self, work: Callable[[Transaction], T]) -> T:
         with _available():
             connection, self._writing = self._writing, None
             if connection is None:
                 connection = self._writer.connect()
-            with _transaction(connection, "BEGIN IMMEDIATE"):
+            with _in_transaction(connection, "BEGIN IMMEDIATE"):
                 tx = self._transaction(connection)
                 result = work(tx)
             self._writing = connection
@@ -283,7 +285,7 @@ class SqliteDatabase:
                 connection = self._reading.pop()
             except IndexError:
                 connection = self._readers.connect()
-            with _transaction(connection, "BEGIN"):
+            with _in_transaction(connection, "BEGIN"):
                 result = work(self._transaction(connection))
             self._reading.append(connection)
             return result
@@ -309,8 +311,9 @@ class SqliteDatabase:
 
 
 @contextmanager
-def _transaction(connection: Connection, begin: str) -> Iterator[None]:
+def _in_transaction(connection: Connection, begin: str) -> Iterator[None]:
     """Commits at the end. After an exception all is undone, and the connection closed.
+    What the driver raises is raised as the library does.
 
     Threads keep their connections, and begin by the driver: a loan from the pool and the
     library's own transaction take as long as a short statement.
@@ -324,12 +327,16 @@ def _transaction(connection: Connection, begin: str) -> Iterator[None]:
             connection.commit()
         if driver.in_transaction:
             driver.commit()
-    except BaseException:
+    except BaseException as error:
         try:
             # The library forgets to, where it was its commit that failed.
             driver.rollback()
         finally:
             connection.close()
+        if isinstance(error, sqlite3.Error):
+            raise sa.exc.DBAPIError.instance(
+                begin, None, error, sqlite3.Error, dialect=connection.dialect
+            ) from error
         raise
 
 
@@ -338,10 +345,9 @@ def _available() -> Iterator[None]:
     """A disk that is full or fails is no fault of the caller's."""
     try:
         yield
-    except (sa.exc.OperationalError, sqlite3.OperationalError) as error:
+    except sa.exc.OperationalError as error:
         metrics.ledger_errors.inc()
-        cause = error.orig if isinstance(error, sa.exc.OperationalError) else error
-        log.warning("ledger failed", error=str(cause))
+        log.warning("ledger failed", error=str(error.orig))
         raise LedgerUnavailable from error
 
 

@@ -1,7 +1,5 @@
 """Which task is next, and whose it becomes.
 
-On PostgreSQL the server itself does this: see the migrations.
-
 The cost follows the number of tenants that wait and of leases held, not the backlog:
 each waiting tenant contributes the one task at the head of its queue, found by index.
 """
@@ -79,7 +77,8 @@ def claim(
     lease: int,
     limits: ClaimLimits,
 ) -> Lease | None:
-    """Lease the next task for `lease` microseconds."""
+    """Lease the next task for `lease` microseconds. On PostgreSQL functions of the server
+    do this: see the migrations."""
     _promote(tx)
     fail_exhausted(tx)
     chosen = _choose(tx, frozenset(kinds), limits)
