@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import socket
 import sqlite3
 import threading
 from collections.abc import AsyncIterator, Callable
@@ -357,6 +358,39 @@ async def test_those_who_connect_and_say_nothing_have_no_threads_and_are_few(
                 await asyncio.sleep(0.01)
 
 
+async def test_those_who_ask_and_read_nothing_keep_no_place(
+    tmp_path: Path, unused_tcp_port: int
+) -> None:
+    async with (
+        measured(tmp_path, unused_tcp_port, sources={}) as server,
+        AsyncExitStack() as asking,
+    ):
+        for _ in range(MOST_CONNECTIONS):
+            # It stops reading after a byte or two.
+            _, writer = await asyncio.open_connection("127.0.0.1", unused_tcp_port, limit=1)
+            asking.callback(writer.close)
+            # One more is asked for than is answered.
+            writer.write(2 * b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+        async with (
+            asyncio.timeout(ENOUGH),
+            httpx.AsyncClient(base_url=f"http://{server.address}") as client,
+        ):
+            while (await client.get("/metrics")).is_server_error:
+                await asyncio.sleep(0.01)
+
+
+async def test_every_address_is_one_of_both_kinds(
+    tmp_path: Path, unused_tcp_port: int
+) -> None:
+    if not socket.has_dualstack_ipv6():
+        pytest.skip("no IPv6 here")
+    where = {"listen": f"[::]:{unused_tcp_port}", "allow_remote": True}
+    async with serve(settings(tmp_path / "data", metrics=where), catalogue_of()):
+        for address in ("127.0.0.1", "[::1]"):
+            now = await scrape(f"{address}:{unused_tcp_port}")
+            assert now.total("exportd_build_info") == 1
+
+
 async def test_metrics_are_given_in_the_format_and_by_the_names_that_are_asked_for(
     tmp_path: Path, unused_tcp_port: int
 ) -> None:
@@ -374,6 +408,10 @@ async def test_metrics_are_given_in_the_format_and_by_the_names_that_are_asked_f
         series = [line for line in some.text.splitlines() if not line.startswith("#")]
         assert [line.partition("{")[0] for line in series] == ["exportd_build_info"]
         assert (await client.get("/")).status_code == HTTPStatus.NOT_FOUND
+        odd = {"accept": "application/openmetrics-text;version=x"}
+        everything = await client.get("/metrics", headers=odd, params={"name[]": ""})
+        assert everything.headers["content-type"].startswith("text/plain")
+        assert "exportd_ledger_up" in everything.text
 
 
 async def test_a_dataset_that_is_not_in_the_catalogue_has_no_name() -> None:

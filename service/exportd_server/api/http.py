@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import secrets
+import socket
 import time
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
@@ -136,7 +137,16 @@ class HttpServer:
         await self._runner.setup()
         loop = asyncio.get_running_loop()
         try:
-            self._listener = await loop.create_server(self._connection, host, port)
+            if host == "::":
+                # By itself the loop would leave IPv4 out.
+                both = socket.create_server(
+                    (host, port),
+                    family=socket.AF_INET6,
+                    dualstack_ipv6=socket.has_dualstack_ipv6(),
+                )
+                self._listener = await loop.create_server(self._connection, sock=both)
+            else:
+                self._listener = await loop.create_server(self._connection, host, port)
         except OSError:
             await self._runner.cleanup()
             raise

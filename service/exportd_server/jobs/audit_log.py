@@ -124,7 +124,8 @@ class AuditLog:
             self._hurry.set()
 
     async def flushed(self) -> None:
-        """Wait until everything that was added is in the ledger, or counted as lost."""
+        """Wait until everything that was added is in the ledger, or counted as lost, and
+        what is added meanwhile, too."""
         if not self._idle.is_set():
             self._flushing = True
             self._hurry.set()

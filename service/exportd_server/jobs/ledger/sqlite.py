@@ -205,9 +205,6 @@ class SqliteDatabase:
     async def close(self) -> None:
         """See `Database`."""
         self._here_from = math.inf
-        here, self._here = self._here, None
-        if here is not None:
-            here.close()
         await asyncio.to_thread(self._close)
         # Those who wait see that nothing more will come.
         self.signals.everyone()
@@ -297,6 +294,11 @@ class SqliteDatabase:
     def _close(self) -> None:
         self._write_thread.shutdown()
         self._read_threads.close()
+        # What a cancelled `open` was still about is done by now.
+        self._here_from = math.inf
+        if self._here is not None:
+            self._here.close()
+            self._here = None
         for connection in self._reading:
             connection.close()
         self._readers.dispose()
@@ -328,11 +330,10 @@ def _in_transaction(connection: Connection, begin: str) -> Iterator[None]:
         if driver.in_transaction:
             driver.commit()
     except BaseException as error:
-        try:
+        with suppress(sqlite3.Error):
             # The library forgets to, where it was its commit that failed.
             driver.rollback()
-        finally:
-            connection.close()
+        connection.close()
         if isinstance(error, sqlite3.Error):
             raise sa.exc.DBAPIError.instance(
                 begin, None, error, sqlite3.Error, dialect=connection.dialect
