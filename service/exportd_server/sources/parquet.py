@@ -31,6 +31,10 @@ _MOST_FILES = 200
 first, and until then nobody can stop it."""
 
 
+_KEPT_FOOTER = 256 * 2**10
+"""Bytes of a footer that is not read twice."""
+
+
 class _Groups(NamedTuple):
     """Neighbouring row groups, and how many of their rows to read at a time."""
 
@@ -74,9 +78,10 @@ class PlainRows:
             footer = _Footer.of(path)
             if footer is None or not all(map(footer.has, columns)):
                 return None
-            # Of the first one it is kept, for the first rows to come soon; that of all
-            # might be as large as the rows that are read at a time.
-            piece, seen = footer.piece(columns, start, stop, seen, keep=not pieces)
+            # Kept, the first rows come sooner; but the footers of many files, or of a long
+            # one, may be larger than the rows that are read at a time.
+            keep = not pieces and footer.metadata.serialized_size <= _KEPT_FOOTER
+            piece, seen = footer.piece(columns, start, stop, seen, keep=keep)
             if piece is not None:
                 pieces.append(piece)
         return cls([column.name for column in columns], pieces)
