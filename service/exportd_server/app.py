@@ -93,7 +93,7 @@ _TRACES_SECONDS = 2.0
 _AUDIT_SECONDS = 5.0
 """In which audit records that still wait are kept, once everything else has ended."""
 _METRICS_SECONDS = 1.0
-"""In which those who read the metrics have them, at the end."""
+"""In which answers with metrics that are under way are sent, at the end."""
 
 
 NO_TRACING = (

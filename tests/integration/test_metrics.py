@@ -334,6 +334,16 @@ async def test_names_that_callers_invent_make_no_series(
         assert after.series.keys() == before.series.keys()
 
 
+async def answered(address: str) -> None:
+    """Wait until the port has a place."""
+    async with (
+        asyncio.timeout(ENOUGH),
+        httpx.AsyncClient(base_url=f"http://{address}") as client,
+    ):
+        while (await client.get("/metrics")).is_server_error:
+            await asyncio.sleep(0.01)
+
+
 async def test_those_who_connect_and_say_nothing_have_no_threads_and_are_few(
     tmp_path: Path, unused_tcp_port: int
 ) -> None:
@@ -350,12 +360,7 @@ async def test_those_who_connect_and_say_nothing_have_no_threads_and_are_few(
         writer.close()
         assert threading.active_count() - threads < MOST_CONNECTIONS / 2
         await silent.aclose()
-        async with (
-            asyncio.timeout(ENOUGH),
-            httpx.AsyncClient(base_url=f"http://{server.address}") as client,
-        ):
-            while (await client.get("/metrics")).is_server_error:
-                await asyncio.sleep(0.01)
+        await answered(server.address)
 
 
 async def test_those_who_ask_and_read_nothing_keep_no_place(
@@ -371,12 +376,7 @@ async def test_those_who_ask_and_read_nothing_keep_no_place(
             asking.callback(writer.close)
             # One more is asked for than is answered.
             writer.write(2 * b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
-        async with (
-            asyncio.timeout(ENOUGH),
-            httpx.AsyncClient(base_url=f"http://{server.address}") as client,
-        ):
-            while (await client.get("/metrics")).is_server_error:
-                await asyncio.sleep(0.01)
+        await answered(server.address)
 
 
 async def test_every_address_is_one_of_both_kinds(

@@ -87,7 +87,7 @@ ledger_errors = Counter(
 )
 audit_waiting = Gauge(
     "exportd_audit_waiting",
-    "Audit records that wait to be kept in the ledger; each for up to 0.1 s.",
+    "Audit records that wait to be kept in the ledger: 0.1 s each, or until it is back.",
     registry=REGISTRY,
 )
 
