@@ -145,6 +145,15 @@ class Lane:
                 return connection, row
         raise AssertionError("unreachable")
 
+    @staticmethod
+    def end(connection: Connection, text: str, parameters: Any) -> None:
+        """Run a transaction's last statement, and commit, as one journey. Raises
+        `psycopg.Error`, and then nothing is committed or that is not known."""
+        raw = _raw(connection)
+        with raw.pipeline():
+            raw.execute(text.encode(), parameters)
+            raw.execute("COMMIT")
+
     def ask_once(self, text: str, parameters: Any) -> list[Any]:
         """Run a statement that must not be repeated without need; returns its rows."""
         connection = self._engine.connect()

@@ -65,6 +65,7 @@ _LOCK_TENANT = Prepared(
     sa.text("SELECT pg_advisory_xact_lock(hashtextextended(:tenant, 0))")
 )
 _ENSURE_TENANT = Prepared(postgresql.insert(tenants).on_conflict_do_nothing())
+_NEXT_TOKEN = Prepared(sa.text("SELECT nextval('fencing_tokens')"))
 
 _IN_THE_WAY = frozenset({"40001", "40P01"})
 """Serialization failure, deadlock: the transaction was undone and may be tried again."""
@@ -116,22 +117,20 @@ class PostgresDialect:
             return codec.to_micros(self._clock.now())
         return int(connection.exec_driver_sql(_CLOCK).scalar_one())
 
-    def next_token(self, connection: Connection) -> int:
+    def next_token(self, tx: Transaction) -> int:
         """The next of a sequence."""
-        token: int = connection.exec_driver_sql(
-            "SELECT nextval('fencing_tokens')"
-        ).scalar_one()
+        token: int = tx.scalar(_NEXT_TOKEN)
         return token
 
-    def alone_with_tenant(self, connection: Connection, tenant: str) -> bool:
+    def alone_with_tenant(self, tx: Transaction, tenant: str) -> bool:
         """By the lock that creating takes."""
-        return bool(_TRY_TENANT.scalar(connection, tenant=tenant))
+        return bool(tx.scalar(_TRY_TENANT, tenant=tenant))
 
-    def ensure_tenant(self, connection: Connection, tenant: str) -> None:
+    def ensure_tenant(self, tx: Transaction, tenant: str) -> None:
         """Those who create jobs for one tenant stand in line, which also makes the quota
         exact. Not by the tenant's row, which a claim must find unlocked."""
-        _LOCK_TENANT.rows(connection, tenant=tenant)
-        _ENSURE_TENANT.rows(connection, tenant=tenant)
+        tx.later(_LOCK_TENANT, tenant=tenant)
+        tx.later(_ENSURE_TENANT, tenant=tenant)
 
     def ensure_queue(self, connection: Connection, values: Mapping[str, Any]) -> None:
         """Insert the row unless it is there."""
@@ -268,16 +267,16 @@ class PostgresDatabase:
                     time.sleep(random.uniform(0, 0.01 * 2**tries))  # noqa: S311 - spreads
                 try:
                     return self._write_once(lane, work)
-                except sa.exc.DBAPIError as error:
+                except (sa.exc.DBAPIError, psycopg.Error) as error:
                     if _state(error) not in _IN_THE_WAY or tries == _TRIES - 1:
                         raise
         raise AssertionError("unreachable")
 
     def _write_once(self, lane: Lane, work: Callable[[Transaction], T]) -> T:
         with self._transaction(lane, _WRITE) as tx:
-            result = work(tx)
+            result = tx.run(work)
             if told := list(news.pieces(self._instance, tx.changes)):
-                tx.connection.exec_driver_sql(_NOTIFY, (news.CHANNEL, told))
+                lane.end(tx.connection, _NOTIFY, (news.CHANNEL, told))
         count(tx.changes)
         # Told from here, so that the news spreads even if the caller has gone away. The
         # loop may be closing down, with nobody left to tell.
@@ -287,7 +286,7 @@ class PostgresDatabase:
 
     def _read(self, work: Callable[[Transaction], T]) -> T:
         with _available(), self._transaction(self._pool, _READ) as tx:
-            return work(tx)
+            return tx.run(work)
 
     @contextlib.contextmanager
     def _transaction(self, lane: Lane, begin: str) -> Iterator[Transaction]:

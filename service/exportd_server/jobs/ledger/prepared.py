@@ -28,6 +28,14 @@ class _Compiled:
     given: Mapping[str, Any]
     row: Callable[[Sequence[Any]], Any] | None = None
 
+    def rows(self, cursor: Any) -> list[Any]:
+        """The rows that a cursor has of it."""
+        row = self.row
+        if row is None:
+            # Once: a driver may make objects of each column to tell.
+            row = self.row = _row_of(cursor.description)
+        return [] if row is _no_row else [*map(row, cursor.fetchall())]
+
 
 def _row_of(description: Sequence[Sequence[Any]] | None) -> Callable[[Sequence[Any]], Any]:
     """What makes named tuples of a statement's rows; `_no_row` for one that has none."""
@@ -56,33 +64,12 @@ class Prepared:
         """Run it within the connection's transaction; its rows as named tuples. Raises as
         the library does."""
         dialect = connection.dialect
-        # The code of this project names the values, so there are few of these.
-        which = (dialect.name, *values)
-        compiled = self._compiled.get(which)
-        if compiled is None:
-            compiled = self._compiled[which] = self._compile(dialect, list(values))
-        named = {**compiled.given, **values} if compiled.given else values
-        parameters: Any = (
-            named
-            if compiled.names is None
-            else tuple(named[name] for name in compiled.names)
-        )
+        compiled, parameters = self._bound(dialect, values)
         driver: Any = connection.connection.driver_connection
         try:
-            cursor = driver.execute(compiled.text, parameters)
-            row = compiled.row
-            if row is None:
-                # Once: a driver may make objects of each column to tell.
-                row = compiled.row = _row_of(cursor.description)
-            return [] if row is _no_row else [*map(row, cursor.fetchall())]
+            return compiled.rows(driver.execute(compiled.text, parameters))
         except dialect.loaded_dbapi.Error as error:
-            raise sa.exc.DBAPIError.instance(
-                compiled.text,
-                parameters,
-                error,
-                dialect.loaded_dbapi.Error,
-                dialect=dialect,
-            ) from error
+            raise _wrapped(dialect, compiled.text, parameters, error) from error
 
     def first(self, connection: Connection, /, **values: Any) -> Any:
         """The first row; None when there is none."""
@@ -94,6 +81,20 @@ class Prepared:
         rows = self.rows(connection, **values)
         return rows[0][0] if rows else None
 
+    def _bound(
+        self, dialect: sa.Dialect, values: Mapping[str, Any]
+    ) -> tuple[_Compiled, Any]:
+        """The statement in the database's words, and its parameters."""
+        # The code of this project names the values, so there are few of these.
+        which = (dialect.name, *values)
+        compiled = self._compiled.get(which)
+        if compiled is None:
+            compiled = self._compiled[which] = self._compile(dialect, list(values))
+        named = {**compiled.given, **values} if compiled.given else values
+        if compiled.names is None:
+            return compiled, named
+        return compiled, tuple(named[name] for name in compiled.names)
+
     def _compile(self, dialect: sa.Dialect, names: list[str]) -> _Compiled:
         statement: Any = self._statement
         compiled = statement.compile(dialect=dialect, column_keys=names)
@@ -104,3 +105,37 @@ class Prepared:
             if not compiled.binds[name].required
         }
         return _Compiled(str(compiled), compiled.positiontup, given)
+
+
+def run_all(
+    connection: Connection, calls: Sequence[tuple[Prepared, Mapping[str, Any]]]
+) -> list[list[Any]]:
+    """Run statements with their values, one after the other, and return the rows of each.
+    To a server they go together, as one journey there and back (libpq's pipeline mode).
+    The first that fails undoes the transaction, and is raised as the library does."""
+    dialect = connection.dialect
+    if len(calls) == 1 or dialect.name != "postgresql":
+        return [statement.rows(connection, **values) for statement, values in calls]
+    bound = [statement._bound(dialect, values) for statement, values in calls]  # noqa: SLF001 - the same module
+    driver: Any = connection.connection.driver_connection
+    try:
+        with driver.pipeline():
+            cursors = [
+                driver.execute(compiled.text, parameters) for compiled, parameters in bound
+            ]
+        return [
+            compiled.rows(cursor)
+            for (compiled, _), cursor in zip(bound, cursors, strict=True)
+        ]
+    except dialect.loaded_dbapi.Error as error:
+        texts = "; ".join(compiled.text for compiled, _ in bound)
+        given = [parameters for _, parameters in bound]
+        raise _wrapped(dialect, texts, given, error) from error
+
+
+def _wrapped(
+    dialect: sa.Dialect, text: str, parameters: Any, error: Exception
+) -> BaseException:
+    return sa.exc.DBAPIError.instance(
+        text, parameters, error, dialect.loaded_dbapi.Error, dialect=dialect
+    )

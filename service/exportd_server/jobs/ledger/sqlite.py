@@ -88,18 +88,18 @@ class SqliteDialect:
         """The process's clock is the ledger's: there is only this process."""
         return codec.to_micros(self._clock.now())
 
-    def next_token(self, connection: Connection) -> int:
+    def next_token(self, tx: Transaction) -> int:
         """Count up; the counter is part of the transaction."""
-        token: int = _NEXT_TOKEN.scalar(connection)
+        token: int = tx.scalar(_NEXT_TOKEN)
         return token
 
-    def alone_with_tenant(self, connection: Connection, tenant: str) -> bool:  # noqa: ARG002 - see below
+    def alone_with_tenant(self, tx: Transaction, tenant: str) -> bool:  # noqa: ARG002 - see below
         """There is one writer."""
         return True
 
-    def ensure_tenant(self, connection: Connection, tenant: str) -> None:
+    def ensure_tenant(self, tx: Transaction, tenant: str) -> None:
         """Insert the row unless it is there."""
-        _ENSURE_TENANT.rows(connection, tenant=tenant)
+        tx.later(_ENSURE_TENANT, tenant=tenant)
 
     def ensure_queue(self, connection: Connection, values: Mapping[str, Any]) -> None:
         """Insert the row unless it is there."""
@@ -172,7 +172,7 @@ class SqliteDatabase:
             if connection is None:
                 connection = self._reader_here.connect()
             with _in_transaction(connection, "BEGIN"):
-                result = work(self._transaction(connection))
+                result = self._transaction(connection).run(work)
             self._here = connection
         except sa.exc.DBAPIError:
             # A thread is told what is wrong, or waits.
@@ -221,7 +221,7 @@ class SqliteDatabase:
             connection = self._writer.connect()
             with _in_transaction(connection, "BEGIN IMMEDIATE"):
                 tx = self._transaction(connection)
-                working.recover(tx)
+                tx.run(working.recover)
             self._writing = connection
             count(tx.changes)
             self._here = self._reader_here.connect()
@@ -267,7 +267,7 @@ class SqliteDatabase:
                 connection = self._writer.connect()
             with _in_transaction(connection, "BEGIN IMMEDIATE"):
                 tx = self._transaction(connection)
-                result = work(tx)
+                result = tx.run(work)
             self._writing = connection
         count(tx.changes)
         # Told from here, so that the news spreads even if the caller has gone away. The
@@ -283,7 +283,7 @@ class SqliteDatabase:
             except IndexError:
                 connection = self._readers.connect()
             with _in_transaction(connection, "BEGIN"):
-                result = work(self._transaction(connection))
+                result = self._transaction(connection).run(work)
             self._reading.append(connection)
             return result
 

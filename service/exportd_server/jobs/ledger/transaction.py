@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from sqlalchemy.engine import Connection
 
 from exportd_server.jobs.ledger.base import ClaimLimits, Lease, TaskKind
+from exportd_server.jobs.ledger.prepared import Prepared, run_all
 from exportd_server.jobs.ledger.signals import Changes, Signals
 
 T = TypeVar("T")
@@ -26,16 +26,16 @@ class Dialect(Protocol):
         """The ledger's clock, in microseconds since 1970."""
         ...
 
-    def next_token(self, connection: Connection) -> int:
+    def next_token(self, tx: Transaction) -> int:
         """A fencing token above every one that a transaction ended with before."""
         ...
 
-    def alone_with_tenant(self, connection: Connection, tenant: str) -> bool:
+    def alone_with_tenant(self, tx: Transaction, tenant: str) -> bool:
         """Whether nobody creates jobs for the tenant until the transaction ends; False
         when somebody is about to."""
         ...
 
-    def ensure_tenant(self, connection: Connection, tenant: str) -> None:
+    def ensure_tenant(self, tx: Transaction, tenant: str) -> None:
         """Make sure that the tenant has a row, and that until the transaction ends
         nobody else creates jobs for it."""
         ...
@@ -51,15 +51,79 @@ class Dialect(Protocol):
         ...
 
 
-@dataclass(slots=True)
-class Transaction:
-    """One open transaction at one moment."""
+_Then = Callable[[list[Any]], None]
 
-    connection: Connection
-    dialect: Dialect
-    now: int
-    max_attempts: int
-    changes: Changes = field(default_factory=Changes)
+
+class Transaction:
+    """One open transaction at one moment, in microseconds since 1970.
+
+    A server is a journey away. Statements whose rows nobody waits for are put off with
+    `later`, and go together with the next one whose rows are; each of them sees what those
+    before it did, in the order in which they were given.
+    """
+
+    __slots__ = ("_connection", "_late", "changes", "dialect", "max_attempts", "now")
+
+    def __init__(
+        self, connection: Connection, dialect: Dialect, now: int, max_attempts: int
+    ) -> None:
+        self._connection = connection
+        self._late: list[tuple[Prepared, Mapping[str, Any], _Then | None]] = []
+        self.dialect = dialect
+        self.now = now
+        self.max_attempts = max_attempts
+        self.changes = Changes()
+
+    @property
+    def connection(self) -> Connection:
+        """The connection, with nothing put off."""
+        self.flush()
+        return self._connection
+
+    def later(
+        self, statement: Prepared, then: _Then | None = None, /, **values: Any
+    ) -> None:
+        """Run a statement before the next one whose rows are asked for, or before the
+        transaction ends; `then` is given its rows."""
+        self._late.append((statement, values, then))
+
+    def rows(self, statement: Prepared, /, **values: Any) -> list[Any]:
+        """Run a statement now, and what was put off before it; its rows. Raises as the
+        library does, and what a `then` raises."""
+        if not self._late:
+            return statement.rows(self._connection, **values)
+        found: list[Any] = []
+        self.later(statement, found.extend, **values)
+        self.flush()
+        return found
+
+    def first(self, statement: Prepared, /, **values: Any) -> Any:
+        """As `rows`: the first row, None when there is none."""
+        rows = self.rows(statement, **values)
+        return rows[0] if rows else None
+
+    def scalar(self, statement: Prepared, /, **values: Any) -> Any:
+        """As `rows`: the first column of the first row, None when there is none."""
+        row = self.first(statement, **values)
+        return None if row is None else row[0]
+
+    def run(self, work: Callable[[Transaction], T]) -> T:
+        """Do all of a piece of work, with what it puts off."""
+        result = work(self)
+        self.flush()
+        return result
+
+    def flush(self) -> None:
+        """Run what was put off."""
+        if not self._late:
+            return
+        late, self._late = self._late, []
+        found = run_all(
+            self._connection, [(statement, values) for statement, values, _ in late]
+        )
+        for (_, _, then), rows in zip(late, found, strict=True):
+            if then is not None:
+                then(rows)
 
 
 class Database(Protocol):

@@ -86,9 +86,9 @@ def claim(
         return None
     # The job first, then its task: the order in which everybody locks them.
     job = lifecycle.lock_job(tx, chosen.job_id) if chosen.job_id else None
-    token = tx.dialect.next_token(tx.connection)
-    (taken,) = _TAKE.rows(
-        tx.connection,
+    token = tx.dialect.next_token(tx)
+    (taken,) = tx.rows(
+        _TAKE,
         chosen=chosen.task_id,
         seen=chosen.token,
         owner=owner,
@@ -98,7 +98,7 @@ def claim(
     if job is not None and taken.kind in EXPORT_KINDS:
         _take_up(tx, job, token, takeover=chosen.state == TaskState.LEASED)
     elif taken.kind == TaskKind.DELIVER:
-        _CHANGE_TENANT.rows(tx.connection, of_tenant=taken.tenant, delivered=token)
+        tx.later(_CHANGE_TENANT, of_tenant=taken.tenant, delivered=token)
     return replace(to_lease(taken, job), takeover=chosen.state == TaskState.LEASED)
 
 
@@ -111,18 +111,16 @@ def _choose(
     chosen = None
     if others := kinds - {TaskKind.DELIVER}:
         values = {"running_limit": running_per_tenant} if limited else {}
-        chosen = _prepared_choice(others, limited=limited).first(
-            tx.connection, now=tx.now, **values
-        )
+        chosen = tx.first(_prepared_choice(others, limited=limited), now=tx.now, **values)
     if chosen is None and TaskKind.DELIVER in kinds:
         left = json.dumps(sorted(limits.no_deliveries_of))
-        chosen = _prepared_delivery_choice().first(tx.connection, now=tx.now, left=left)
+        chosen = tx.first(_prepared_delivery_choice(), now=tx.now, left=left)
     return chosen
 
 
 def _take_up(tx: Transaction, job: Row[Any], token: int, *, takeover: bool) -> None:
     """Note on the job and its tenant that a worker is at it."""
-    _CHANGE_TENANT.rows(tx.connection, of_tenant=job.tenant, served=token)
+    tx.later(_CHANGE_TENANT, of_tenant=job.tenant, served=token)
     values: dict[str, Any] = {"start_time": job.start_time or tx.now}
     if takeover:
         # The former holder may have stored parts that it never recorded, and may be at
@@ -157,7 +155,7 @@ def to_lease(task: Row[Any], job: Row[Any] | None) -> Lease:
 
 def _promote(tx: Transaction) -> None:
     """Make the tasks ready whose time has come. Others may be waiting for them too."""
-    if _PROMOTE.rows(tx.connection, now=tx.now):
+    if tx.rows(_PROMOTE, now=tx.now):
         tx.changes.work = True
 
 
@@ -169,7 +167,7 @@ def fail_exhausted(tx: Transaction) -> None:
 
 def exhausted_jobs(tx: Transaction) -> list[str]:
     """The jobs whose last attempt was lost."""
-    found = _LOST_FOR_GOOD.rows(tx.connection, now=tx.now, most=tx.max_attempts)
+    found = tx.rows(_LOST_FOR_GOOD, now=tx.now, most=tx.max_attempts)
     return sorted({row.job_id for row in found})
 
 

@@ -32,10 +32,11 @@ def holding(
     the reap task. Raises `LeaseLost`, and ValueError for a task of another kind."""
     if kinds and lease.kind not in kinds:
         raise ValueError(f"not for a task of kind {lease.kind}")
-    job = lifecycle.lock_job(tx, lease.job_id) if lease.job_id else None
-    task = _HELD.first(
-        tx.connection, task_id=lease.task_id, token=lease.token, kind=lease.kind.value
-    )
+    which = {"task_id": lease.task_id, "token": lease.token, "kind": lease.kind.value}
+    if lease.job_id:
+        job, task = lifecycle.lock_job_and(tx, lease.job_id, _HELD, **which)
+    else:
+        job, task = None, tx.first(_HELD, **which)
     if task is None or (task.job_id or "") != lease.job_id:
         raise LeaseLost
     return task, job

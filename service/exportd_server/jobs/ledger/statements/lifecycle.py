@@ -7,7 +7,8 @@ itself, the columns that its parameters name.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import lru_cache
 from typing import Any
@@ -76,17 +77,19 @@ _OF_JOB_AT_WORK = (
     tasks.c.state == TaskState.LEASED.sql,
     tasks.c.kind.in_(literals(EXPORT_KINDS)),
 )
-_AT_WORK = sa.select(tasks.c.task_id).where(*_OF_JOB_AT_WORK).limit(1)
-_LEASES = (
+_AT_WORK = Prepared(sa.select(tasks.c.task_id).where(*_OF_JOB_AT_WORK).limit(1))
+_LEASES = Prepared(
     sa.select(tasks.c.lease_expires)
     .where(*_OF_JOB_AT_WORK)
     .order_by(tasks.c.task_id)
     .with_for_update()
 )
-_DUE = sa.select(sa.func.min(tasks.c.run_at)).where(
-    tasks.c.job_id == _OF_JOB,
-    tasks.c.state.in_((TaskState.READY.sql, TaskState.SCHEDULED.sql)),
-    tasks.c.kind.in_(literals(EXPORT_KINDS)),
+_DUE = Prepared(
+    sa.select(sa.func.min(tasks.c.run_at)).where(
+        tasks.c.job_id == _OF_JOB,
+        tasks.c.state.in_((TaskState.READY.sql, TaskState.SCHEDULED.sql)),
+        tasks.c.kind.in_(literals(EXPORT_KINDS)),
+    )
 )
 _ADD_TASKS = sa.insert(tasks)
 
@@ -98,44 +101,64 @@ class IllegalTransition(RuntimeError):
 def lock_job(tx: Transaction, job_id: str, *, wait: bool = True) -> Row[Any] | None:
     """The job's row, ours until the transaction ends; without `wait` None as well when
     somebody else has it."""
-    began = time.monotonic()
     lock = _LOCK if wait else _LOCK_OR_NOT
-    job: Row[Any] | None = lock.first(tx.connection, of_job=job_id)
-    if time.monotonic() - began > _WAITED:
-        # What is decided now is decided now, not when the wait began.
-        tx.now = tx.dialect.now(tx.connection)
+    with _on_time(tx):
+        job: Row[Any] | None = tx.first(lock, of_job=job_id)
     return job
+
+
+def lock_job_and(
+    tx: Transaction, job_id: str, statement: Prepared, /, **values: Any
+) -> tuple[Row[Any] | None, Any]:
+    """As `lock_job`, and then the first row of a statement."""
+    locked: list[Row[Any]] = []
+    with _on_time(tx):
+        tx.later(_LOCK, locked.extend, of_job=job_id)
+        row = tx.first(statement, **values)
+    return (locked[0] if locked else None), row
+
+
+@contextmanager
+def _on_time(tx: Transaction) -> Iterator[None]:
+    """What is decided after a wait is decided then, not when the wait began."""
+    began = time.monotonic()
+    yield
+    if time.monotonic() - began > _WAITED:
+        tx.now = tx.dialect.now(tx.connection)
 
 
 def move(tx: Transaction, job_id: str, to: JobState, **values: Any) -> None:
     """Change a job's state, and other columns with it."""
-    revision = _MOVE[to].scalar(tx.connection, of_job=job_id, state=to.value, **values)
-    if revision is None:
-        raise IllegalTransition(f"job {job_id} cannot become {to}")
-    tx.changes.revisions[job_id] = revision
+    changed = _revised(tx, job_id, f"job {job_id} cannot become {to}")
+    tx.later(_MOVE[to], changed, of_job=job_id, state=to.value, **values)
 
 
 def touch(tx: Transaction, job_id: str, **values: Any) -> None:
     """Change an unfinished job without changing its state."""
-    revision = _TOUCH.scalar(tx.connection, of_job=job_id, **values)
-    if revision is None:
-        raise IllegalTransition(f"job {job_id} has ended and cannot change")
-    tx.changes.revisions[job_id] = revision
+    changed = _revised(tx, job_id, f"job {job_id} has ended and cannot change")
+    tx.later(_TOUCH, changed, of_job=job_id, **values)
 
 
 def bump(tx: Transaction, job_id: str) -> None:
     """Tell those who watch a job of a change beside it, whatever its state."""
-    (revision,) = _BUMP.rows(tx.connection, of_job=job_id)[0]
-    tx.changes.revisions[job_id] = revision
+    tx.later(_BUMP, _revised(tx, job_id, f"there is no job {job_id}"), of_job=job_id)
+
+
+def _revised(tx: Transaction, job_id: str, otherwise: str) -> Callable[[list[Any]], None]:
+    def note(rows: list[Any]) -> None:
+        if not rows:
+            raise IllegalTransition(otherwise)
+        tx.changes.revisions[job_id] = rows[0].revision
+
+    return note
 
 
 def settle(tx: Transaction, job_id: str, **values: Any) -> None:
     """After a task was given up: the job waits again unless a worker is left on it."""
-    leased = tx.connection.execute(_AT_WORK, {"of_job": job_id}).first()
-    if leased is not None:
+    if tx.first(_AT_WORK, of_job=job_id) is not None:
         touch(tx, job_id, **values)
     else:
-        due = tx.connection.execute(_DUE, {"of_job": job_id}).scalar_one()
+        due = tx.scalar(_DUE, of_job=job_id)
         move(tx, job_id, JobState.PENDING, due_time=due, **values)
     tx.changes.work = True
 
@@ -143,7 +166,7 @@ def settle(tx: Transaction, job_id: str, **values: Any) -> None:
 def last_writer(tx: Transaction, job: Row[Any]) -> int:
     """Until when a worker of the job may still write, its leases lost just now."""
     # Locked, so that none of them is renewed any more.
-    leased: Sequence[int] = tx.connection.scalars(_LEASES, {"of_job": job.job_id}).all()
+    leased: list[int] = [row[0] for row in tx.rows(_LEASES, of_job=job.job_id)]
     if not leased:
         return int(job.writers_until)
     # A lease that has run out says nothing about when its holder will notice.
@@ -232,17 +255,18 @@ def _close_tasks(tx: Transaction, job_ids: Sequence[str], kinds: Sequence[str]) 
         "lease_expires": None,
         "rows_per_second": None,
     }
-    tx.connection.execute(
-        _closing(tuple(kinds)), [{"of_job": job_id, **closed} for job_id in job_ids]
-    )
+    for job_id in job_ids:
+        tx.later(_closing(tuple(kinds)), of_job=job_id, **closed)
 
 
 @lru_cache
-def _closing(kinds: tuple[str, ...]) -> sa.Update:
-    return sa.update(tasks).where(
-        tasks.c.job_id == _OF_JOB,
-        tasks.c.state.in_(_OPEN),
-        tasks.c.kind.in_(literals(kinds)),
+def _closing(kinds: tuple[str, ...]) -> Prepared:
+    return Prepared(
+        sa.update(tasks).where(
+            tasks.c.job_id == _OF_JOB,
+            tasks.c.state.in_(_OPEN),
+            tasks.c.kind.in_(literals(kinds)),
+        )
     )
 
 

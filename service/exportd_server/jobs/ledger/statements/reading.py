@@ -192,7 +192,7 @@ _NEXT_DUE = Prepared(
 
 def visible_job(tx: Transaction, tenant: str, job_id: str) -> Row[Any] | None:
     """The job's row unless it is another tenant's or hidden."""
-    found: Row[Any] | None = _VISIBLE_JOB.first(tx.connection, job_id=job_id, tenant=tenant)
+    found: Row[Any] | None = tx.first(_VISIBLE_JOB, job_id=job_id, tenant=tenant)
     return found
 
 
@@ -217,7 +217,7 @@ def _get_jobs(
 ) -> dict[tuple[str, str], Job | None]:
     found: dict[tuple[str, str], Job | None] = {}
     for tenant, job_id in asked:
-        row = _VISIBLE_JOB_WITH_SUMS.first(tx.connection, job_id=job_id, tenant=tenant)
+        row = tx.first(_VISIBLE_JOB_WITH_SUMS, job_id=job_id, tenant=tenant)
         if row is None:
             found[tenant, job_id] = None
         elif wanted(row):
@@ -277,7 +277,7 @@ def _sums(tx: Transaction, job_ids: Sequence[str]) -> dict[str, Row[Any]]:
     """What the tasks of jobs come to."""
     found: Iterable[Row[Any]]
     if len(job_ids) == 1:
-        found = _SUMS_OF_ONE.rows(tx.connection, job_id=job_ids[0])
+        found = tx.rows(_SUMS_OF_ONE, job_id=job_ids[0])
     else:
         found = tx.connection.execute(_SUMS_OF_MANY, {"job_ids": job_ids})
     return {row.job_id: row for row in found}
@@ -421,8 +421,8 @@ def _places(tx: Transaction, tenant: str, pending: Sequence[Row[Any]]) -> dict[s
         places = {row.job_id: row.position for row in ranked}
     for row in pending:
         if row.job_id not in places:
-            places[row.job_id] = _POSITION.scalar(
-                tx.connection,
+            places[row.job_id] = tx.scalar(
+                _POSITION,
                 tenant=tenant,
                 due=max(tx.now, row.due_time),
                 priority=row.priority,
@@ -515,7 +515,7 @@ def parts_of_place(
 
 def _parts(tx: Transaction, **values: str | int) -> list[PartRecord]:
     """The parts with these values in these columns."""
-    return _part_records(_parts_by(tuple(values)).rows(tx.connection, **values))
+    return _part_records(tx.rows(_parts_by(tuple(values)), **values))
 
 
 @lru_cache
@@ -544,9 +544,7 @@ def finished_parts(tx: Transaction, tenant: str, job_id: str) -> list[PartRecord
     ).scalar_one()
     if first_open is None:
         return []
-    found = _BEGINNING.rows(
-        tx.connection, job_id=job_id, generation=job.generation, last=first_open
-    )
+    found = tx.rows(_BEGINNING, job_id=job_id, generation=job.generation, last=first_open)
     return _part_records(found)
 
 
@@ -569,13 +567,13 @@ def ledger_id(tx: Transaction) -> str:
 
 def revision_of(tx: Transaction, job_id: str) -> int | None:
     """The job's revision; None when it is missing or hidden."""
-    found: int | None = _REVISION.scalar(tx.connection, job_id=job_id)
+    found: int | None = tx.scalar(_REVISION, job_id=job_id)
     return found
 
 
 def next_due(tx: Transaction, since: int) -> int | None:
     """Microseconds until the first task comes due after `since`, by its time or because
     its lease runs out; None when there is none."""
-    moments = _NEXT_DUE.first(tx.connection, since=since)
+    moments = tx.first(_NEXT_DUE, since=since)
     found = [moment for moment in moments if moment is not None]
     return min(found) - tx.now if found else None

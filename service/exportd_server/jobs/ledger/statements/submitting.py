@@ -45,11 +45,9 @@ def create_job(
     tx: Transaction, new: NewJob, max_active: int | None, max_queued: int | None
 ) -> tuple[Job, bool]:
     """Record a job and its plan, unless the request was recorded before."""
-    tx.dialect.ensure_tenant(tx.connection, new.tenant)
+    tx.dialect.ensure_tenant(tx, new.tenant)
     if new.request_id:
-        known = _OF_REQUEST.first(
-            tx.connection, tenant=new.tenant, request_id=new.request_id
-        )
+        known = tx.first(_OF_REQUEST, tenant=new.tenant, request_id=new.request_id)
         if known is not None:
             if known.fingerprint not in {new.fingerprint, *new.older_fingerprints}:
                 raise RequestIdConflict(known.job_id)
@@ -64,8 +62,8 @@ def create_job(
     disabled = delivering.disabled_among(tx, new.queues)
     if disabled is not None:
         raise EndpointDisabled(disabled, new.queues[disabled].queue)
-    row = _ADD_JOB.first(
-        tx.connection,
+    row = tx.first(
+        _ADD_JOB,
         job_id=new.job_id,
         tenant=new.tenant,
         state=JobState.PENDING.value,
@@ -98,8 +96,8 @@ def create_job(
                 for name, value in spec.labels.items()
             ],
         )
-    _ADD_TASK.rows(
-        tx.connection,
+    tx.later(
+        _ADD_TASK,
         kind=TaskKind.PLAN.value,
         tenant=new.tenant,
         job_id=new.job_id,
@@ -117,7 +115,7 @@ def create_job(
 def _count(tx: Transaction, tenant: str, states: list[str], enough: int) -> int:
     """Jobs of the tenant in these states, counted no further than `enough`."""
     counting = _counting(tuple(states), enough)
-    return int(counting.scalar(tx.connection, tenant=tenant))
+    return int(tx.scalar(counting, tenant=tenant))
 
 
 @lru_cache

@@ -36,7 +36,7 @@ def complete_cleanup(tx: Transaction, lease: Lease) -> None:
         return
     # Takes the job's tasks, parts and labels along.
     tx.connection.execute(sa.delete(jobs).where(jobs.c.job_id == job.job_id))
-    if tx.dialect.alone_with_tenant(tx.connection, job.tenant):
+    if tx.dialect.alone_with_tenant(tx, job.tenant):
         tx.connection.execute(
             sa.delete(tenants).where(
                 tenants.c.tenant == job.tenant,

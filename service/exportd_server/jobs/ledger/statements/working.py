@@ -40,12 +40,14 @@ _GOOD = sa.select(tasks.c.task_id).where(
 _GOOD_UNLOCKED = _GOOD.with_for_update(skip_locked=True)
 _CHANGE = Prepared(sa.update(tasks).where(tasks.c.task_id == sa.bindparam("of_task")))
 _ADD_AND_TELL = Prepared(sa.insert(tasks).returning(tasks))
-_ADD_PARTS = sa.insert(parts)
-_TOTALS = sa.select(
-    sa.func.sum(tasks.c.rows),
-    sa.func.sum(tasks.c.bytes),
-    sa.func.sum(tasks.c.row_errors),
-).where(tasks.c.job_id == sa.bindparam("job_id"), tasks.c.kind == TaskKind.SHARD.value)
+_ADD_PART = Prepared(sa.insert(parts))
+_TOTALS = Prepared(
+    sa.select(
+        sa.func.sum(tasks.c.rows),
+        sa.func.sum(tasks.c.bytes),
+        sa.func.sum(tasks.c.row_errors),
+    ).where(tasks.c.job_id == sa.bindparam("job_id"), tasks.c.kind == TaskKind.SHARD.value)
+)
 _OTHERS = Prepared(
     sa.select(tasks.c.task_id)
     .where(
@@ -94,7 +96,7 @@ def _give_up(tx: Transaction, task: Row[Any], *, at: int, attempts: int) -> None
 
 
 def _change(tx: Transaction, task_id: int, **values: Any) -> None:
-    _CHANGE.rows(tx.connection, of_task=task_id, **values)
+    tx.later(_CHANGE, of_task=task_id, **values)
 
 
 def record_plan(
@@ -121,14 +123,14 @@ def record_plan(
         "since": task.since,
         "run_at": tx.now,
     }
-    first = _ADD_AND_TELL.first(
-        tx.connection,
+    first = tx.first(
+        _ADD_AND_TELL,
         **common,
         shard=shards[0].index,
         shard_state=shards[0].state,
         state=TaskState.LEASED.value,
         owner=task.owner,
-        token=tx.dialect.next_token(tx.connection),
+        token=tx.dialect.next_token(tx),
         lease_expires=task.lease_expires,
         # Going on with what was planned is the same attempt.
         attempts=task.attempts,
@@ -170,7 +172,7 @@ def record_progress(
         rows_per_second=rows_per_second,
     )
     lifecycle.touch(tx, job.job_id)
-    total = tx.connection.execute(_TOTALS, {"job_id": job.job_id}).one()
+    total = tx.first(_TOTALS, job_id=job.job_id)
     return Totals(*map(int, total))
 
 
@@ -230,10 +232,8 @@ def _record_part(
             f"one: that is {task.shard}/{task.parts} of token {task.token}"
         )
     common = {"job_id": job.job_id, "generation": task.generation}
-    tx.connection.execute(
-        _ADD_PARTS,
-        [{**common, **asdict(each), "kind": each.kind.value} for each in new],
-    )
+    for each in new:
+        tx.later(_ADD_PART, **common, **{**asdict(each), "kind": each.kind.value})
     part_rows = task.part_rows + part.rows
     part_bytes = task.part_bytes + sum(each.bytes for each in new)
     part_row_errors = task.part_row_errors + (0 if errors is None else errors.rows)
@@ -298,7 +298,7 @@ def complete_shard(tx: Transaction, lease: Lease, *, manifest: bool = False) -> 
 
 def _is_last(tx: Transaction, task: Row[Any]) -> bool:
     """Whether no other task of the job's export is left."""
-    found = _OTHERS.first(tx.connection, job_id=task.job_id, task_id=task.task_id)
+    found = tx.first(_OTHERS, job_id=task.job_id, task_id=task.task_id)
     return found is None
 
 
