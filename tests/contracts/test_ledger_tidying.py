@@ -257,6 +257,35 @@ async def test_the_last_part_of_the_last_shard_tells_what_will_be_published(
     assert (await world.job(job)).manifest == told
 
 
+async def test_the_last_part_of_the_only_shard_is_recorded_with_the_jobs_end(
+    world: World,
+) -> None:
+    job, lease = await world.running()
+    await world.ledger.add_part(lease, part(lease, 0))
+    last = (part(lease, 1, rows=7, size=70), errors(lease, 1))
+    with pytest.raises(ValueError, match="is not the next one"):
+        await world.ledger.complete_only_shard(lease, part(lease, 2))
+    await world.ledger.record_progress(lease, rows=999, bytes_=999, rows_per_second=1)
+    assert await world.ledger.complete_only_shard(lease, *last) == []
+    done = await world.job(job)
+    assert done.state is JobState.SUCCEEDED
+    assert done.manifest is not None
+    assert done.manifest.parts == (part(lease, 0), last[0])
+    assert done.manifest.error_parts == (last[1],)
+    assert (done.progress.rows, done.progress.bytes) == (17, 210)
+    assert (done.progress.row_errors, done.progress.parts_done) == (3, 2)
+
+
+async def test_a_part_is_not_recorded_with_a_jobs_end_that_has_not_come(
+    world: World,
+) -> None:
+    _, lease = await world.running(2)
+    before = world.dump()
+    with pytest.raises(ValueError, match="another shard"):
+        await world.ledger.complete_only_shard(lease, part(lease))
+    assert world.dump() == before
+
+
 async def test_the_manifest_that_was_named_stays_and_no_other_one(world: World) -> None:
     job, lease = await world.running()
     await world.ledger.release(lease)

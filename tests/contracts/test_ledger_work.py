@@ -209,6 +209,9 @@ STALE: dict[str, Callable[[World, Lease], Awaitable[object]]] = {
     "add_last_part": lambda w, lease: w.ledger.add_last_part(lease, part(lease)),
     "complete_unless_last": lambda w, lease: w.ledger.complete_unless_last(lease),
     "complete_shard": lambda w, lease: w.ledger.complete_shard(lease),
+    "complete_only_shard": lambda w, lease: w.ledger.complete_only_shard(
+        lease, part(lease)
+    ),
     "restart_output": lambda w, lease: w.ledger.restart_output(lease),
     "fail_attempt": lambda w, lease: w.ledger.fail_attempt(
         lease, SOURCE_DOWN, retry_in=None

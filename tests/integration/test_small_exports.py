@@ -68,6 +68,7 @@ async def test_an_export_of_one_part_asks_the_ledger_only_what_it_must(
             "add_last_part",
             "complete_unless_last",
             "complete_shard",
+            "complete_only_shard",
             "renew",
             "wait_for_change",
         )
@@ -76,9 +77,10 @@ async def test_an_export_of_one_part_asks_the_ledger_only_what_it_must(
         "create_job": 1,
         "record_plan": 1,
         "add_part": 0,
-        "add_last_part": 1,
+        "add_last_part": 0,
         "complete_unless_last": 0,
-        "complete_shard": 1,
+        "complete_shard": 0,
+        "complete_only_shard": 1,
         # Its own end is no news to it, and whoever watches is told.
         "renew": 0,
         "wait_for_change": 0,

@@ -28,10 +28,10 @@ class EventfulSource(GateSource):
     worker has told of its progress: it has to say everything there is to say to the
     ledger."""
 
-    def __init__(self, faults: Faults) -> None:
+    def __init__(self, faults: Faults, *events: type[Exception]) -> None:
         super().__init__(wide=True)
         self._faults = faults
-        self._events: list[Exception] = [SourceFailed(), SourceChanged()]
+        self._events = [event() for event in events or (SourceFailed, SourceChanged)]
         self._turns: dict[GateStream, int] = {}
 
     def wait_for_turn(self, stream: GateStream) -> None:
@@ -92,15 +92,24 @@ async def test_a_call_whose_answer_is_lost_leaves_the_output_right(
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize(
+    ("method", "events"),
+    [
+        # Who plans a job knows that there is no other shard; who resumes one does not.
+        ("complete_only_shard", (SourceFailed, SourceChanged)),
+        ("add_last_part", (SourceChanged, SourceFailed)),
+    ],
+    ids=["planned", "resumed"],
+)
 async def test_the_last_part_whose_answer_is_lost_is_there_once(
-    tmp_path: Path, *, after: bool
+    tmp_path: Path, method: str, events: tuple[type[Exception], ...], *, after: bool
 ) -> None:
     async with fleet_in(tmp_path, max_rows=10**9) as fleet:
         faults = Faults(fleet.ledger)
-        faults.fail("add_last_part", 1 if after else 3, after=after)
+        faults.fail(method, 1 if after else 3, after=after)
         # Three batches are not ten: more is to come when the rows are at an end.
         await right_and_once(
-            fleet, EventfulSource(faults), faults, max_part_rows=3 * BATCH_ROWS
+            fleet, EventfulSource(faults, *events), faults, max_part_rows=3 * BATCH_ROWS
         )
 
 

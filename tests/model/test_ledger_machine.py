@@ -962,6 +962,28 @@ class LedgerMachine(RuleBasedStateMachine):
             if task.job and published and manifest:
                 task.job.manifest = lease.token
 
+    @rule(lease=leases, drop=st.sampled_from([False, False, True]))
+    def complete_only_shard(self, lease: Lease, *, drop: bool) -> None:
+        if lease.kind is not TaskKind.SHARD:
+            return
+        task = self.model.holds(lease)
+        if task is not None:
+            assert task.job is not None
+            others = [other for other in self.model.work(task.job) if other is not task]
+            if any(other.state != "done" for other in others):
+                return
+        sequence = len(task.parts) if task else 0
+        complete = self.ledger.complete_only_shard(lease, part(lease, sequence), drop=drop)
+        if done := self.attempt(lease, complete):
+            task, without = done
+            assert task.job is not None
+            assert task.shard is not None
+            task.parts.append(lease.token)
+            expected = self.model.add_part(task.job, task.shard, sequence, drop=drop)
+            assert list(without) == expected
+            assert self.completed(task)
+            task.job.manifest = lease.token
+
     @rule(lease=leases)
     def complete_unless_last(self, lease: Lease) -> None:
         if lease.kind is not TaskKind.SHARD:

@@ -6,9 +6,9 @@ import asyncio
 import secrets
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import structlog
@@ -28,7 +28,7 @@ from exportd_server.jobs.ledger.base import Lease, LeaseLost, Ledger, TaskKind, 
 from exportd_server.jobs.lower import output_columns, to_query
 from exportd_server.jobs.manager import Policy
 from exportd_server.jobs.manifest import missing_parts, store_manifest
-from exportd_server.jobs.model import Job, Manifest, PartRecord
+from exportd_server.jobs.model import Job, Manifest, ManifestColumn, PartRecord
 from exportd_server.jobs.planning import make_plan
 from exportd_server.jobs.strays import Strayable, Strays
 from exportd_server.pipeline.run import (
@@ -83,10 +83,31 @@ class PartsLost(Exception):
 class _Recording:
     """The recording of a run's parts: `patience` is for how many seconds it may yet wait
     for room in queues, and `manifest` what the job will publish once this run has ended,
-    where the last part told."""
+    where the last part told.
+
+    Of a job that was planned as one shard, with these `columns`, all is known here: its
+    `last` part is kept back, to be recorded with the job's end."""
 
     patience: float
+    columns: Sequence[ManifestColumn] | None = None
+    parts: list[PartRecord] = field(default_factory=list)
+    last: FinishedPart | None = None
     manifest: Manifest | None = None
+
+    def keep_last(self, last: FinishedPart) -> bool:
+        """Keep the last part back if that may be; from the run's thread."""
+        if self.columns is None or not last.last:
+            return False
+        parts = [*self.parts, *_part_records(last)]
+        self.last, self.manifest = (
+            last,
+            Manifest(
+                columns=tuple(self.columns),
+                parts=tuple(part for part in parts if part.kind is OutputKind.OUTPUT),
+                error_parts=tuple(part for part in parts if part.kind is OutputKind.ERROR),
+            ),
+        )
+        return True
 
 
 class Exporter:
@@ -180,19 +201,29 @@ class Exporter:
             raise passed
         query = to_query(dataset, job.spec, lease.tenant)
         done: list[PartRecord] = []
+        recording = _Recording(self._options.block_timeout)
         if lease.kind is TaskKind.PLAN:
             # A plan that was just recorded has no parts of an earlier attempt.
             with self._step("plan", held, job):
-                await self._plan(held, dataset, query, time_cap)
+                columns = output_columns(dataset, query.columns)
+                shards = await self._plan(held, dataset, query, columns, time_cap)
+            if shards == 1:
+                recording.columns = columns
         else:
             done = await held.insist(lambda: self._ledger.shard_parts(lease))
-        await self._run_shard(held, job, dataset, query, done, time_cap)
+        await self._run_shard(held, job, dataset, query, done, recording, time_cap)
 
     # --- planning
 
     async def _plan(
-        self, held: Held, dataset: Dataset, query: Query, time_cap: TimeCap
-    ) -> None:
+        self,
+        held: Held,
+        dataset: Dataset,
+        query: Query,
+        columns: Sequence[ManifestColumn],
+        time_cap: TimeCap,
+    ) -> int:
+        """Plan, and record it; returns how many shards there are."""
         patience = self._options.source_timeout
         try:
             async with asyncio.timeout(_least(patience, time_cap.left)) as limit:
@@ -211,7 +242,6 @@ class Exporter:
         lease, outages = held.lease, held.outages
         # Held before the shards can be claimed, and for longer than this task.
         holding = self._anchors.hold(plan.anchor, lease) if plan.anchor else None
-        columns = output_columns(dataset, query.columns)
         try:
             with held.changing() as move_to:
                 move_to(
@@ -232,6 +262,7 @@ class Exporter:
                 holding.cancel()
             raise
         log.debug("planned", shards=len(plan.shards), anchored=holding is not None)
+        return len(plan.shards)
 
     # --- running
 
@@ -242,6 +273,7 @@ class Exporter:
         dataset: Dataset,
         query: Query,
         done: list[PartRecord],
+        recording: _Recording,
         time_cap: TimeCap,
     ) -> None:
         lease = held.lease
@@ -258,7 +290,6 @@ class Exporter:
             job.spec.max_row_errors,
         )
         caps.check(rows, bytes_, row_errors)
-        recording = _Recording(self._options.block_timeout)
         run = ShardRun(
             ShardTask(
                 source=dataset.source,
@@ -293,7 +324,7 @@ class Exporter:
                 check_parts(len(last.all_parts))
         if last is not None:
             with self._step("publish", held, job):
-                await self._publish(held, job, last)
+                await self._publish(held, job, last, recording, time_cap)
             log.info("job succeeded", rows=run.rows, bytes=run.bytes)
 
     def _step(self, name: str, held: Held, job: Job) -> AbstractContextManager[Span]:
@@ -319,7 +350,14 @@ class Exporter:
                 return _silent(patience)
             await asyncio.sleep(_least(left, time_cap.left))
 
-    async def _publish(self, held: Held, job: Job, manifest: Manifest) -> None:
+    async def _publish(
+        self,
+        held: Held,
+        job: Job,
+        manifest: Manifest,
+        recording: _Recording,
+        time_cap: TimeCap,
+    ) -> None:
         """Store the manifest, and only then have the job succeed. Raises `PartsLost`."""
         lease = held.lease
         # A restored ledger may name parts that were deleted since the backup. A fleet is
@@ -334,8 +372,17 @@ class Exporter:
             )
         )
         # With the job its leases end, this one too, which is no news to anybody here.
+        if recording.last is None:
+            with held.changing():
+                await held.insist(lambda: self._ledger.complete_shard(lease, manifest=True))
+            return
+        output, *errors = _part_records(recording.last)
+        drop = await self._find_room(held, job, time_cap, recording)
         with held.changing():
-            await held.insist(lambda: self._ledger.complete_shard(lease, manifest=True))
+            dropped = await held.insist(
+                lambda: self._ledger.complete_only_shard(lease, output, *errors, drop=drop)
+            )
+        _count(job, recording.last, dropped)
 
     async def _record(
         self,
@@ -346,41 +393,38 @@ class Exporter:
         finished: FinishedPart,
         recording: _Recording,
     ) -> None:
-        """Record a part, once each sink that must not miss it has room for it, or was
-        waited for long enough."""
-        part = _part_record(finished)
-        errors = None if finished.errors is None else _part_record(finished.errors)
-        drop = False
-        if any(sink.takes is Takes.PARTS for sink in job.spec.sinks):
-            while not await held.insist(lambda: self._ledger.has_room(lease)):
-                held.check()
-                if (passed := time_cap.passed()) is not None:
-                    raise passed
-                # A sink that takes nothing is no reason for the job to fail.
-                if drop := recording.patience <= 0:
-                    break
-                await asyncio.sleep(_FULL_PAUSE)
-                recording.patience -= _FULL_PAUSE
+        """Record a part, once there is room for it."""
+        parts = _part_records(finished)
+        drop = await self._find_room(held, job, time_cap, recording)
         if finished.last:
             dropped, recording.manifest = await held.insist(
-                lambda: self._ledger.add_last_part(lease, part, errors, drop=drop)
+                lambda: self._ledger.add_last_part(lease, *parts, drop=drop)
             )
         else:
-            recording.manifest = None
+            recording.parts += parts
             dropped = await held.insist(
-                lambda: self._ledger.add_part(lease, part, errors, drop=drop)
+                lambda: self._ledger.add_part(lease, *parts, drop=drop)
             )
-        labels = (
-            metrics_exports.known(job.spec.dataset),
-            job.spec.output.format.value,
-        )
-        metrics_exports.rows.labels(*labels).inc(part.rows)
-        stored = part.bytes + (0 if errors is None else errors.bytes)
-        metrics_exports.bytes_.labels(*labels).inc(stored)
-        for index in dropped:
-            sink = job.spec.sinks[index]
-            metrics.dropped.labels(sink.type, sink.connection).inc()
-            log.warning("delivery dropped", sink=sink.name, queue=sink.queue)
+        _count(job, finished, dropped)
+
+    async def _find_room(
+        self, held: Held, job: Job, time_cap: TimeCap, recording: _Recording
+    ) -> bool:
+        """Wait until each sink that must not miss a part has room for it; returns True
+        when that was waited for long enough."""
+        if not any(sink.takes is Takes.PARTS for sink in job.spec.sinks):
+            return False
+        lease = held.lease
+        while not await held.insist(lambda: self._ledger.has_room(lease)):
+            held.check()
+            if (passed := time_cap.passed()) is not None:
+                raise passed
+            # A sink that takes nothing is no reason for the job to fail.
+            if recording.patience <= 0:
+                return True
+            await asyncio.sleep(_FULL_PAUSE)
+            recording.patience -= _FULL_PAUSE
+        return False
 
     def _commit(
         self, held: Held, job: Job, time_cap: TimeCap, recording: _Recording
@@ -393,6 +437,8 @@ class Exporter:
             nonlocal parts
             parts += 1 if part.errors is None else 2
             check_parts(parts)
+            if recording.keep_last(part):
+                return
             recorded = self._record(held, job, time_cap, lease, part, recording)
             asyncio.run_coroutine_threadsafe(recorded, loop).result()
 
@@ -520,6 +566,24 @@ def unforeseen(error: Exception) -> ErrorRecord:
         f"internal error; the operator finds it by reference {reference}",
         {"reference": reference},
     )
+
+
+def _count(job: Job, recorded: FinishedPart, dropped: Sequence[int]) -> None:
+    """Count a part that was recorded, and the sinks that will not get it."""
+    labels = (metrics_exports.known(job.spec.dataset), job.spec.output.format.value)
+    metrics_exports.rows.labels(*labels).inc(recorded.rows)
+    stored = sum(part.bytes for part in _part_records(recorded))
+    metrics_exports.bytes_.labels(*labels).inc(stored)
+    for index in dropped:
+        sink = job.spec.sinks[index]
+        metrics.dropped.labels(sink.type, sink.connection).inc()
+        log.warning("delivery dropped", sink=sink.name, queue=sink.queue)
+
+
+def _part_records(part: FinishedPart) -> list[PartRecord]:
+    """The part, and its error part if it has one."""
+    records = [_part_record(part)]
+    return records if part.errors is None else [*records, _part_record(part.errors)]
 
 
 def _part_record(part: FinishedPart) -> PartRecord:

@@ -419,6 +419,19 @@ class Ledger(Protocol):
         neither this nor in the manifest is cleaned up after."""
         ...
 
+    async def complete_only_shard(
+        self,
+        lease: Lease,
+        part: PartRecord,
+        errors: PartRecord | None = None,
+        *,
+        drop: bool = False,
+    ) -> Sequence[int]:
+        """Record the last part, as `add_part` does, of a job's only shard, and end the
+        shard with the job, as `complete_shard` does with the manifest in the store: all of
+        it or nothing. ValueError where another shard is unfinished."""
+        ...
+
     async def restart_output(self, lease: Lease) -> None:
         """Throw away what the job has, because the source changed, and plan it anew
         under the next generation. That is no attempt of its own, but those that were

@@ -284,6 +284,20 @@ class SqlLedger:
             line=lease.job_id,
         )
 
+    async def complete_only_shard(
+        self,
+        lease: Lease,
+        part: PartRecord,
+        errors: PartRecord | None = None,
+        *,
+        drop: bool = False,
+    ) -> Sequence[int]:
+        """See `Ledger`."""
+        return await self._database.write(
+            lambda tx: working.complete_only_shard(tx, lease, part, errors, drop=drop),
+            line=lease.job_id,
+        )
+
     async def restart_output(self, lease: Lease) -> None:
         """See `Ledger`."""
         await self._database.write(

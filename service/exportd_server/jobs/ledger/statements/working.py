@@ -59,6 +59,17 @@ _OTHERS = Prepared(
     .limit(1)
 )
 
+_END = Prepared(
+    sa.update(tasks)
+    .where(tasks.c.task_id == sa.bindparam("of_task"))
+    .values(
+        # What it has beyond its parts was a guess.
+        rows=tasks.c.part_rows,
+        bytes=tasks.c.part_bytes,
+        row_errors=tasks.c.part_row_errors,
+    )
+)
+
 _GIVEN_UP: dict[str, Any] = {"owner": "", "lease_expires": None, "rows_per_second": None}
 
 
@@ -278,22 +289,39 @@ def complete_unless_last(tx: Transaction, lease: Lease) -> Manifest | None:
 def complete_shard(tx: Transaction, lease: Lease, *, manifest: bool = False) -> bool:
     """End the shard, and with the last one the job."""
     task, job = _exporting(tx, lease, TaskKind.SHARD)
-    _change(
-        tx,
-        task.task_id,
-        state=TaskState.DONE.value,
-        rows=task.part_rows,
-        bytes=task.part_bytes,
-        row_errors=task.part_row_errors,
-        **_GIVEN_UP,
-    )
-    if _is_last(tx, task):
-        token = lease.token if manifest else None
-        lifecycle.end(tx, job, JobState.SUCCEEDED, manifest_token=token)
-        delivering.add_completions(tx, job)
-        return True
-    lifecycle.settle(tx, job.job_id)
-    return False
+    last = _end_shard(tx, task)
+    if last:
+        _publish(tx, job, lease.token if manifest else None)
+    else:
+        lifecycle.settle(tx, job.job_id)
+    return last
+
+
+def complete_only_shard(
+    tx: Transaction,
+    lease: Lease,
+    part: PartRecord,
+    errors: PartRecord | None,
+    *,
+    drop: bool,
+) -> list[int]:
+    """Record the last part of a job's only shard, and end it and the job."""
+    dropped, task, job = _record_part(tx, lease, part, errors, drop=drop)
+    if not _end_shard(tx, task):
+        raise ValueError("another shard of the job is unfinished")
+    _publish(tx, job, lease.token)
+    return dropped
+
+
+def _end_shard(tx: Transaction, task: Row[Any]) -> bool:
+    """Returns whether it was the last."""
+    tx.later(_END, of_task=task.task_id, state=TaskState.DONE.value, **_GIVEN_UP)
+    return _is_last(tx, task)
+
+
+def _publish(tx: Transaction, job: Row[Any], manifest_token: int | None) -> None:
+    lifecycle.end(tx, job, JobState.SUCCEEDED, manifest_token=manifest_token)
+    delivering.add_completions(tx, job)
 
 
 def _is_last(tx: Transaction, task: Row[Any]) -> bool:
