@@ -12,7 +12,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
@@ -25,6 +25,7 @@ from sqlalchemy.pool import QueuePool
 
 from exportd_server.errors import LedgerUnavailable
 from exportd_server.jobs.ledger.postgres_server import Address
+from exportd_server.jobs.ledger.prepared import Call, Prepared, run_all
 
 T = TypeVar("T")
 
@@ -68,6 +69,7 @@ class _Call:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._connection: psycopg.Connection[Any] | None = None
+        self.given_up = False
 
     def uses(self, connection: psycopg.Connection[Any] | None) -> None:
         """The call goes on with this connection, or with none."""
@@ -76,6 +78,7 @@ class _Call:
 
     def cut(self) -> None:
         """Cut the connection under the call, which then fails."""
+        self.given_up = True
         with self._lock, contextlib.suppress(OSError, psycopg.Error):
             if self._connection is not None and not self._connection.closed:
                 with socket.socket(fileno=os.dup(self._connection.fileno())) as link:
@@ -143,6 +146,32 @@ class Lane:
                 raise
             else:
                 return connection, row
+        raise AssertionError("unreachable")
+
+    def begin(
+        self, statements: Sequence[Prepared], calls: Sequence[Call]
+    ) -> tuple[Connection, list[list[Any]]]:
+        """Begin a transaction with some statements, and run calls in it; returns its
+        connection, and the rows of them all. Connections that broke while nobody used
+        them are replaced: what has not been committed may be begun again."""
+        whole = [*((statement, {}) for statement in statements), *calls]
+        connection = self._engine.connect()
+        for left in reversed(range(self._connections + 1)):
+            self._own.call.uses(_raw(connection))
+            try:
+                found = run_all(connection, whole)
+            except sa.exc.DBAPIError:
+                broken = self._broken(connection)
+                self._give_up(connection)
+                if not left or not broken or self._own.call.given_up:
+                    raise
+                connection = self._engine.connect()
+            except BaseException:
+                self._give_up(connection)
+                raise
+            else:
+                connection.info["used"] = time.monotonic()
+                return connection, found
         raise AssertionError("unreachable")
 
     @staticmethod

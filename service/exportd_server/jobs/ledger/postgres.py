@@ -30,7 +30,7 @@ from exportd_server.jobs.ledger.counting import count
 from exportd_server.jobs.ledger.lanes import Lane, Lines
 from exportd_server.jobs.ledger.listener import Listener
 from exportd_server.jobs.ledger.postgres_server import Address
-from exportd_server.jobs.ledger.prepared import Prepared
+from exportd_server.jobs.ledger.prepared import Call, Prepared
 from exportd_server.jobs.ledger.signals import Signals
 from exportd_server.jobs.ledger.sql import SqlLedger
 from exportd_server.jobs.ledger.statements import claiming, lifecycle
@@ -44,9 +44,11 @@ log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
 
-_WRITE = "BEGIN ISOLATION LEVEL READ COMMITTED, READ WRITE; "
-_READ = "BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY; "
-_CLOCK = "SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint"
+_WRITE = Prepared(sa.text("BEGIN ISOLATION LEVEL READ COMMITTED, READ WRITE"))
+_READ = Prepared(sa.text("BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY"))
+_CLOCK = Prepared(
+    sa.text("SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint")
+)
 _NOTIFY = "SELECT pg_notify(%s, piece) FROM unnest(%s::text[]) AS piece"
 _TAKEOVER = """SELECT claimed.*, EXISTS (
     SELECT FROM tasks WHERE task_id = claimed.o_task_id AND state = 'leased'
@@ -115,7 +117,7 @@ class PostgresDialect:
         """The server's clock, one for all processes."""
         if self._clock is not None:
             return codec.to_micros(self._clock.now())
-        return int(connection.exec_driver_sql(_CLOCK).scalar_one())
+        return int(_CLOCK.scalar(connection))
 
     def next_token(self, tx: Transaction) -> int:
         """The next of a sequence."""
@@ -289,22 +291,18 @@ class PostgresDatabase:
             return tx.run(work)
 
     @contextlib.contextmanager
-    def _transaction(self, lane: Lane, begin: str) -> Iterator[Transaction]:
-        connection, row = lane.ask(begin + _CLOCK)
-        with connection:
-            try:
-                # By the library, too: it commits only what it has begun, and does not see
-                # what goes to the driver.
-                connection.begin()
-                now = row[0] if self._clock is None else codec.to_micros(self._clock.now())
-                tx = Transaction(connection, self._dialect, now, self._max_attempts)
-                yield tx
-                connection.commit()
-            except BaseException:
-                # What cannot be undone for want of a connection the server undoes.
-                with contextlib.suppress(sa.exc.DBAPIError, psycopg.Error):
-                    connection.rollback()
-                raise
+    def _transaction(self, lane: Lane, begin: Prepared) -> Iterator[Transaction]:
+        tx = _LateTransaction(lane, begin, self._dialect, self._clock, self._max_attempts)
+        try:
+            yield tx
+            tx.connection.commit()
+        except BaseException:
+            # What cannot be undone for want of a connection the server undoes.
+            with contextlib.suppress(sa.exc.DBAPIError, psycopg.Error):
+                tx.undo()
+            raise
+        finally:
+            tx.close()
 
     def _claim(
         self, owner: str, kinds: list[str], lease: int, limit: int | None, depth: int
@@ -330,6 +328,58 @@ class PostgresDatabase:
         piece = news.parse(text)
         if piece is not None and piece.sender != self._instance:
             self.signals.spread(piece.changes)
+
+
+class _LateTransaction(Transaction):
+    """Begins with its first statements, as one journey with them."""
+
+    __slots__ = ("_begin", "_clock", "_lane", "_now")
+
+    def __init__(
+        self,
+        lane: Lane,
+        begin: Prepared,
+        dialect: PostgresDialect,
+        clock: Clock | None,
+        max_attempts: int,
+    ) -> None:
+        self._lane = lane
+        self._begin = begin
+        self._clock = clock
+        super().__init__(None, dialect, 0, max_attempts)
+
+    @property
+    def now(self) -> int:
+        """The moment at which it began, or that was set since."""
+        if self._open is None:
+            self.flush()
+        return self._now
+
+    @now.setter
+    def now(self, now: int) -> None:
+        self._now = now
+
+    def _run(self, calls: Sequence[Call]) -> list[list[Any]]:
+        if self._open is not None:
+            return super()._run(calls)
+        connection, found = self._lane.begin([self._begin, _CLOCK], calls)
+        self._open = connection
+        # By the library, too: it commits only what it has begun, and does not see what
+        # goes to the driver.
+        connection.begin()
+        _, ((now,),), *rows = found
+        self._now = now if self._clock is None else codec.to_micros(self._clock.now())
+        return rows
+
+    def undo(self) -> None:
+        """Undo what it did, if it has begun."""
+        if self._open is not None:
+            self._open.rollback()
+
+    def close(self) -> None:
+        """Give its connection back."""
+        if self._open is not None:
+            self._open.close()
 
 
 def _state(error: BaseException) -> str:

@@ -107,9 +107,11 @@ class Prepared:
         return _Compiled(str(compiled), compiled.positiontup, given)
 
 
-def run_all(
-    connection: Connection, calls: Sequence[tuple[Prepared, Mapping[str, Any]]]
-) -> list[list[Any]]:
+Call = tuple[Prepared, Mapping[str, Any]]
+"""A statement and its values."""
+
+
+def run_all(connection: Connection, calls: Sequence[Call]) -> list[list[Any]]:
     """Run statements with their values, one after the other, and return the rows of each.
     To a server they go together, as one journey there and back (libpq's pipeline mode).
     The first that fails undoes the transaction, and is raised as the library does."""

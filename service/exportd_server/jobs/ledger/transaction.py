@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeVar
 from sqlalchemy.engine import Connection
 
 from exportd_server.jobs.ledger.base import ClaimLimits, Lease, TaskKind
-from exportd_server.jobs.ledger.prepared import Prepared, run_all
+from exportd_server.jobs.ledger.prepared import Call, Prepared, run_all
 from exportd_server.jobs.ledger.signals import Changes, Signals
 
 T = TypeVar("T")
@@ -55,19 +55,19 @@ _Then = Callable[[list[Any]], None]
 
 
 class Transaction:
-    """One open transaction at one moment, in microseconds since 1970.
+    """One transaction at one moment, `now`, in microseconds since 1970.
 
     A server is a journey away. Statements whose rows nobody waits for are put off with
     `later`, and go together with the next one whose rows are; each of them sees what those
     before it did, in the order in which they were given.
     """
 
-    __slots__ = ("_connection", "_late", "changes", "dialect", "max_attempts", "now")
+    __slots__ = ("_late", "_open", "changes", "dialect", "max_attempts", "now")
 
     def __init__(
-        self, connection: Connection, dialect: Dialect, now: int, max_attempts: int
+        self, connection: Connection | None, dialect: Dialect, now: int, max_attempts: int
     ) -> None:
-        self._connection = connection
+        self._open = connection
         self._late: list[tuple[Prepared, Mapping[str, Any], _Then | None]] = []
         self.dialect = dialect
         self.now = now
@@ -78,7 +78,7 @@ class Transaction:
     def connection(self) -> Connection:
         """The connection, with nothing put off."""
         self.flush()
-        return self._connection
+        return self._opened()
 
     def later(
         self, statement: Prepared, then: _Then | None = None, /, **values: Any
@@ -90,8 +90,8 @@ class Transaction:
     def rows(self, statement: Prepared, /, **values: Any) -> list[Any]:
         """Run a statement now, and what was put off before it; its rows. Raises as the
         library does, and what a `then` raises."""
-        if not self._late:
-            return statement.rows(self._connection, **values)
+        if self._open is not None and not self._late:
+            return statement.rows(self._open, **values)
         found: list[Any] = []
         self.later(statement, found.extend, **values)
         self.flush()
@@ -115,15 +115,22 @@ class Transaction:
 
     def flush(self) -> None:
         """Run what was put off."""
-        if not self._late:
+        if self._open is not None and not self._late:
             return
         late, self._late = self._late, []
-        found = run_all(
-            self._connection, [(statement, values) for statement, values, _ in late]
-        )
+        found = self._run([(statement, values) for statement, values, _ in late])
         for (_, _, then), rows in zip(late, found, strict=True):
             if then is not None:
                 then(rows)
+
+    def _run(self, calls: Sequence[Call]) -> list[list[Any]]:
+        """Run them, on the connection; a transaction that was made without one begins."""
+        return run_all(self._opened(), calls)
+
+    def _opened(self) -> Connection:
+        if self._open is None:
+            raise RuntimeError("the transaction has not begun")
+        return self._open
 
 
 class Database(Protocol):
