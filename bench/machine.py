@@ -47,7 +47,7 @@ def server(
     data_dir.mkdir(parents=True, exist_ok=True)
     with listening(
         [
-            *(sys.executable, "-m", "exportd_server.cli", "serve"),
+            *(sys.executable, "-m", "exportd_server", "serve"),
             *("--listen", "127.0.0.1:0", "--data-dir", str(data_dir)),
             *("--catalogue", str(catalogue), "--log-level", "warning"),
         ],
@@ -87,7 +87,7 @@ def sample_data(rows: int) -> Path:
     directory = CACHE / f"samples-{rows}"
     subprocess.run(
         [
-            *(sys.executable, "-m", "exportd_server.cli", "samples"),
+            *(sys.executable, "-m", "exportd_server", "samples"),
             *(str(directory), "--rows", str(rows)),
         ],
         check=True,

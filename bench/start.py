@@ -98,7 +98,7 @@ def start(data_dir: Path, catalogue: Path) -> Run:
     began = time.perf_counter()
     process = subprocess.Popen(
         [
-            *(sys.executable, "-m", "exportd_server.cli", "serve"),
+            *(sys.executable, "-m", "exportd_server", "serve"),
             *("--listen", "127.0.0.1:0", "--data-dir", str(data_dir)),
             *("--catalogue", str(catalogue), "--log-level", "warning"),
         ],

@@ -32,7 +32,7 @@ def server(data_dir: Path, rows: int) -> Iterator[str]:
     with log.open("w", encoding="utf-8") as stream:
         process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "exportd_server.cli", "serve"),
+                *(sys.executable, "-m", "exportd_server", "serve"),
                 *("--listen", "127.0.0.1:0", "--data-dir", str(data_dir)),
                 *("--sample-rows", str(rows)),
                 *("--log-level", "warning", "--log-style", "console"),

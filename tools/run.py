@@ -29,7 +29,7 @@ def main() -> None:
         flush=True,
     )
     command = [
-        *(sys.executable, "-m", "exportd_server.cli", "serve"),
+        *(sys.executable, "-m", "exportd_server", "serve"),
         *("--listen", options.listen, "--data-dir", options.data_dir),
         *("--log-style", "console"),
     ]

@@ -20,6 +20,7 @@ import click
 from exportd_server.errors import ConfigurationError, ExportdError, ServerLost
 from exportd_server.identity.base import KeyStore, KeysUnreadable, Scope
 from exportd_server.identity.keys import new_key
+from exportd_server.platform.garbage import uncollected
 from exportd_server.platform.logging import configure_logging, log_everything
 from exportd_server.platform.malloc import keep_large_buffers
 from exportd_server.platform.threads import left_over
@@ -126,7 +127,8 @@ def _run(
 
 
 async def _serve(settings: Settings) -> None:
-    from exportd_server.app import serving  # noqa: PLC0415 - heavy, and --help is not
+    with uncollected():
+        from exportd_server.app import serving  # noqa: PLC0415 - heavy, and --help is not
 
     async with serving(settings) as running:
         host = settings.listen.rpartition(":")[0]
@@ -134,7 +136,8 @@ async def _serve(settings: Settings) -> None:
 
 
 async def _work(settings: Settings) -> None:
-    from exportd_server.app import working  # noqa: PLC0415 - heavy, and --help is not
+    with uncollected():
+        from exportd_server.app import working  # noqa: PLC0415 - heavy, and --help is not
 
     async with working(settings) as stop:
         await _until_told(stop, "working")
@@ -484,7 +487,3 @@ class _configuration_errors:  # noqa: N801 - reads as a statement
         if isinstance(error, ConfigurationError):
             click.echo(f"exportd-server: {error}", err=True)
             sys.exit(EXIT_CONFIGURATION)
-
-
-if __name__ == "__main__":
-    main()

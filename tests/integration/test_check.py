@@ -228,7 +228,7 @@ def test_the_command_says_all_in_lines_and_by_its_exit_code(site: Site) -> None:
 def run(file: Path, *arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [
-            *(sys.executable, "-m", "exportd_server.cli", "check"),
+            *(sys.executable, "-m", "exportd_server", "check"),
             *("--config", str(file), *arguments),
         ],
         capture_output=True,

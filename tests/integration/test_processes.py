@@ -108,7 +108,7 @@ def test_the_embedded_ledger_is_for_one_process_that_does_both(
     if "serve" in arguments:
         arguments = [*arguments, "--listen", "127.0.0.1:0"]
     with process(
-        *("-m", "exportd_server.cli", *arguments),
+        *("-m", "exportd_server", *arguments),
         *("--data-dir", str(tmp_path), "--catalogue", str(sample_catalogue)),
     ) as refused:
         out, err = refused.communicate(timeout=ENOUGH)

@@ -115,7 +115,7 @@ async def start(
     """Start a server; how it ended, None when it did not and had to be, and all that it
     said on standard output and standard error."""
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "exportd_server.cli", "serve"),
+        *(sys.executable, "-m", "exportd_server", "serve"),
         *("--listen", "127.0.0.1:0", "--data-dir", str(home / "data")),
         *("--catalogue", str(catalogue), "--log-level", "warning"),
         stdin=asyncio.subprocess.DEVNULL,

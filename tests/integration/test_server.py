@@ -103,7 +103,7 @@ def start(
     """Start a server that is expected to refuse."""
     return subprocess.run(
         [
-            *(sys.executable, "-m", "exportd_server.cli", "serve"),
+            *(sys.executable, "-m", "exportd_server", "serve"),
             *("--listen", "127.0.0.1:0", "--data-dir", str(data_dir), *arguments),
         ],
         capture_output=True,

@@ -271,7 +271,7 @@ async def test_what_sqlite_does_not_tell_in_time_is_named_and_the_rest_is_told(
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "exportd_server.cli", *arguments],
+        [sys.executable, "-m", "exportd_server", *arguments],
         capture_output=True,
         text=True,
         check=False,
@@ -291,7 +291,7 @@ async def one_job(tmp_path: Path) -> None:
 def test_watching_goes_on_until_it_is_interrupted(tmp_path: Path, one_job: None) -> None:
     process = subprocess.Popen(
         [
-            *(sys.executable, "-m", "exportd_server.cli", "status", "--watch", "--json"),
+            *(sys.executable, "-m", "exportd_server", "status", "--watch", "--json"),
             *("--interval", "0.5", "--data-dir", str(tmp_path)),
         ],
         stdout=subprocess.PIPE,

@@ -287,7 +287,7 @@ def test_without_the_extra_a_start_says_which_setting_needs_it_and_how_to_get_it
         "PYTHONPATH": str(missing.parent),
         "EXPORTD_TRACING__ENDPOINT": "http://127.0.0.1:4317",
     }
-    command = (sys.executable, "-m", "exportd_server.cli")
+    command = (sys.executable, "-m", "exportd_server")
     place = ("--data-dir", str(tmp_path / "data"))
     for name in ("serve", "check"):
         done = subprocess.run(

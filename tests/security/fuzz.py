@@ -850,7 +850,7 @@ async def target(folder: Path, *, ledger: str = "") -> AsyncIterator[Target]:
 
 async def _postgres_key(ledger: str, tenant: str) -> str:
     made = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "exportd_server.cli", "keys", "create"),
+        *(sys.executable, "-m", "exportd_server", "keys", "create"),
         *("--tenant", tenant, "--scope", "admin"),
         env={"EXPORTD_LEDGER__URL": ledger, "EXPORTD_STORE__URL": "file:///tmp"},
         stdout=asyncio.subprocess.PIPE,

@@ -203,7 +203,7 @@ def _make_key(scene: Scene, place: str, env: dict[str, str], *arguments: str) ->
     the owner."""
     made = subprocess.run(
         [
-            *(sys.executable, "-m", "exportd_server.cli", "keys", "create"),
+            *(sys.executable, "-m", "exportd_server", "keys", "create"),
             *("--tenant", "acme", "--scope", "admin", *arguments),
         ],
         capture_output=True,
@@ -740,7 +740,7 @@ def test_a_server_that_cannot_start_does_not_tell_why_by_its_secrets(
         folder = tmp_path / name.replace(" ", "-")
         return subprocess.run(
             [
-                *(sys.executable, "-m", "exportd_server.cli", "serve"),
+                *(sys.executable, "-m", "exportd_server", "serve"),
                 *("--listen", "127.0.0.1:0", "--log-level", "debug"),
                 *("--data-dir", str(folder)),
             ],

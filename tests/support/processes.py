@@ -60,7 +60,7 @@ class Processes:
     def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run `exportd-server` to its end."""
         return subprocess.run(
-            [sys.executable, "-m", "exportd_server.cli", *arguments],
+            [sys.executable, "-m", "exportd_server", *arguments],
             check=False,
             capture_output=True,
             text=True,
@@ -76,7 +76,7 @@ class Processes:
         own = {f"EXPORTD_{name.upper()}": str(value) for name, value in settings.items()}
         with log.open("w") as stream:
             process = subprocess.Popen(
-                [sys.executable, "-m", "exportd_server.cli", *arguments],
+                [sys.executable, "-m", "exportd_server", *arguments],
                 stdout=subprocess.PIPE,
                 stderr=stream,
                 text=True,

@@ -111,7 +111,7 @@ def server_process(
     with log.open("w") as stream:
         process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "exportd_server.cli", "serve"),
+                *(sys.executable, "-m", "exportd_server", "serve"),
                 *("--listen", "127.0.0.1:0", "--data-dir", str(data_dir), *arguments),
             ],
             stdout=subprocess.PIPE,
