@@ -5,18 +5,19 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, closing, contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 from uuid import UUID
 
 import psutil
 import psycopg
 import pytest
 import sqlalchemy as sa
+from psycopg.pq import TransactionStatus
 
 from exportd_server.errors import ConfigurationError, ErrorReason, LedgerUnavailable
 from exportd_server.jobs.ledger import lanes, news, schema
@@ -62,6 +63,8 @@ from tests.support.postgres import PostgresServer, running_postgres
 from tests.support.waits import ENOUGH
 
 LONG = 600.0
+
+T = TypeVar("T")
 
 
 def new(number: int, tenant: str = "acme", **what: Any) -> NewJob:
@@ -1057,3 +1060,69 @@ def test_much_news_goes_in_pieces_that_the_server_carries() -> None:
 @pytest.mark.parametrize("text", ["", "x", "{}", "[]", '{"from":"a","jobs":[1]}', "null"])
 def test_what_others_say_on_the_channel_is_ignored(text: str) -> None:
     assert news.parse(text) is None
+
+
+async def test_what_a_job_asks_takes_few_journeys_to_the_server(
+    fleet: list[SqlLedger], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over a network they are most of the time that each call takes."""
+    ledger = fleet[0]
+    journeys = 0
+
+    def counting(call: Callable[..., Any], takes: Callable[[Any], bool]) -> Any:
+        def counted(self: Any, *arguments: Any, **options: Any) -> Any:
+            nonlocal journeys
+            journeys += takes(self)
+            return call(self, *arguments, **options)
+
+        return counted
+
+    pipelines = psycopg.Pipeline.__exit__
+    monkeypatch.setattr(psycopg.Pipeline, "__exit__", counting(pipelines, lambda _: True))
+    monkeypatch.setattr(
+        psycopg.Cursor,
+        "execute",
+        counting(psycopg.Cursor.execute, lambda cursor: not cursor.connection._pipeline),
+    )
+    monkeypatch.setattr(
+        psycopg.Connection,
+        "commit",
+        counting(
+            psycopg.Connection.commit,
+            lambda link: link.info.transaction_status != TransactionStatus.IDLE,
+        ),
+    )
+    taken: dict[str, int] = {}
+
+    async def of(name: str, call: Awaitable[T]) -> T:
+        nonlocal journeys
+        journeys = 0
+        result = await call
+        taken[name] = journeys
+        return result
+
+    # The first call looks at the server as well.
+    assert await ledger.get_job("acme", "none") is None
+    await of("create", ledger.create_job(new(1), max_active=9, max_queued=9))
+    lease = await of("claim", claim(ledger))
+    assert lease is not None
+    await of("get", ledger.get_job("acme", lease.job_id))
+    lease = await of(
+        "plan", ledger.record_plan(lease, shards(1), COLUMNS, estimated_rows=None)
+    )
+    progress = ledger.record_progress(lease, rows=1, bytes_=1, rows_per_second=1.0)
+    await of("progress", progress)
+    await of("part", ledger.add_part(lease, part(lease)))
+    await of("end", ledger.complete_only_shard(lease, part(lease, 1)))
+    await of("get done", ledger.get_job("acme", lease.job_id))
+    # Of each but a claim the last one commits.
+    assert taken == {
+        "create": 4,
+        "claim": 1,
+        "get": 2,
+        "plan": 4,
+        "progress": 3,
+        "part": 3,
+        "end": 4,
+        "get done": 3,
+    }

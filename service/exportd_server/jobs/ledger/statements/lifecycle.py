@@ -183,7 +183,11 @@ def end(
 ) -> None:
     """Turn a job terminal: fence its workers, set its expiry, have what it must not
     leave behind cleaned up."""
-    writers_until = last_writer(tx, job)
+    if state is JobState.SUCCEEDED:
+        # It has no task left that anybody could hold.
+        writers_until = int(job.writers_until)
+    else:
+        writers_until = last_writer(tx, job)
     move(
         tx,
         job.job_id,

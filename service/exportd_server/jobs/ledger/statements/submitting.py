@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -31,7 +32,8 @@ _UNFINISHED = [state.value for state in JobState if not state.terminal]
 _QUEUED = [JobState.PENDING.value]
 
 # Built once, as in `reading` and `lifecycle`.
-_ADD_JOB = Prepared(sa.insert(jobs).returning(jobs))
+_ADD_JOB = Prepared(sa.insert(jobs))
+_ADD_LABEL = Prepared(sa.insert(labels))
 _ADD_TASK = Prepared(sa.insert(tasks))
 _OF_REQUEST = Prepared(
     sa.select(jobs).where(
@@ -46,23 +48,29 @@ def create_job(
 ) -> tuple[Job, bool]:
     """Record a job and its plan, unless the request was recorded before."""
     tx.dialect.ensure_tenant(tx, new.tenant)
-    if new.request_id:
-        known = tx.first(_OF_REQUEST, tenant=new.tenant, request_id=new.request_id)
-        if known is not None:
-            if known.fingerprint not in {new.fingerprint, *new.older_fingerprints}:
-                raise RequestIdConflict(known.job_id)
-            return reading.to_job(tx, known), False
-    for most, states, error in (
-        (max_active, _UNFINISHED, TooManyActiveJobs),
-        (max_queued, _QUEUED, TooManyQueuedJobs),
+    active = _counted(tx, new.tenant, _UNFINISHED, max_active)
+    queued = _counted(tx, new.tenant, _QUEUED, max_queued)
+    known = (
+        tx.first(_OF_REQUEST, tenant=new.tenant, request_id=new.request_id)
+        if new.request_id
+        else None
+    )
+    tx.flush()
+    if known is not None:
+        if known.fingerprint not in {new.fingerprint, *new.older_fingerprints}:
+            raise RequestIdConflict(known.job_id)
+        return reading.to_job(tx, known), False
+    for most, found, states, error in (
+        (max_active, active, _UNFINISHED, TooManyActiveJobs),
+        (max_queued, queued, _QUEUED, TooManyQueuedJobs),
     ):
-        if most is not None and _count(tx, new.tenant, states, most) >= most:
+        if most is not None and found[0].jobs >= most:
             raise error(f"{most} jobs are {' or '.join(states).lower()}")
     spec = new.spec
     disabled = delivering.disabled_among(tx, new.queues)
     if disabled is not None:
         raise EndpointDisabled(disabled, new.queues[disabled].queue)
-    row = tx.first(
+    tx.later(
         _ADD_JOB,
         job_id=new.job_id,
         tenant=new.tenant,
@@ -82,19 +90,14 @@ def create_job(
         sinks=len(spec.sinks),
         trace_context=new.trace_context or None,
     )
-    if spec.labels:
-        tx.connection.execute(
-            sa.insert(labels),
-            [
-                {
-                    "job_id": new.job_id,
-                    "name": name,
-                    "value": value,
-                    "tenant": new.tenant,
-                    "create_time": tx.now,
-                }
-                for name, value in spec.labels.items()
-            ],
+    for name, value in spec.labels.items():
+        tx.later(
+            _ADD_LABEL,
+            job_id=new.job_id,
+            name=name,
+            value=value,
+            tenant=new.tenant,
+            create_time=tx.now,
         )
     tx.later(
         _ADD_TASK,
@@ -109,13 +112,21 @@ def create_job(
     )
     tx.changes.work = True
     tx.changes.created.append(Created(spec.dataset, spec.output.format.value))
-    return reading.to_job(tx, row), True
+    job = reading.get_job(tx, new.tenant, new.job_id)
+    if job is None:
+        raise RuntimeError("a job that was just made is missing")
+    return job, True
 
 
-def _count(tx: Transaction, tenant: str, states: list[str], enough: int) -> int:
-    """Jobs of the tenant in these states, counted no further than `enough`."""
-    counting = _counting(tuple(states), enough)
-    return int(tx.scalar(counting, tenant=tenant))
+def _counted(
+    tx: Transaction, tenant: str, states: list[str], enough: int | None
+) -> list[Any]:
+    """Will have the number of jobs of the tenant in these states, counted no further than
+    `enough`, once that has run; None: nothing is counted."""
+    counted: list[Any] = []
+    if enough is not None:
+        tx.later(_counting(tuple(states), enough), counted.extend, tenant=tenant)
+    return counted
 
 
 @lru_cache
@@ -129,7 +140,7 @@ def _counting(states: tuple[str, ...], enough: int) -> Prepared:
         .limit(enough)
         .subquery()
     )
-    return Prepared(sa.select(sa.func.count()).select_from(some))
+    return Prepared(sa.select(sa.func.count().label("jobs")).select_from(some))
 
 
 def cancel_job(

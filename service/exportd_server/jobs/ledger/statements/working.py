@@ -134,6 +134,12 @@ def record_plan(
         "since": task.since,
         "run_at": tx.now,
     }
+    lifecycle.touch(
+        tx,
+        job.job_id,
+        columns=codec.dump_columns(columns),
+        estimated_rows=estimated_rows,
+    )
     first = tx.first(
         _ADD_AND_TELL,
         **common,
@@ -155,12 +161,6 @@ def record_plan(
             ],
         )
         tx.changes.work = True
-    lifecycle.touch(
-        tx,
-        job.job_id,
-        columns=codec.dump_columns(columns),
-        estimated_rows=estimated_rows,
-    )
     return to_lease(first, job)
 
 
