@@ -487,3 +487,7 @@ class _configuration_errors:  # noqa: N801 - reads as a statement
         if isinstance(error, ConfigurationError):
             click.echo(f"exportd-server: {error}", err=True)
             sys.exit(EXIT_CONFIGURATION)
+
+
+if __name__ == "__main__":
+    main()

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, closing, contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 from uuid import UUID
 
 import psutil
@@ -1126,3 +1126,124 @@ async def test_what_a_job_asks_takes_few_journeys_to_the_server(
         "end": 4,
         "get done": 3,
     }
+
+
+# --- errors in the middle of a journey
+
+_ONE = Prepared(sa.text("SELECT 1 AS one"))
+_OVER = Prepared(sa.text("SELECT 1 / CAST(:by AS int) AS one"))
+_TEXT = Prepared(sa.text("SELECT CAST(:text AS text) AS text"))
+
+
+def _raises(rows: list[Any]) -> None:
+    raise KeyError(rows[0].one)
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["first", "later"])
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
+        (lambda tx: tx.later(_OVER, by=0), sa.exc.DBAPIError),
+        (lambda tx: tx.later(_TEXT, text="\0"), sa.exc.DBAPIError),
+        (lambda tx: tx.later(_TEXT, text="\ud800"), UnicodeEncodeError),
+        (lambda tx: tx.later(_TEXT), sa.exc.DBAPIError),
+        (lambda tx: tx.later(_ONE, _raises), KeyError),
+    ],
+    ids=["refused", "zero", "surrogate", "missing", "then"],
+)
+async def test_an_error_among_statements_that_go_together_leaves_a_good_connection(
+    ledger_database: LedgerDatabase,
+    wrong: Callable[[Transaction], None],
+    error: type[Exception],
+    *,
+    begun: bool,
+) -> None:
+    ledger_database.reset()
+    ledger = await open_postgres_ledger(ledger_database.url, connections=1)
+
+    def work(tx: Transaction) -> None:
+        if begun:
+            assert tx.scalar(_ONE) == 1
+        tx.later(_ONE)
+        wrong(tx)
+        tx.later(_ONE)
+
+    database = cast("Any", ledger._database)
+    try:
+        for _ in range(7):  # the driver prepares what it has seen five times
+            for call in (database.write, database.read):
+                with pytest.raises(error):
+                    await call(work)
+                assert database._pool._engine.pool.checkedout() == 0
+                assert await call(lambda tx: tx.scalar(_OVER, by=1)) == 1
+                assert await call(lambda tx: tx.scalar(_TEXT, text="good")) == "good"
+    finally:
+        await ledger.close()
+
+
+async def test_a_deadlock_that_commit_finds_is_tried_again(
+    fleet: list[SqlLedger], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    end = lanes.Lane.end
+    ends: list[str] = []
+
+    def once(connection: Any, text: str, parameters: Any) -> None:
+        ends.append(text)
+        if len(ends) == 1:
+            raise psycopg.errors.DeadlockDetected
+        end(connection, text, parameters)
+
+    monkeypatch.setattr(lanes.Lane, "end", staticmethod(once))
+    _, created = await fleet[0].create_job(new(1))
+    assert created, "the first try was undone"
+    assert len(ends) == 2
+
+
+async def test_a_call_that_was_given_up_writes_nothing_once_it_has_connected(
+    ledger_database: LedgerDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger_database.reset()
+    ledger = await open_postgres_ledger(ledger_database.url, connections=1)
+    lane = cast("Any", ledger._database)._pool
+    engine, go_on = lane._engine, threading.Event()
+
+    class Late:
+        def connect(self) -> Any:
+            assert go_on.wait(ENOUGH)
+            return engine.connect()
+
+    try:
+        monkeypatch.setattr(lanes, "CALL_SECONDS", 0.2)
+        lane._engine = Late()
+        with pytest.raises(LedgerUnavailable):
+            await ledger.create_job(new(1))
+        (call,) = lane._calls.values()
+        go_on.set()
+        with pytest.raises(LedgerUnavailable):
+            await asyncio.wrap_future(call)
+        assert ledger_database.ask("SELECT count(*) FROM jobs") == [(0,)]
+    finally:
+        lane._engine = engine
+        await ledger.close()
+
+
+async def test_a_failover_leaves_nothing_behind_that_later_calls_stumble_over() -> None:
+    """A standby refuses to begin what may write, and with it all that goes along."""
+    with running_postgres() as server:
+        migrate_postgres_ledger(server.url())
+        ledger = await open_postgres_ledger(server.url(), connections=1)
+        try:
+            await ledger.create_job(new(1))
+            server.stop()
+            (server._data / "standby.signal").touch()
+            server.start()
+            for _ in range(6):
+                assert await ledger.get_job("acme", new(1).job_id) is not None
+                with pytest.raises(LedgerUnavailable):
+                    await ledger.create_job(new(2))
+            server.sql("SELECT pg_promote(true, 30)")
+            for number in range(2, 9):
+                _, created = await ledger.create_job(new(number))
+                assert created
+        finally:
+            await ledger.close()

@@ -274,6 +274,10 @@ async def test_the_last_part_of_the_only_shard_is_recorded_with_the_jobs_end(
     assert done.manifest.error_parts == (last[1],)
     assert (done.progress.rows, done.progress.bytes) == (17, 210)
     assert (done.progress.row_errors, done.progress.parts_done) == (3, 2)
+    before = world.dump()
+    assert await world.ledger.complete_only_shard(lease, *last) == [], "an answer is lost"
+    assert world.dump() == before
+    assert await world.ledger.delete_job(job.tenant, job.job_id) is JobState.SUCCEEDED
 
 
 async def test_a_part_is_not_recorded_with_a_jobs_end_that_has_not_come(

@@ -780,3 +780,29 @@ async def test_metrics_are_served_and_every_retry_and_dead_letter_is_one_line(
     assert events == ["delivery failed", "delivery failed", "delivery dead-lettered"]
     assert {line["sink"] for line in lines} == {"a"}
     assert {line["job_id"] for line in lines} == {job.job_id}
+
+
+async def test_a_job_of_one_part_shows_how_far_it_is_while_a_queue_is_full(
+    run: Serving, scripted: ScriptedSink
+) -> None:
+    """Its last part waits to be recorded along with its end, and its manifest to be
+    stored."""
+    go_on = scripted.hold("slow")
+    slow = '[connections.slow]\ntype = "scripted"\nqueue_depth = 1\nconcurrency = 1\n'
+    rows, batches = 40 * BATCH_ROWS, 40
+    async with run(GateSource(batches, wide=True), sinks=slow) as server:
+        where = to("slow", connection="slow")
+        first = await create(server, where, max_part_rows=2 * rows)
+        await rpc.finish(server.stub, first.job_id)
+        second = await create(server, where, max_part_rows=2 * rows)
+
+        now = second
+        async with asyncio.timeout(ENOUGH):
+            while now.progress.rows < rows:
+                now = await rpc.get(server.stub, second.job_id)
+        assert now.state == job_pb2.JOB_STATE_RUNNING
+        kinds = {file.parent.name for file in server.files() if second.job_id in str(file)}
+        assert kinds == {"output"}, "its manifest waits, too"
+        go_on.set()
+        done = await settled(server, second.job_id)
+        assert done.progress.rows == rows

@@ -13,6 +13,7 @@ import pytest
 
 from exportd_server.errors import SourceFailed
 from exportd_server.jobs.model import JobState
+from exportd_server.platform import metrics_exports
 from exportd_server.sources.base import SourceChanged
 from tests.support.faults import Faults
 from tests.support.fleet import TENANT, Fleet, fleet_in
@@ -217,3 +218,22 @@ async def test_an_outage_is_told_once_and_not_at_every_try(
     assert all(one != other for one, other in pairwise(told))
     out += capfd.readouterr().out
     assert "Traceback" not in out
+
+
+def counted_rows() -> float:
+    """Rows that exports of this process have been counted with."""
+    samples = [sample for one in metrics_exports.rows.collect() for sample in one.samples]
+    return sum(one.value for one in samples if one.name.endswith("_total"))
+
+
+async def test_a_job_whose_end_got_no_answer_is_counted_once(tmp_path: Path) -> None:
+    async with fleet_in(tmp_path, max_rows=10**9) as fleet:
+        faults = Faults(fleet.ledger)
+        faults.fail("complete_only_shard", after=True)
+        before = counted_rows()
+        job = await fleet.create(max_part_rows=10**6)
+        async with fleet.worker(GateSource(10, wide=True), ledger=faults.ledger):
+            done = await fleet.finished(job)
+        assert done.state is JobState.SUCCEEDED
+        assert not faults.pending
+        assert counted_rows() - before == 10 * BATCH_ROWS

@@ -974,6 +974,12 @@ class LedgerMachine(RuleBasedStateMachine):
                 return
         sequence = len(task.parts) if task else 0
         complete = self.ledger.complete_only_shard(lease, part(lease, sequence), drop=drop)
+        if any(
+            job.state is JobState.SUCCEEDED and job.manifest == lease.token
+            for job in self.model.jobs.values()
+        ):
+            assert self.run(complete) == [], "it was done before"
+            return
         if done := self.attempt(lease, complete):
             task, without = done
             assert task.job is not None

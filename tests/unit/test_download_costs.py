@@ -47,7 +47,7 @@ GROWING = 5
 
 CALLS_OF_A_CHUNK = 21
 """Functions and resumed coroutines of the service from one message to the next."""
-CALLS_OF_A_READ = 92
+CALLS_OF_A_READ = 98
 """Python functions, of libraries too, in which the ledger reads a finished job."""
 STATEMENTS_OF_A_READ = 2
 """The job with its tasks' sums, and its parts."""

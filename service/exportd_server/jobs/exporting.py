@@ -86,12 +86,14 @@ class _Recording:
     where the last part told.
 
     Of a job that was planned as one shard, with these `columns`, all is known here: its
-    `last` part is kept back, to be recorded with the job's end."""
+    `last` part is kept back, to be recorded with the job's end, and `drop` says whether
+    the sinks that have no room for it are to go without."""
 
     patience: float
     columns: Sequence[ManifestColumn] | None = None
     parts: list[PartRecord] = field(default_factory=list)
     last: FinishedPart | None = None
+    drop: bool = False
     manifest: Manifest | None = None
 
     def keep_last(self, last: FinishedPart) -> bool:
@@ -314,6 +316,8 @@ class Exporter:
             span.set({"exportd.shard": lease.shard.index})
             async with self._progress(held, run, caps):
                 await _run_in_thread(held, run, self._strays, self._overdue(run, time_cap))
+                if recording.last is not None:
+                    recording.drop = await self._find_room(held, job, time_cap, recording)
             last = recording.manifest or await held.insist(
                 lambda: self._ledger.complete_unless_last(lease)
             )
@@ -324,7 +328,7 @@ class Exporter:
                 check_parts(len(last.all_parts))
         if last is not None:
             with self._step("publish", held, job):
-                await self._publish(held, job, last, recording, time_cap)
+                await self._publish(held, job, last, recording)
             log.info("job succeeded", rows=run.rows, bytes=run.bytes)
 
     def _step(self, name: str, held: Held, job: Job) -> AbstractContextManager[Span]:
@@ -356,7 +360,6 @@ class Exporter:
         job: Job,
         manifest: Manifest,
         recording: _Recording,
-        time_cap: TimeCap,
     ) -> None:
         """Store the manifest, and only then have the job succeed. Raises `PartsLost`."""
         lease = held.lease
@@ -366,21 +369,32 @@ class Exporter:
             missing = await held.unless_stopped(missing_parts(self._store, job, manifest))
             if missing:
                 raise PartsLost(len(missing))
-        await held.unless_stopped(
-            in_daemon_thread(
-                lambda: store_manifest(self._store, job, manifest, lease.token), "manifest"
+        try:
+            await held.unless_stopped(
+                in_daemon_thread(
+                    lambda: store_manifest(self._store, job, manifest, lease.token),
+                    "manifest",
+                )
             )
-        )
+        except Exception:
+            if recording.last is not None:
+                # So that the next attempt need not write it again.
+                with suppress(LeaseLost, LedgerUnavailable):
+                    await self._ledger.add_last_part(
+                        lease, *_part_records(recording.last), drop=recording.drop
+                    )
+            raise
         # With the job its leases end, this one too, which is no news to anybody here.
         if recording.last is None:
             with held.changing():
                 await held.insist(lambda: self._ledger.complete_shard(lease, manifest=True))
             return
         output, *errors = _part_records(recording.last)
-        drop = await self._find_room(held, job, time_cap, recording)
         with held.changing():
             dropped = await held.insist(
-                lambda: self._ledger.complete_only_shard(lease, output, *errors, drop=drop)
+                lambda: self._ledger.complete_only_shard(
+                    lease, output, *errors, drop=recording.drop
+                )
             )
         _count(job, recording.last, dropped)
 

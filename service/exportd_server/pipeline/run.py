@@ -84,10 +84,10 @@ class ShardRun:
     """One run of a shard. Call it in a thread; it blocks until the shard is written.
 
     `commit` is called for each finished part, in order, and returns once the part is
-    recorded; when it raises, the run ends with that error. `check` is called with the
-    shard's rows, bytes and refused rows so far, finished parts included, after each piece
-    of work, and ends the run by raising, too. `rows`, `bytes`, which has those of error
-    parts as well, and `row_errors` may be read from any thread.
+    recorded, the last one perhaps before; when it raises, the run ends with that error.
+    `check` is called with the shard's rows, bytes and refused rows so far, finished parts
+    included, after each piece of work, and ends the run by raising, too. `rows`, `bytes`,
+    which has those of error parts as well, and `row_errors` may be read from any thread.
 
     Raises what the source, the encoder, the store, `commit` or `check` raised, or
     `Stopped` after `cancel`; an unfinished part is then gone.

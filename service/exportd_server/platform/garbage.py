@@ -8,6 +8,7 @@ which nothing else goes on.
 
 from __future__ import annotations
 
+import atexit
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,10 +17,13 @@ from contextlib import contextmanager
 @contextmanager
 def uncollected() -> Iterator[None]:
     """For imports: collect nothing while the context is open, and nothing that is there at
-    its end, ever."""
+    its end until the process ends."""
     gc.disable()
     try:
         yield
     finally:
         gc.freeze()
         gc.enable()
+        # At its end the interpreter takes modules apart, and what stays of those in C is
+        # complained of.
+        atexit.register(gc.unfreeze)

@@ -75,6 +75,8 @@ def configure_logging(
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
+    # What it tells below that, of a pipeline that broke, it raises as well.
+    logging.getLogger("psycopg").setLevel(logging.ERROR)
     logging.getLogger(_GRPC).addFilter(_tells_no_metadata)
     logging.getLogger("exportd_server").setLevel(level.upper())
     logging.getLogger(AUDIT).setLevel(logging.INFO)

@@ -429,7 +429,8 @@ class Ledger(Protocol):
     ) -> Sequence[int]:
         """Record the last part, as `add_part` does, of a job's only shard, and end the
         shard with the job, as `complete_shard` does with the manifest in the store: all of
-        it or nothing. ValueError where another shard is unfinished."""
+        it or nothing. Once that is done, doing it again changes nothing and tells of no
+        sink. ValueError where another shard is unfinished."""
         ...
 
     async def restart_output(self, lease: Lease) -> None:

@@ -75,11 +75,18 @@ class _Call:
         """The call goes on with this connection, or with none."""
         with self._lock:
             self._connection = connection
+            if self.given_up:
+                self._cut()
 
     def cut(self) -> None:
-        """Cut the connection under the call, which then fails."""
-        self.given_up = True
-        with self._lock, contextlib.suppress(OSError, psycopg.Error):
+        """Cut the connection under the call, and any other that it takes up after: it
+        then fails."""
+        with self._lock:
+            self.given_up = True
+            self._cut()
+
+    def _cut(self) -> None:
+        with contextlib.suppress(OSError, psycopg.Error):
             if self._connection is not None and not self._connection.closed:
                 with socket.socket(fileno=os.dup(self._connection.fileno())) as link:
                     link.shutdown(socket.SHUT_RDWR)
@@ -152,8 +159,9 @@ class Lane:
         self, statements: Sequence[Prepared], calls: Sequence[Call]
     ) -> tuple[Connection, list[list[Any]]]:
         """Begin a transaction with some statements, and run calls in it; returns its
-        connection, and the rows of them all. Connections that broke while nobody used
-        them are replaced: what has not been committed may be begun again."""
+        connection, and the rows of them all. Connections that are broken, as one may be
+        that nobody used for a while, are replaced, unless the call was given up: what has
+        not been committed may be begun again."""
         whole = [*((statement, {}) for statement in statements), *calls]
         connection = self._engine.connect()
         for left in reversed(range(self._connections + 1)):
@@ -162,6 +170,10 @@ class Lane:
                 found = run_all(connection, whole)
             except sa.exc.DBAPIError:
                 broken = self._broken(connection)
+                if not broken and self._status(connection) == pq.TransactionStatus.IDLE:
+                    # It refused to begin, as a standby does. The driver takes what was
+                    # sent along to be prepared, until it undoes a transaction.
+                    connection.invalidate()
                 self._give_up(connection)
                 if not left or not broken or self._own.call.given_up:
                     raise
@@ -212,14 +224,29 @@ class Lane:
     @staticmethod
     def _broken(connection: Connection) -> bool:
         raw = _raw(connection)
-        return raw.broken or raw.closed
+        # One that breaks in a pipeline may stay in it, and is of no use any more.
+        stuck = raw.pgconn.pipeline_status != pq.PipelineStatus.OFF
+        return stuck or raw.broken or raw.closed
+
+    @staticmethod
+    def _status(connection: Connection) -> pq.TransactionStatus:
+        return _raw(connection).info.transaction_status
+
+    def undo(self, connection: Connection) -> None:
+        """Undo what a transaction did, and give its connection back."""
+        if not connection.invalidated and self._broken(connection):
+            connection.invalidate()
+        with contextlib.suppress(sa.exc.DBAPIError, psycopg.Error):
+            connection.rollback()
+        connection.close()
 
     def _give_up(self, connection: Connection) -> None:
-        if self._broken(connection):
-            connection.invalidate()
-        elif _raw(connection).info.transaction_status != pq.TransactionStatus.IDLE:
-            with contextlib.suppress(psycopg.Error):
-                _raw(connection).rollback()
+        if not connection.invalidated:
+            if self._broken(connection):
+                connection.invalidate()
+            elif self._status(connection) != pq.TransactionStatus.IDLE:
+                with contextlib.suppress(psycopg.Error):
+                    _raw(connection).rollback()
         connection.close()
 
     # ---

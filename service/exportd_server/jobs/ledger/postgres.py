@@ -71,10 +71,10 @@ _NEXT_TOKEN = Prepared(sa.text("SELECT nextval('fencing_tokens')"))
 
 _IN_THE_WAY = frozenset({"40001", "40P01"})
 """Serialization failure, deadlock: the transaction was undone and may be tried again."""
-_AWAY = ("08", "53", "57", "25P03", "55P03", "25006", "58")
+_AWAY = ("08", "53", "57", "25P03", "55P03", "25006", "0A000", "58")
 """Classes and codes of a server that cannot do what it otherwise can: connections lost,
-resources used up, shutting down or cancelled, idle too long, locked too long, a standby,
-its disk failing."""
+resources used up, shutting down or cancelled, idle too long, locked too long, a standby
+(which refuses to begin what may write as a feature that it has not), its disk failing."""
 _TRIES = 8
 _DEPTH = 32
 """Tasks of each queue that a claim looks at once the first ones were locked."""
@@ -298,10 +298,9 @@ class PostgresDatabase:
             tx.connection.commit()
         except BaseException:
             # What cannot be undone for want of a connection the server undoes.
-            with contextlib.suppress(sa.exc.DBAPIError, psycopg.Error):
-                tx.undo()
+            tx.undo()
             raise
-        finally:
+        else:
             tx.close()
 
     def _claim(
@@ -372,9 +371,9 @@ class _LateTransaction(Transaction):
         return rows
 
     def undo(self) -> None:
-        """Undo what it did, if it has begun."""
+        """Undo what it did, if it has begun, and give its connection back."""
         if self._open is not None:
-            self._open.rollback()
+            self._lane.undo(self._open)
 
     def close(self) -> None:
         """Give its connection back."""
@@ -386,7 +385,11 @@ def _state(error: BaseException) -> str:
     """SQLSTATE of an error; empty for one that is not the server's."""
     if isinstance(error, sa.exc.DBAPIError):
         return _state(error.orig) if error.orig is not None else ""
-    return (error.sqlstate or "") if isinstance(error, psycopg.Error) else ""
+    if not isinstance(error, psycopg.Error):
+        return ""
+    # A pipeline that could not be left says so, and hides what went wrong in it.
+    inner = error.__context__
+    return error.sqlstate or (_state(inner) if inner is not None else "")
 
 
 @contextlib.contextmanager

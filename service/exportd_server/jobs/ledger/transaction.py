@@ -99,7 +99,10 @@ class Transaction:
 
     def first(self, statement: Prepared, /, **values: Any) -> Any:
         """As `rows`: the first row, None when there is none."""
-        rows = self.rows(statement, **values)
+        if self._open is not None and not self._late:
+            rows = statement.rows(self._open, **values)
+        else:
+            rows = self.rows(statement, **values)
         return rows[0] if rows else None
 
     def scalar(self, statement: Prepared, /, **values: Any) -> Any:
@@ -110,7 +113,8 @@ class Transaction:
     def run(self, work: Callable[[Transaction], T]) -> T:
         """Do all of a piece of work, with what it puts off."""
         result = work(self)
-        self.flush()
+        if self._late:
+            self.flush()
         return result
 
     def flush(self) -> None:

@@ -17,7 +17,7 @@ from exportd_server.jobs.ledger.statements import delivering, lifecycle, reading
 from exportd_server.jobs.ledger.statements.claiming import fail_exhausted_job, to_lease
 from exportd_server.jobs.ledger.statements.holding import holding
 from exportd_server.jobs.ledger.statements.lifecycle import EXPORT_KINDS, due
-from exportd_server.jobs.ledger.tables import TaskState, deliveries, parts, tasks
+from exportd_server.jobs.ledger.tables import TaskState, deliveries, jobs, parts, tasks
 from exportd_server.jobs.ledger.transaction import Transaction
 from exportd_server.jobs.model import JobState, Manifest, ManifestColumn, PartRecord
 from exportd_server.sources.base import Shard
@@ -59,6 +59,13 @@ _OTHERS = Prepared(
     .limit(1)
 )
 
+_PUBLISHED = Prepared(
+    sa.select(jobs.c.job_id).where(
+        jobs.c.job_id == sa.bindparam("job_id"),
+        jobs.c.state == JobState.SUCCEEDED.value,
+        jobs.c.manifest_token == sa.bindparam("token"),
+    )
+)
 _END = Prepared(
     sa.update(tasks)
     .where(tasks.c.task_id == sa.bindparam("of_task"))
@@ -306,7 +313,13 @@ def complete_only_shard(
     drop: bool,
 ) -> list[int]:
     """Record the last part of a job's only shard, and end it and the job."""
-    dropped, task, job = _record_part(tx, lease, part, errors, drop=drop)
+    try:
+        dropped, task, job = _record_part(tx, lease, part, errors, drop=drop)
+    except LeaseLost:
+        if tx.first(_PUBLISHED, job_id=lease.job_id, token=lease.token) is None:
+            raise
+        # Its answer was lost: this has been done.
+        return []
     if not _end_shard(tx, task):
         raise ValueError("another shard of the job is unfinished")
     _publish(tx, job, lease.token)
