@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -1247,3 +1248,44 @@ async def test_a_failover_leaves_nothing_behind_that_later_calls_stumble_over() 
                 assert created
         finally:
             await ledger.close()
+
+
+async def test_a_call_that_is_given_up_between_two_tries_cuts_no_other(
+    ledger_database: LedgerDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger_database.reset()
+    ledger = await open_postgres_ledger(ledger_database.url, connections=1)
+    database, tried, go_on = (
+        cast("Any", ledger._database),
+        threading.Event(),
+        threading.Event(),
+    )
+
+    def deadlocks(tx: Transaction) -> None:
+        assert tx.scalar(_ONE) == 1
+        raise psycopg.errors.DeadlockDetected
+
+    def pause(_seconds: float) -> None:
+        tried.set()
+        assert go_on.wait(ENOUGH)
+
+    monkeypatch.setattr(time, "sleep", pause)
+    try:
+        first = asyncio.create_task(database.write(deadlocks))
+        assert await asyncio.to_thread(tried.wait, ENOUGH)
+        (call,) = database._pool._calls
+        with database._pool._engine.connect() as connection:
+            call.cut()
+            assert connection.scalar(sa.text("SELECT 1")) == 1
+        go_on.set()
+        with pytest.raises(LedgerUnavailable):
+            await first
+    finally:
+        await ledger.close()
+
+
+async def test_a_wrong_statement_is_no_outage(fleet: list[SqlLedger]) -> None:
+    """PostgreSQL has one code for what it cannot do and for what a standby cannot."""
+    wrong = Prepared(sa.text("SELECT count(*) FROM jobs FOR UPDATE"))
+    with pytest.raises(sa.exc.NotSupportedError):
+        await fleet[0]._database.write(lambda tx: tx.rows(wrong))

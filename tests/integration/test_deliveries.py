@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sqlite3
+import threading
 import urllib.request
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -20,6 +21,9 @@ from google.protobuf import struct_pb2
 from exportd.v1 import export_service_pb2 as pb
 from exportd.v1 import job_pb2, sink_pb2
 from exportd_server.errors import DeliveryFailed
+from exportd_server.jobs.ledger.base import Lease
+from exportd_server.jobs.ledger.sql import SqlLedger
+from exportd_server.jobs.manifest import store_manifest
 from exportd_server.platform import metrics
 from exportd_server.sinks.base import Batching, Delivery
 from exportd_server.sinks.registry import SinkTypes
@@ -806,3 +810,41 @@ async def test_a_job_of_one_part_shows_how_far_it_is_while_a_queue_is_full(
         go_on.set()
         done = await settled(server, second.job_id)
         assert done.progress.rows == rows
+
+
+async def test_room_that_was_taken_while_a_manifest_was_stored_is_waited_for(
+    run: Serving, scripted: ScriptedSink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = scripted.hold("slow")
+    slow = '[connections.slow]\ntype = "scripted"\nqueue_depth = 1\nconcurrency = 1\n'
+    go_on, begun = threading.Event(), threading.Event()
+
+    def slowly(*arguments: Any) -> None:
+        first = not begun.is_set()
+        begun.set()
+        assert not first or go_on.wait(ENOUGH)
+        store_manifest(*arguments)
+
+    monkeypatch.setattr("exportd_server.jobs.exporting.store_manifest", slowly)
+    async with run(GateSource(4, wide=True), sinks=slow) as server:
+        where = to("slow", connection="slow")
+        late = await create(server, where, max_part_rows=10**6)
+        assert await asyncio.to_thread(begun.wait, ENOUGH)
+        quick = await create(server, where, max_part_rows=10**6)
+        await rpc.finish(server.stub, quick.job_id)
+        looks = asyncio.Event()
+        has_room = SqlLedger.has_room
+
+        async def looking(ledger: SqlLedger, lease: Lease) -> bool:
+            room = await has_room(ledger, lease)
+            looks.set()
+            return room
+
+        monkeypatch.setattr(SqlLedger, "has_room", looking)
+        go_on.set()
+        async with asyncio.timeout(ENOUGH):
+            await looks.wait()
+        state = (await rpc.get(server.stub, late.job_id)).state
+        free.set()
+        assert state == job_pb2.JOB_STATE_RUNNING, "it waits for room"
+        await settled(server, late.job_id)

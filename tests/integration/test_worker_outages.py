@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from exportd_server.errors import SourceFailed
+from exportd_server.errors import SourceFailed, StoreFailed
+from exportd_server.jobs.manifest import store_manifest
 from exportd_server.jobs.model import JobState
 from exportd_server.platform import metrics_exports
 from exportd_server.sources.base import SourceChanged
@@ -236,4 +237,26 @@ async def test_a_job_whose_end_got_no_answer_is_counted_once(tmp_path: Path) -> 
             done = await fleet.finished(job)
         assert done.state is JobState.SUCCEEDED
         assert not faults.pending
+        assert counted_rows() - before == 10 * BATCH_ROWS
+
+
+async def test_a_part_whose_manifest_fails_is_recorded_and_counted_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures = [StoreFailed(), StoreFailed()]
+
+    def fails(*arguments: Any) -> None:
+        if failures:
+            raise failures.pop()
+        store_manifest(*arguments)
+
+    monkeypatch.setattr("exportd_server.jobs.exporting.store_manifest", fails)
+    async with fleet_in(tmp_path, max_rows=10**9) as fleet:
+        before = counted_rows()
+        job = await fleet.create(max_part_rows=10**6)
+        async with fleet.worker(GateSource(10, wide=True)):
+            done = await fleet.finished(job)
+        assert (done.state, done.attempt) == (JobState.SUCCEEDED, 3)
+        assert done.manifest is not None
+        assert [part.rows for part in done.manifest.parts] == [10 * BATCH_ROWS]
         assert counted_rows() - before == 10 * BATCH_ROWS

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 
 def told(program: str) -> str:
     """What a fresh interpreter prints: this one's collector is the tests' own."""
@@ -45,3 +47,26 @@ def test_what_comes_later_is_collected() -> None:
         "print(kept() is None, late() is None)"
     )
     assert told(program) == "False True"
+
+
+def test_the_end_of_a_process_takes_all_of_it_apart() -> None:
+    """What is left of modules in C is complained of."""
+    program = (
+        "import atexit, gc\n"
+        "atexit.register(lambda: print(gc.get_freeze_count()))\n"
+        "from exportd_server.platform.garbage import uncollected\n"
+        "with uncollected(): pass\n"
+        "assert gc.get_freeze_count()"
+    )
+    assert told(program) == "0"
+
+
+@pytest.mark.parametrize("module", ["exportd_server", "exportd_server.cli"])
+def test_the_command_is_a_module_too(module: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", module, "--version"],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert "version" in done.stdout

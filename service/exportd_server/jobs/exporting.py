@@ -328,7 +328,7 @@ class Exporter:
                 check_parts(len(last.all_parts))
         if last is not None:
             with self._step("publish", held, job):
-                await self._publish(held, job, last, recording)
+                await self._publish(held, job, last, recording, time_cap)
             log.info("job succeeded", rows=run.rows, bytes=run.bytes)
 
     def _step(self, name: str, held: Held, job: Job) -> AbstractContextManager[Span]:
@@ -360,6 +360,7 @@ class Exporter:
         job: Job,
         manifest: Manifest,
         recording: _Recording,
+        time_cap: TimeCap,
     ) -> None:
         """Store the manifest, and only then have the job succeed. Raises `PartsLost`."""
         lease = held.lease
@@ -378,11 +379,7 @@ class Exporter:
             )
         except Exception:
             if recording.last is not None:
-                # So that the next attempt need not write it again.
-                with suppress(LeaseLost, LedgerUnavailable):
-                    await self._ledger.add_last_part(
-                        lease, *_part_records(recording.last), drop=recording.drop
-                    )
+                await self._record_last(lease, job, recording.last, drop=recording.drop)
             raise
         # With the job its leases end, this one too, which is no news to anybody here.
         if recording.last is None:
@@ -390,13 +387,30 @@ class Exporter:
                 await held.insist(lambda: self._ledger.complete_shard(lease, manifest=True))
             return
         output, *errors = _part_records(recording.last)
+        # Others may have taken the room that there was.
+        drop = recording.drop or await self._find_room(held, job, time_cap, recording)
         with held.changing():
             dropped = await held.insist(
-                lambda: self._ledger.complete_only_shard(
-                    lease, output, *errors, drop=recording.drop
-                )
+                lambda: self._ledger.complete_only_shard(lease, output, *errors, drop=drop)
             )
         _count(job, recording.last, dropped)
+
+    async def _record_last(
+        self, lease: Lease, job: Job, last: FinishedPart, *, drop: bool
+    ) -> None:
+        """Record a part without the job's end, so that the next attempt need not write it
+        again."""
+        try:
+            dropped, _ = await self._ledger.add_last_part(
+                lease, *_part_records(last), drop=drop
+            )
+        except LeaseLost:
+            return
+        except Exception as error:
+            # It is what made this necessary that is to be told.
+            log.warning("the last part is not recorded", exc_info=error)
+            return
+        _count(job, last, dropped)
 
     async def _record(
         self,

@@ -75,11 +75,16 @@ def configure_logging(
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
-    # What it tells below that, of a pipeline that broke, it raises as well.
-    logging.getLogger("psycopg").setLevel(logging.ERROR)
+    logging.getLogger("psycopg").addFilter(_is_not_raised)
     logging.getLogger(_GRPC).addFilter(_tells_no_metadata)
     logging.getLogger("exportd_server").setLevel(level.upper())
     logging.getLogger(AUDIT).setLevel(logging.INFO)
+
+
+def _is_not_raised(record: logging.LogRecord) -> bool:
+    """Whether the driver of PostgreSQL tells what it does not raise as well, as it does
+    what broke a pipeline."""
+    return not str(record.msg).startswith("error ignored terminating")
 
 
 def _tells_no_metadata(record: logging.LogRecord) -> bool:

@@ -134,56 +134,46 @@ class Lane:
 
     # --- in the threads
 
-    def ask(self, text: str) -> tuple[Connection, Any]:
-        """Run statements that may be repeated on a connection, and return it with the row
-        they end with. Connections that broke while nobody used them are replaced."""
-        # Each of them may have broken.
-        for left in reversed(range(self._connections + 1)):
-            connection = self._engine.connect()
-            try:
-                (row,) = self._execute(connection, text, None)
-            except psycopg.Error as error:
-                broken = self._broken(connection)
-                self._give_up(connection)
-                if not left or not broken:
-                    raise
-                del error
-            except BaseException:
-                self._give_up(connection)
-                raise
-            else:
-                return connection, row
-        raise AssertionError("unreachable")
-
     def begin(
         self, statements: Sequence[Prepared], calls: Sequence[Call]
     ) -> tuple[Connection, list[list[Any]]]:
         """Begin a transaction with some statements, and run calls in it; returns its
-        connection, and the rows of them all. Connections that are broken, as one may be
-        that nobody used for a while, are replaced, unless the call was given up: what has
-        not been committed may be begun again."""
+        connection, and the rows of them all."""
         whole = [*((statement, {}) for statement in statements), *calls]
-        connection = self._engine.connect()
+
+        def run(connection: Connection) -> list[list[Any]]:
+            try:
+                return run_all(connection, whole)
+            except sa.exc.DBAPIError as error:
+                not_begun = self._status(connection) == pq.TransactionStatus.IDLE
+                if not_begun and isinstance(error.orig, psycopg.errors.FeatureNotSupported):
+                    # So a standby refuses to begin what may write.
+                    raise psycopg.errors.ReadOnlySqlTransaction(str(error.orig)) from error
+                raise
+
+        return self._on_a_good_one(run)
+
+    def _on_a_good_one(self, run: Callable[[Connection], T]) -> tuple[Connection, T]:
+        """Run what may be run again for as long as it has not been committed; returns its
+        connection, too. One that turns out to be broken, as others may be that nobody used
+        for a while, is replaced, unless the call was given up."""
+        # Each of them may have broken.
         for left in reversed(range(self._connections + 1)):
+            connection = self._engine.connect()
             self._own.call.uses(_raw(connection))
             try:
-                found = run_all(connection, whole)
-            except sa.exc.DBAPIError:
+                result = run(connection)
+            except (sa.exc.DBAPIError, psycopg.Error):
                 broken = self._broken(connection)
-                if not broken and self._status(connection) == pq.TransactionStatus.IDLE:
-                    # It refused to begin, as a standby does. The driver takes what was
-                    # sent along to be prepared, until it undoes a transaction.
-                    connection.invalidate()
                 self._give_up(connection)
                 if not left or not broken or self._own.call.given_up:
                     raise
-                connection = self._engine.connect()
             except BaseException:
                 self._give_up(connection)
                 raise
             else:
                 connection.info["used"] = time.monotonic()
-                return connection, found
+                return connection, result
         raise AssertionError("unreachable")
 
     @staticmethod
@@ -201,18 +191,20 @@ class Lane:
         used: float = connection.info.get("used", 0.0)
         if time.monotonic() - used > _FRESH_SECONDS:
             connection.close()
-            connection, _ = self.ask("SELECT 1")
+            connection, _ = self._on_a_good_one(
+                lambda found: self._execute(found, "SELECT 1", None)
+            )
+        self._own.call.uses(_raw(connection))
         try:
             rows = self._execute(connection, text, parameters)
         except BaseException:
             self._give_up(connection)
             raise
-        connection.close()
+        self.give_back(connection)
         return rows
 
     def _execute(self, connection: Connection, text: str, parameters: Any) -> list[Any]:
         raw = _raw(connection)
-        self._own.call.uses(raw)
         with raw.cursor(row_factory=namedtuple_row) as cursor:
             cursor.execute(text.encode(), parameters)
             while cursor.nextset():
@@ -232,22 +224,29 @@ class Lane:
     def _status(connection: Connection) -> pq.TransactionStatus:
         return _raw(connection).info.transaction_status
 
+    def give_back(self, connection: Connection) -> None:
+        """Others may have the connection. From here on the call is not cut with it."""
+        self._own.call.uses(None)
+        connection.close()
+
     def undo(self, connection: Connection) -> None:
         """Undo what a transaction did, and give its connection back."""
         if not connection.invalidated and self._broken(connection):
             connection.invalidate()
         with contextlib.suppress(sa.exc.DBAPIError, psycopg.Error):
             connection.rollback()
-        connection.close()
+        self.give_back(connection)
 
     def _give_up(self, connection: Connection) -> None:
-        if not connection.invalidated:
-            if self._broken(connection):
-                connection.invalidate()
-            elif self._status(connection) != pq.TransactionStatus.IDLE:
-                with contextlib.suppress(psycopg.Error):
-                    _raw(connection).rollback()
-        connection.close()
+        status = self._status(connection)
+        if self._broken(connection) or status == pq.TransactionStatus.IDLE:
+            # Even a good one: what was refused outside of a transaction the driver takes
+            # to be prepared, with all that was sent along, until it undoes one.
+            connection.invalidate()
+        else:
+            with contextlib.suppress(psycopg.Error):
+                _raw(connection).rollback()
+        self.give_back(connection)
 
     # ---
 

@@ -71,10 +71,10 @@ _NEXT_TOKEN = Prepared(sa.text("SELECT nextval('fencing_tokens')"))
 
 _IN_THE_WAY = frozenset({"40001", "40P01"})
 """Serialization failure, deadlock: the transaction was undone and may be tried again."""
-_AWAY = ("08", "53", "57", "25P03", "55P03", "25006", "0A000", "58")
+_AWAY = ("08", "53", "57", "25P03", "55P03", "25006", "58")
 """Classes and codes of a server that cannot do what it otherwise can: connections lost,
-resources used up, shutting down or cancelled, idle too long, locked too long, a standby
-(which refuses to begin what may write as a feature that it has not), its disk failing."""
+resources used up, shutting down or cancelled, idle too long, locked too long, a standby,
+its disk failing."""
 _TRIES = 8
 _DEPTH = 32
 """Tasks of each queue that a claim looks at once the first ones were locked."""
@@ -378,7 +378,7 @@ class _LateTransaction(Transaction):
     def close(self) -> None:
         """Give its connection back."""
         if self._open is not None:
-            self._open.close()
+            self._lane.give_back(self._open)
 
 
 def _state(error: BaseException) -> str:
@@ -389,7 +389,8 @@ def _state(error: BaseException) -> str:
         return ""
     # A pipeline that could not be left says so, and hides what went wrong in it.
     inner = error.__context__
-    return error.sqlstate or (_state(inner) if inner is not None else "")
+    hidden = inner.sqlstate if isinstance(inner, psycopg.Error) else None
+    return error.sqlstate or hidden or ""
 
 
 @contextlib.contextmanager
