@@ -1063,17 +1063,17 @@ def test_what_others_say_on_the_channel_is_ignored(text: str) -> None:
     assert news.parse(text) is None
 
 
-async def test_what_a_job_asks_takes_few_journeys_to_the_server(
+async def test_what_a_job_asks_takes_few_round_trips(
     fleet: list[SqlLedger], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Over a network they are most of the time that each call takes."""
     ledger = fleet[0]
-    journeys = 0
+    round_trips = 0
 
     def counting(call: Callable[..., Any], takes: Callable[[Any], bool]) -> Any:
         def counted(self: Any, *arguments: Any, **options: Any) -> Any:
-            nonlocal journeys
-            journeys += takes(self)
+            nonlocal round_trips
+            round_trips += takes(self)
             return call(self, *arguments, **options)
 
         return counted
@@ -1096,10 +1096,10 @@ async def test_what_a_job_asks_takes_few_journeys_to_the_server(
     taken: dict[str, int] = {}
 
     async def of(name: str, call: Awaitable[T]) -> T:
-        nonlocal journeys
-        journeys = 0
+        nonlocal round_trips
+        round_trips = 0
         result = await call
-        taken[name] = journeys
+        taken[name] = round_trips
         return result
 
     # The first call looks at the server as well.
@@ -1129,7 +1129,7 @@ async def test_what_a_job_asks_takes_few_journeys_to_the_server(
     }
 
 
-# --- errors in the middle of a journey
+# --- errors in the middle of a round trip
 
 _ONE = Prepared(sa.text("SELECT 1 AS one"))
 _OVER = Prepared(sa.text("SELECT 1 / CAST(:by AS int) AS one"))

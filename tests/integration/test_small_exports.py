@@ -1,5 +1,5 @@
 """What a small export asks of the ledger, counted without a clock: each question is a
-thread's turn, and with PostgreSQL a journey."""
+thread's turn, and with PostgreSQL a round trip or more."""
 
 from __future__ import annotations
 

@@ -240,7 +240,7 @@ async def test_a_job_whose_end_got_no_answer_is_counted_once(tmp_path: Path) -> 
         assert counted_rows() - before == 10 * BATCH_ROWS
 
 
-async def test_a_part_whose_manifest_fails_is_recorded_and_counted_once(
+async def test_the_part_of_a_job_whose_manifest_fails_is_counted_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failures = [StoreFailed(), StoreFailed()]

@@ -100,15 +100,8 @@ class _Recording:
         """Keep the last part back if that may be; from the run's thread."""
         if self.columns is None or not last.last:
             return False
-        parts = [*self.parts, *_part_records(last)]
-        self.last, self.manifest = (
-            last,
-            Manifest(
-                columns=tuple(self.columns),
-                parts=tuple(part for part in parts if part.kind is OutputKind.OUTPUT),
-                error_parts=tuple(part for part in parts if part.kind is OutputKind.ERROR),
-            ),
-        )
+        self.last = last
+        self.manifest = Manifest.of(self.columns, [*self.parts, *_part_records(last)])
         return True
 
 
@@ -401,9 +394,7 @@ class Exporter:
         """Record a part without the job's end, so that the next attempt need not write it
         again."""
         try:
-            dropped, _ = await self._ledger.add_last_part(
-                lease, *_part_records(last), drop=drop
-            )
+            dropped = await self._ledger.add_part(lease, *_part_records(last), drop=drop)
         except LeaseLost:
             return
         except Exception as error:

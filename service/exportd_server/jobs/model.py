@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import builtins
 import enum
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from types import MappingProxyType
@@ -195,6 +195,13 @@ class Manifest:
     parts: tuple[PartRecord, ...]
     error_parts: tuple[PartRecord, ...] = ()
     """The rows that were left out, likewise in the order of the output."""
+
+    @classmethod
+    def of(cls, columns: Iterable[ManifestColumn], parts: Sequence[PartRecord]) -> Manifest:
+        """That of parts of both kinds, in order."""
+        output = [part for part in parts if part.kind is OutputKind.OUTPUT]
+        errors = [part for part in parts if part.kind is OutputKind.ERROR]
+        return cls(tuple(columns), tuple(output), tuple(errors))
 
     @property
     def all_parts(self) -> tuple[PartRecord, ...]:

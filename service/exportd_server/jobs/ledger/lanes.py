@@ -178,7 +178,7 @@ class Lane:
 
     @staticmethod
     def end(connection: Connection, text: str, parameters: Any) -> None:
-        """Run a transaction's last statement, and commit, as one journey. Raises
+        """Run a transaction's last statement, and commit, as one round trip. Raises
         `psycopg.Error`, and then nothing is committed or that is not known."""
         raw = _raw(connection)
         with raw.pipeline():

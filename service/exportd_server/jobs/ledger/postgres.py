@@ -330,7 +330,7 @@ class PostgresDatabase:
 
 
 class _LateTransaction(Transaction):
-    """Begins with its first statements, as one journey with them."""
+    """Begins with its first statements, as one round trip with them."""
 
     __slots__ = ("_begin", "_clock", "_lane", "_now")
 

@@ -113,7 +113,7 @@ Call = tuple[Prepared, Mapping[str, Any]]
 
 def run_all(connection: Connection, calls: Sequence[Call]) -> list[list[Any]]:
     """Run statements with their values, one after the other, and return the rows of each.
-    To a server they go together, as one journey there and back (libpq's pipeline mode).
+    To a server they go together, as one round trip (libpq's pipeline mode).
     The first that fails undoes the transaction, and is raised as the library does."""
     dialect = connection.dialect
     if len(calls) == 1 or dialect.name != "postgresql":

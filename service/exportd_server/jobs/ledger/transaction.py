@@ -57,7 +57,7 @@ _Then = Callable[[list[Any]], None]
 class Transaction:
     """One transaction at one moment, `now`, in microseconds since 1970.
 
-    A server is a journey away. Statements whose rows nobody waits for are put off with
+    A server is a round trip away. Statements whose rows nobody waits for are put off with
     `later`, and go together with the next one whose rows are; each of them sees what those
     before it did, in the order in which they were given.
     """

@@ -266,11 +266,7 @@ def to_job_without_manifest(tx: Transaction, row: Row[Any]) -> Job:
 def manifest_of(tx: Transaction, row: Row[Any]) -> Manifest:
     """What the job publishes, or has published."""
     found = parts_of(tx, row.job_id, row.generation)
-    return Manifest(
-        columns=codec.load_columns(row.columns),
-        parts=tuple(part for part in found if part.kind is OutputKind.OUTPUT),
-        error_parts=tuple(part for part in found if part.kind is OutputKind.ERROR),
-    )
+    return Manifest.of(codec.load_columns(row.columns), found)
 
 
 def _sums(tx: Transaction, job_ids: Sequence[str]) -> dict[str, Row[Any]]:
