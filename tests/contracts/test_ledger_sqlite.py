@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import closing
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -37,12 +38,13 @@ from exportd_server.jobs.ledger.base import (
     LeaseLost,
 )
 from exportd_server.jobs.ledger.prepared import Prepared
+from exportd_server.jobs.ledger.recent import RecentJobs
 from exportd_server.jobs.ledger.sql import SqlLedger
 from exportd_server.jobs.ledger.sqlite import SqliteDatabase, open_sqlite_ledger
 from exportd_server.jobs.ledger.statements import delivering
 from exportd_server.jobs.ledger.tables import METADATA, deliveries, jobs, tasks
 from exportd_server.jobs.ledger.transaction import Transaction
-from exportd_server.jobs.model import DeliveryState, JobState, OnFull
+from exportd_server.jobs.model import DeliveryState, Job, JobState, OnFull, Progress
 from tests.support.deliveries import DOWN, SOON, Deliveries, sink, whole
 from tests.support.ledger import (
     CLEANUP,
@@ -53,6 +55,7 @@ from tests.support.ledger import (
     World,
     dump_sqlite,
     part,
+    spec,
     sqlite_world,
 )
 from tests.support.waits import ENOUGH
@@ -785,3 +788,121 @@ async def test_after_a_failed_read_threads_do_the_reading_for_a_while(
         assert await world.ledger.get_job(job.tenant, job.job_id) is not None
         monkeypatch.setattr(database_of(world), "_here_from", 0.0)
         assert _here(world) is not None
+
+
+# --- jobs that are still as they were read
+
+
+@pytest.fixture
+async def read_again(tmp_path: Path) -> AsyncIterator[tuple[World, list[str]]]:
+    """A world, and a list that grows whenever a job's rows are read."""
+    async with sqlite_world(tmp_path) as world:
+        database = database_of(world)
+        reads: list[str] = []
+
+        def here(work: Any) -> Any:
+            reads.append("here")
+            return read_here(work)
+
+        read_here = database.read_here
+        database.read_here = here  # type: ignore[method-assign]
+        yield world, reads
+
+
+async def test_a_job_is_not_read_again_until_something_is_written(
+    read_again: tuple[World, list[str]],
+) -> None:
+    world, reads = read_again
+    job, lease = await world.running()
+    told = await world.job(job)
+    reads.clear()
+    world.clock.advance(1)
+    again = await world.job(job)
+    assert again == told
+    assert told.read_time is not None
+    assert again.read_time == told.read_time + timedelta(seconds=1)
+    assert not reads
+    await world.ledger.add_part(lease, part(lease))
+    assert (await world.job(job)).progress.parts_done == 1
+    assert reads == ["here"]
+
+
+async def test_what_other_hands_write_is_seen_by_the_next_read(
+    read_again: tuple[World, list[str]], tmp_path: Path
+) -> None:
+    world, _ = read_again
+    job = await world.succeeded()
+    for generation in (2, 3):
+        with closing(sqlite3.connect(tmp_path / "ledger.db")) as connection, connection:
+            connection.execute("UPDATE jobs SET revision = ?", [100 * generation])
+        assert (await world.job(job)).revision == 100 * generation
+
+
+async def test_a_job_that_was_read_before_expires_when_its_time_comes(
+    read_again: tuple[World, list[str]],
+) -> None:
+    world, _ = read_again
+    job = await world.succeeded()
+    assert job.expire_time is not None
+    world.clock.time = job.expire_time - timedelta(microseconds=1)
+    assert not (await world.job(job)).expired
+    world.clock.time = job.expire_time
+    assert (await world.job(job)).expired
+    assert (await world.job(job)).expired
+
+
+async def test_a_job_that_was_read_before_is_still_its_tenants_alone(
+    read_again: tuple[World, list[str]],
+) -> None:
+    world, _ = read_again
+    job = await world.succeeded()
+    assert await world.job(job) == job
+    assert await world.ledger.get_job("another", job.job_id) is None
+
+
+async def test_a_job_that_is_deleted_is_gone_for_the_next_read(
+    read_again: tuple[World, list[str]],
+) -> None:
+    world, _ = read_again
+    job = await world.succeeded()
+    assert await world.job(job) == job
+    await world.ledger.delete_job(job.tenant, job.job_id)
+    assert await world.ledger.get_job(job.tenant, job.job_id) is None
+
+
+async def test_a_file_that_does_not_tell_its_version_is_read_in_threads_for_a_while(
+    read_again: tuple[World, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world, reads = read_again
+    job = await world.succeeded()
+    reads.clear()
+
+    def fail(_connection: Connection) -> object:
+        raise sqlite3.OperationalError("locked")
+
+    with monkeypatch.context() as failing:
+        failing.setattr(sqlite_ledger, "_version", fail)
+        assert await world.job(job) == job
+    assert database_of(world).version_here() is None
+    assert await world.job(job) == job
+    assert not reads
+    # Another connection counts by itself: nothing is taken for what it was before.
+    monkeypatch.setattr(database_of(world), "_here_from", 0.0)
+    assert await world.job(job) == job
+    assert reads == ["here"]
+
+
+def test_few_and_small_jobs_are_kept() -> None:
+    recent = RecentJobs()
+    now = FakeClock().now()
+    job = Job("id", "acme", JobState.RUNNING, spec(), "", now)
+    for number in range(RecentJobs.MOST + 3):
+        recent.keep(("acme", str(number)), 1, job)
+        assert recent.find(("acme", str(number)), 1, now) == job
+        assert len(recent) <= RecentJobs.MOST
+    many = replace(job, progress=Progress(parts_done=RecentJobs.MOST_PARTS + 1))
+    recent.keep(("acme", "many"), 1, many)
+    assert recent.find(("acme", "many"), 1, now) is None
+    # What is of another version is of no use any more.
+    recent.keep(("acme", "next"), 2, job)
+    assert len(recent) == 1

@@ -13,7 +13,7 @@ import pytest
 
 from exportd_server.platform import threads
 from exportd_server.platform.threads import in_daemon_thread, left_over
-from exportd_server.platform.waits import Backoff, first
+from exportd_server.platform.waits import Backoff, Patience, first
 from tests.support.server import until
 from tests.support.waits import ENOUGH
 
@@ -150,3 +150,72 @@ async def test_a_thread_that_nobody_waits_for_is_left_behind_and_ends_quietly() 
     assert "exportd-test-left" in left_over()
     go_on.set()
     await until(lambda: "exportd-test-left" not in left_over())
+
+
+# --- patience
+
+
+async def test_what_comes_in_time_is_given_and_leaves_nothing_behind() -> None:
+    patience = Patience(ENOUGH)
+
+    async def soon(value: int) -> int:
+        await asyncio.sleep(0)
+        return value
+
+    waits = [asyncio.create_task(patience.wait(soon(number))) for number in range(5)]
+    assert await asyncio.gather(*waits) == [0, 1, 2, 3, 4]
+    with pytest.raises(KeyError):
+        await patience.wait(_raise(KeyError()))
+    assert not len(patience)
+
+
+async def _raise(error: Exception) -> None:
+    await asyncio.sleep(0)
+    raise error
+
+
+async def test_each_that_waits_too_long_is_told_so_and_the_others_wait_on() -> None:
+    patience = Patience(0.05)
+    loop = asyncio.get_running_loop()
+    begun = loop.time()
+    for _ in range(3):
+        late = [asyncio.create_task(patience.wait(asyncio.sleep(60))) for _ in range(3)]
+        found = await asyncio.gather(*late, return_exceptions=True)
+        assert [type(each) for each in found] == [TimeoutError] * 3
+        # They may wait for other things.
+        assert not any(task.cancelling() for task in late)
+    assert loop.time() - begun >= 3 * 0.05
+    assert not len(patience)
+
+    answer: asyncio.Future[int] = loop.create_future()
+    first_one = asyncio.create_task(patience.wait(asyncio.sleep(60)))
+    await asyncio.sleep(0)
+    patience.seconds = ENOUGH
+    second = asyncio.create_task(patience.wait(answer))
+    with pytest.raises(TimeoutError):
+        await first_one
+    answer.set_result(5)
+    assert await second == 5
+
+
+async def test_who_is_cancelled_while_it_waits_is_cancelled() -> None:
+    patience = Patience(ENOUGH)
+    waiting = asyncio.create_task(patience.wait(asyncio.sleep(60)))
+    await asyncio.sleep(0)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert not len(patience)
+
+
+async def test_who_is_cancelled_in_the_moment_that_patience_ends_is_cancelled() -> None:
+    patience = Patience(0.05)
+    ends = asyncio.get_running_loop().time() + 0.05
+    waiting = asyncio.create_task(patience.wait(asyncio.sleep(60)))
+    await asyncio.sleep(0)
+    # Both before the task gets to run again.
+    asyncio.get_running_loop().call_at(ends, waiting.cancel)
+    while asyncio.get_running_loop().time() < ends + 0.05:
+        pass
+    with pytest.raises(asyncio.CancelledError):
+        await waiting

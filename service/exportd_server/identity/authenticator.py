@@ -36,8 +36,7 @@ class Authenticator:
     @property
     def required(self) -> bool:
         """Whether callers must identify themselves."""
-        ways = (self.keys, self.tokens, self.certificates)
-        return any(way is not None for way in ways)
+        return not (self.keys is None and self.tokens is None and self.certificates is None)
 
     async def principal(
         self, authorization: Sequence[str | bytes], certificate: bytes | None

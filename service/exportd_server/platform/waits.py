@@ -6,6 +6,9 @@ import asyncio
 import random
 from collections.abc import Awaitable
 from dataclasses import dataclass
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 async def first(*waits: Awaitable[object]) -> None:
@@ -34,3 +37,50 @@ class Backoff:
         """The pause after so many failures in a row, at least one."""
         ceiling = min(self.cap, self.base * 2 ** min(failures - 1, 30))
         return random.uniform(ceiling / 2, ceiling)  # noqa: S311 - spreads, hides nothing
+
+
+class Patience:
+    """`asyncio.timeout` for many that wait equally long, `seconds`: one timer for all of
+    them, and hardly any work for one that does not come to its end. For one event loop."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        # In the order in which they end.
+        self._ends: dict[asyncio.Task[Any], float] = {}
+        self._ended: set[asyncio.Task[Any]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    async def wait(self, awaitable: Awaitable[T]) -> T:
+        """What it gives. Raises `TimeoutError`, with the wait cancelled, after `seconds`;
+        its task waits for nothing else here meanwhile."""
+        loop = asyncio.get_running_loop()
+        task = asyncio.current_task(loop)
+        if task is None:
+            raise RuntimeError("patience without a task")
+        cancelling = task.cancelling()
+        end = self._ends[task] = loop.time() + self.seconds
+        if self._timer is None:
+            self._timer = loop.call_at(end, self._end, loop)
+        try:
+            return await awaitable
+        except asyncio.CancelledError as cancelled:
+            if task in self._ended and task.uncancel() <= cancelling:
+                raise TimeoutError from cancelled
+            raise
+        finally:
+            del self._ends[task]
+            self._ended.discard(task)
+
+    def _end(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._timer = None
+        now = loop.time()
+        for task, end in self._ends.items():
+            if end > now:
+                self._timer = loop.call_at(end, self._end, loop)
+                return
+            if task not in self._ended:
+                self._ended.add(task)
+                task.cancel()

@@ -25,6 +25,7 @@ from exportd_server.api.limits import CallerLimits
 from exportd_server.api.sending import Messages
 from exportd_server.api.status import error_status
 from exportd_server.errors import ErrorReason, ExportdError, QuotaExceeded
+from exportd_server.platform.waits import Patience
 
 if TYPE_CHECKING:
     from exportd_server.api.interceptors.handlers import Handler
@@ -85,7 +86,7 @@ class CapacityInterceptor(grpc.aio.ServerInterceptor):
 
     def __init__(self, services: frozenset[str], most: int, patience: float) -> None:
         self._services = services
-        self._patience = patience
+        self._patience = Patience(patience)
         self._calls = _Room("calls", most)
         self._open_calls = _Room("open_calls", max(1, most // 10))
 
@@ -124,15 +125,15 @@ class CapacityInterceptor(grpc.aio.ServerInterceptor):
 
         async def call(_requests: object, context: Any) -> Any:
             try:
-                async with asyncio.timeout(self._patience):
-                    # Not from the iterator, which is one more task to end when it is left.
-                    request = await context.read()
+                # Not from the iterator, which is one more task to end when it is left.
+                request = await self._patience.wait(context.read())
             except TimeoutError:
                 request = grpc.aio.EOF
             if request is grpc.aio.EOF:
                 error = ExportdError(
                     ErrorReason.INVALID_REQUEST,
-                    f"the call has no request, or none came within {self._patience:g} s",
+                    "the call has no request, or none came within "
+                    f"{self._patience.seconds:g} s",
                 )
                 await context.abort_with_status(rpc_status.to_status(error_status(error)))
             return await behaviour(request, context)

@@ -14,6 +14,7 @@ import random
 import secrets
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from datetime import datetime
 from functools import partial
 from typing import Any, TypeVar
 
@@ -181,6 +182,10 @@ class PostgresDatabase:
         """See `Database`."""
         async with self._lines.turn(line):
             return await self._pool.run(self._write, self._pool, work)
+
+    def version_here(self) -> tuple[object, datetime] | None:
+        """There is none that is here."""
+        return None
 
     def read_here(self, work: Callable[[Transaction], T]) -> T | None:  # noqa: ARG002 - see below
         """Every read waits for the network."""

@@ -31,6 +31,7 @@ from exportd_server.jobs.ledger.base import (
 )
 from exportd_server.jobs.ledger.codec import span_to_micros
 from exportd_server.jobs.ledger.keys import LedgerKeys
+from exportd_server.jobs.ledger.recent import RecentJobs
 from exportd_server.jobs.ledger.statements import (
     auditing,
     delivering,
@@ -80,6 +81,7 @@ class SqlLedger:
         self._database = database
         self._giving_back: set[asyncio.Task[None]] = set()
         self.keys = LedgerKeys(database)
+        self._recent = RecentJobs()
         quick = database.reads_at_a_time
         self._jobs = Together(
             self._get_jobs, at_once=_JOBS_AT_ONCE // quick, quick=quick, looks=quick + 1
@@ -103,10 +105,18 @@ class SqlLedger:
     async def get_job(self, tenant: str, job_id: str) -> Job | None:
         """See `Ledger`."""
         asked = (tenant, job_id)
+        seen = self._database.version_here()
+        if seen is None:
+            return await self._jobs.find(asked)
+        version, now = seen
+        if (recent := self._recent.find(asked, version, now)) is not None:
+            return recent
         found = self._database.read_here(lambda tx: reading.get_quick_jobs(tx, [asked]))
-        if found is not None and asked in found:
-            return found[asked]
-        return await self._jobs.find(asked)
+        if found is None or asked not in found:
+            return await self._jobs.find(asked)
+        if (job := found[asked]) is not None:
+            self._recent.keep(asked, version, job)
+        return job
 
     async def _get_jobs(
         self, asked: Sequence[tuple[str, str]]

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -121,6 +122,7 @@ class SqliteDatabase:
     def __init__(self, path: Path, clock: Clock, max_attempts: int) -> None:
         self.signals = Signals()
         self._path = path
+        self._clock = clock
         self._dialect = SqliteDialect(clock)
         self._max_attempts = max_attempts
         self._loop = asyncio.get_running_loop()
@@ -160,10 +162,24 @@ class SqliteDatabase:
         """See `Database`."""
         return await self._read_threads.run(partial(self._read, work))
 
+    def version_here(self) -> tuple[object, datetime] | None:
+        """See `Database`."""
+        version = self._do_here(_version)
+        return None if version is None else (version, self._clock.now())
+
     def read_here(self, work: Callable[[Transaction], T]) -> T | None:
-        """See `Database`. Writers do not lock readers out. A disk may make one wait, and
-        SQLite by itself for what somebody holds of its files; then, and after a failure,
-        threads do the reading for a while."""
+        """See `Database`. Writers do not lock readers out."""
+
+        def read(connection: Connection) -> T:
+            with _in_transaction(connection, "BEGIN"):
+                return self._transaction(connection).run(work)
+
+        return self._do_here(read)
+
+    def _do_here(self, work: Callable[[Connection], T]) -> T | None:
+        """Work on the loop's own connection. A disk may make it wait, and SQLite by itself
+        for what somebody holds of its files; then, and after a failure, threads do the
+        reading for a while."""
         begun = time.monotonic()
         if begun < self._here_from:
             return None
@@ -171,12 +187,13 @@ class SqliteDatabase:
         try:
             if connection is None:
                 connection = self._reader_here.connect()
-            with _in_transaction(connection, "BEGIN"):
-                result = self._transaction(connection).run(work)
+            result = work(connection)
             self._here = connection
-        except sa.exc.DBAPIError:
+        except (sa.exc.DBAPIError, sqlite3.Error):
             # A thread is told what is wrong, or waits.
             self._here_from = time.monotonic() + _NOT_HERE
+            if connection is not None:
+                connection.close()
             return None
         if (now := time.monotonic()) - begun > _SLOW:
             self._here_from = now + _NOT_HERE
@@ -310,6 +327,12 @@ class SqliteDatabase:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+
+def _version(connection: Connection) -> object:
+    driver: Any = connection.connection.driver_connection
+    # Only to be compared with what the same connection has told before.
+    return connection, driver.execute("PRAGMA data_version").fetchone()
 
 
 @contextmanager

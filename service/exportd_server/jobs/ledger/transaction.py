@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from datetime import datetime
 from typing import Any, Protocol, TypeVar
 
 from sqlalchemy.engine import Connection
@@ -159,6 +160,12 @@ class Database(Protocol):
         """As `read`, on the event loop's own thread: for a few rows, which take less time
         than the way to another thread and back. None where that cannot be had, for the
         network, or for a file that was slow or locked a moment ago."""
+        ...
+
+    def version_here(self) -> tuple[object, datetime] | None:
+        """What is the same again as long as nothing was committed, whoever's; and the
+        moment at which it was read, in microseconds since 1970. On the event loop's own
+        thread; None where that cannot be had, as of `read_here`."""
         ...
 
     async def write_apart(self, work: Callable[[Transaction], T]) -> T:
