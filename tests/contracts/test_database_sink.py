@@ -2231,6 +2231,7 @@ def cost_of_a_delivery(settings: dict[str, Any], output: OutputFormat) -> Cost:
     indirect=["database"],
     ids=["PostgreSQL-CSV", "PostgreSQL-Parquet", "SQLite-CSV", "DuckDB-Parquet"],
 )
+@pytest.mark.minutes
 def test_memory_is_bounded_and_the_event_loop_is_free(
     database: Database, output: OutputFormat
 ) -> None:

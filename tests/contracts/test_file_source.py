@@ -314,6 +314,7 @@ def reading(path: str) -> tuple[int, float, float, float]:
     return rows, growth.mib, pause, turns[-1] - turns[0]
 
 
+@pytest.mark.minutes
 def test_a_large_file_is_read_in_little_memory_and_without_holding_up_other_threads(
     tmp_path: Path,
 ) -> None:
@@ -626,6 +627,7 @@ def test_ten_thousand_row_groups_are_planned_quickly(tmp_path: Path) -> None:
     assert plan.estimated_rows == 3_000_000
 
 
+@pytest.mark.minutes
 def test_shards_cost_little_more_than_the_uncut_read(tmp_path: Path) -> None:
     values = "i, md5(i::VARCHAR) AS a, md5((i + 1)::VARCHAR) AS b, (i / 7)::DOUBLE AS c"
     write_parquet(values, "range(2000000) AS r(i)", tmp_path / "a.parquet")

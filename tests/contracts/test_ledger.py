@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -23,6 +24,8 @@ from exportd_server.jobs.ledger.base import (
     RequestIdConflict,
     TooManyActiveJobs,
 )
+from exportd_server.jobs.ledger.sql import SqlLedger
+from exportd_server.jobs.ledger.statements import reading
 from exportd_server.jobs.model import (
     CancelOutcome,
     FilterLiteral,
@@ -32,6 +35,7 @@ from exportd_server.jobs.model import (
     Progress,
 )
 from exportd_server.sources.base import FilterOperator
+from tests.support.deliveries import Deliveries, sink
 from tests.support.ledger import BACKENDS, CLEANUP, COLUMNS, Backend, World, part, spec
 
 SOURCE_DOWN = ErrorRecord(ErrorReason.SOURCE_FAILED, "down", {"try": "later"})
@@ -178,6 +182,48 @@ async def test_finished_jobs_do_not_count_towards_the_quota(world: World) -> Non
 
 
 # --- listing
+
+
+async def test_what_is_read_of_jobs_at_one_go_is_what_is_read_one_by_one(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "_FEW_PARTS", 2)
+    done = await world.succeeded()
+    failed, lease = await world.running()
+    await world.ledger.fail_attempt(lease, SOURCE_DOWN, retry_in=None)
+    two, lease = await world.running()
+    await world.ledger.add_part(lease, part(lease, 0))
+    await world.finish(lease, 1)
+    many, lease = await world.running()
+    for sequence in range(2):
+        await world.ledger.add_part(lease, part(lease, sequence))
+    await world.finish(lease, 2)
+    deleted = await world.succeeded()
+    await world.ledger.delete_job(deleted.tenant, deleted.job_id)
+    others = await world.succeeded("another")
+    running, lease = await world.running(2)
+    await world.ledger.add_part(lease, part(lease, 0))
+    waiting = await world.create()
+    deliveries = Deliveries(world)
+    sent = await deliveries.create(sink("s"))
+    asked = [
+        ("acme", job.job_id)
+        for job in (done, failed, two, many, deleted, others, running, waiting, sent)
+    ]
+
+    database = cast("SqlLedger", world.ledger)._database
+    plain = await database.read(lambda tx: reading.get_plain_jobs(tx, asked))
+    whole = await database.read(lambda tx: reading.get_jobs(tx, asked, large=True))
+    # These need to be asked about once more.
+    left = {("acme", job.job_id) for job in (many, waiting, sent)}
+    assert plain == {key: job for key, job in whole.items() if key not in left}
+    assert whole["acme", others.job_id] is whole["acme", deleted.job_id] is None
+    for key in asked:
+        job = whole[key]
+        assert await world.ledger.get_job(*key) == job
+        if job is not None and job.state is JobState.SUCCEEDED:
+            assert job.manifest is not None
+            assert len(job.manifest.parts) == job.progress.parts_done
 
 
 async def test_lists_are_newest_first_and_pages_neither_skip_nor_repeat(

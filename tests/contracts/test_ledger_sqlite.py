@@ -44,10 +44,19 @@ from exportd_server.jobs.ledger.sqlite import SqliteDatabase, open_sqlite_ledger
 from exportd_server.jobs.ledger.statements import delivering
 from exportd_server.jobs.ledger.tables import METADATA, deliveries, jobs, tasks
 from exportd_server.jobs.ledger.transaction import Transaction
-from exportd_server.jobs.model import DeliveryState, Job, JobState, OnFull, Progress
+from exportd_server.jobs.model import (
+    DeliveryState,
+    Job,
+    JobState,
+    Manifest,
+    OnFull,
+    PartRecord,
+)
+from exportd_server.store.key import OutputKind
 from tests.support.deliveries import DOWN, SOON, Deliveries, sink, whole
 from tests.support.ledger import (
     CLEANUP,
+    COLUMNS,
     EXPORT,
     LEASE,
     REAP,
@@ -892,17 +901,93 @@ async def test_a_file_that_does_not_tell_its_version_is_read_in_threads_for_a_wh
     assert reads == ["here"]
 
 
+async def test_a_job_that_is_written_while_it_is_read_is_read_again(
+    read_again: tuple[World, list[str]], tmp_path: Path
+) -> None:
+    world, reads = read_again
+    job = await world.succeeded()
+    await world.create()
+    database = database_of(world)
+    read_here = database.read_here
+
+    def meanwhile(work: Any) -> Any:
+        found = read_here(work)
+        with closing(sqlite3.connect(tmp_path / "ledger.db")) as connection, connection:
+            connection.execute("UPDATE jobs SET revision = 500")
+        return found
+
+    database.read_here = meanwhile  # type: ignore[method-assign]
+    assert (await world.job(job)).revision < 500
+    database.read_here = read_here  # type: ignore[method-assign]
+    assert (await world.job(job)).revision == 500
+    assert reads
+
+
+async def test_a_clock_that_is_set_back_does_not_leave_a_job_expired(
+    read_again: tuple[World, list[str]],
+) -> None:
+    world, _ = read_again
+    job = await world.succeeded()
+    assert job.expire_time is not None
+    world.clock.time = job.expire_time
+    assert (await world.job(job)).expired
+    world.clock.time = job.expire_time - timedelta(seconds=5)
+    assert not (await world.job(job)).expired
+
+
+async def test_an_unforeseen_error_leaves_the_loops_connection_to_the_next(
+    read_again: tuple[World, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world, reads = read_again
+    job = await world.succeeded()
+
+    def fail(_connection: Connection) -> object:
+        raise MemoryError
+
+    with monkeypatch.context() as failing:
+        failing.setattr(sqlite_ledger, "_version", fail)
+        for _ in range(3):
+            with pytest.raises(MemoryError):
+                await world.job(job)
+    reads.clear()
+    async with asyncio.timeout(ENOUGH):
+        assert await world.job(job) == job
+    assert reads == ["here"]
+
+
+async def test_a_long_request_is_read_in_a_thread_and_not_kept(
+    read_again: tuple[World, list[str]],
+) -> None:
+    world, _ = read_again
+    job = await world.create(target_id="x" * 20_000)
+    await world.ledger.cancel_job(job.tenant, job.job_id)
+    ledger: Any = world.ledger
+    for _ in range(2):
+        assert (await world.job(job)).spec == job.spec
+        assert not len(ledger._recent)
+
+
 def test_few_and_small_jobs_are_kept() -> None:
     recent = RecentJobs()
     now = FakeClock().now()
-    job = Job("id", "acme", JobState.RUNNING, spec(), "", now)
+    job = Job("id", "acme", JobState.SUCCEEDED, spec(), "", now)
+    first = ("acme", "0")
     for number in range(RecentJobs.MOST + 3):
-        recent.keep(("acme", str(number)), 1, job)
-        assert recent.find(("acme", str(number)), 1, now) == job
+        asked = ("acme", str(number))
+        recent.keep(asked, 1, job)
+        recent.keep(asked, 1, job)
+        assert recent.find(asked, 1, now) == job
+        assert recent.find(first, 1, now) == job, "those that are asked for stay"
         assert len(recent) <= RecentJobs.MOST
-    many = replace(job, progress=Progress(parts_done=RecentJobs.MOST_PARTS + 1))
-    recent.keep(("acme", "many"), 1, many)
-    assert recent.find(("acme", "many"), 1, now) is None
+    assert len(recent) == RecentJobs.MOST
+    assert recent.find(("acme", "1"), 1, now) is None
+    (column,) = COLUMNS[:1]
+    good = PartRecord(0, 0, 1, 1, 1, 0, 0, 0, 0, 0, 0, b"", OutputKind.OUTPUT)
+    bad = replace(good, kind=OutputKind.ERROR)
+    for records in ([good] * (RecentJobs.MOST_PARTS + 1), [bad] * 10 + [good] * 7):
+        many = replace(job, manifest=Manifest.of((column,), records))
+        recent.keep(("acme", "many"), 1, many)
+        assert recent.find(("acme", "many"), 1, now) is None
     # What is of another version is of no use any more.
-    recent.keep(("acme", "next"), 2, job)
+    recent.keep(first, 2, job)
     assert len(recent) == 1

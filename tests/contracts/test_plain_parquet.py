@@ -434,6 +434,7 @@ def test_what_is_no_text_is_refused_under_a_mask_too(tmp_path: Path) -> None:
     assert failed.value.metadata == {"column": "v"}
 
 
+@pytest.mark.minutes
 def test_a_large_row_group_is_read_a_little_at_a_time(tmp_path: Path) -> None:
     path = tmp_path / "a"
     schema = pa.schema([(f"c{number}", pa.binary()) for number in range(8)])

@@ -325,6 +325,7 @@ class TestPush:
         assert json.loads(completed.body)["data"]["parts_total"] == 1
         assert notified.header("content-type") == "application/x-orders"
 
+    @pytest.mark.minutes
     async def test_a_part_of_200_mib_is_sent_within_8_mib(self) -> None:
         content = Generated(200 * 2**20)
         part = replace(

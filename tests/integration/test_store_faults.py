@@ -197,7 +197,8 @@ class Stand:
 Standing = Callable[..., Any]
 
 
-@pytest.fixture(params=["local", "memory", "s3"])
+# S3 takes as long as both others, several times.
+@pytest.fixture(params=["local", "memory", pytest.param("s3", marks=pytest.mark.minutes)])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
     if request.param == "s3":
         return s3_place(request.getfixturevalue("seaweed"))
@@ -597,6 +598,7 @@ async def test_s3_that_answers_a_download_amiss_is_asked_again_and_then_told(
 
 
 @pytest.mark.parametrize("call", ["list", "uploads", "abort", "delete_many"])
+@pytest.mark.minutes
 async def test_s3_that_answers_a_deletion_amiss_is_asked_until_nothing_is_left(
     tmp_path: Path, s3: Place, proxy: S3Proxy, call: str
 ) -> None:

@@ -181,6 +181,7 @@ async def test_one_trace_leads_from_the_call_through_all_processes_to_each_sink(
     assert b"secret" not in traces.raw
 
 
+@pytest.mark.minutes
 async def test_who_takes_over_from_a_killed_process_goes_on_with_the_trace(
     fleet: Processes, traces: TraceReceiver
 ) -> None:
@@ -222,6 +223,7 @@ async def test_who_takes_over_from_a_killed_process_goes_on_with_the_trace(
 
 
 @pytest.mark.parametrize("receiver", ["hangs", "is down"])
+@pytest.mark.minutes
 async def test_a_receiver_that_takes_nothing_neither_fails_work_nor_holds_up_the_end(
     fleet: Processes, receiver: str
 ) -> None:

@@ -62,6 +62,7 @@ def migrate(postgres_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     return run
 
 
+@pytest.mark.minutes
 async def test_processes_go_on_and_start_on_tables_to_which_something_was_added(
     fleet: Processes, migrate: Migrate
 ) -> None:
@@ -94,6 +95,7 @@ def test_a_release_of_before_has_nothing_to_migrate_on_tables_that_it_works_on(
     ]
 
 
+@pytest.mark.minutes
 def test_nothing_of_a_release_starts_on_tables_from_which_something_was_taken(
     fleet: Processes, migrate: Migrate
 ) -> None:

@@ -1416,7 +1416,8 @@ def _settings(examples: int) -> settings:
 TestSqliteLedger = SqliteMachine.TestCase
 TestSqliteLedger.settings = _settings(8)
 TestPostgresLedger = PostgresMachine.TestCase
-TestPostgresLedger.settings = _settings(8)
+# Ten times as slow.
+TestPostgresLedger.settings = _settings(4)
 
 
 @pytest.mark.minutes

@@ -482,6 +482,7 @@ async def test_an_embedded_server_lets_no_secret_out(
     _check(scene)
 
 
+@pytest.mark.minutes
 async def test_a_fleet_lets_no_secret_out(
     tmp_path: Path, postgres: PostgresServer, plugin: Path, receiver: Receiver
 ) -> None:
@@ -729,6 +730,7 @@ def _starts(tmp_path: Path, canaries: Canaries) -> dict[str, dict[str, str]]:
     }
 
 
+@pytest.mark.minutes
 def test_a_server_that_cannot_start_does_not_tell_why_by_its_secrets(
     tmp_path: Path, sample_catalogue: Path
 ) -> None:

@@ -37,6 +37,7 @@ from tests.support.sinks import an_export, deliver_whole
 REQUESTS = 1500
 
 
+@pytest.mark.minutes
 async def test_a_server_answers_whatever_it_is_sent(tmp_path: Path) -> None:
     report = await fuzz(tmp_path, REQUESTS, seed=7)
     assert not report.problems, report.text()

@@ -459,6 +459,7 @@ def replace(pair: Pair, new: Pair) -> None:
         fresh.replace(file)
 
 
+@pytest.mark.minutes
 def test_many_connections_at_once_and_a_renewal_among_them_leave_the_server_alive(
     tmp_path: Path, authority: Authority, shown: Pair
 ) -> None:

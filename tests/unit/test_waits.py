@@ -174,7 +174,7 @@ async def _raise(error: Exception) -> None:
     raise error
 
 
-async def test_each_that_waits_too_long_is_told_so_and_the_others_wait_on() -> None:
+async def test_each_that_waits_too_long_is_told_so() -> None:
     patience = Patience(0.05)
     loop = asyncio.get_running_loop()
     begun = loop.time()
@@ -187,15 +187,79 @@ async def test_each_that_waits_too_long_is_told_so_and_the_others_wait_on() -> N
     assert loop.time() - begun >= 3 * 0.05
     assert not len(patience)
 
+
+async def test_those_who_came_later_are_told_later() -> None:
+    patience = Patience(0.2)
+    loop = asyncio.get_running_loop()
+
+    async def late() -> float:
+        with pytest.raises(TimeoutError):
+            await patience.wait(asyncio.sleep(60))
+        return loop.time()
+
     answer: asyncio.Future[int] = loop.create_future()
-    first_one = asyncio.create_task(patience.wait(asyncio.sleep(60)))
+    first_one = asyncio.create_task(late())
+    in_time = asyncio.create_task(patience.wait(answer))
+    second = loop.create_future()
+    loop.call_later(0.1, lambda: second.set_result(asyncio.create_task(late())))
+    loop.call_later(0.1, lambda: answer.set_result(5))
+    assert await in_time == 5
+    async with asyncio.timeout(ENOUGH):
+        assert await first_one + 0.05 < await (await second)
+
+
+async def test_what_does_not_end_when_it_is_cancelled_is_cancelled_once() -> None:
+    patience = Patience(0.05)
+    told: list[int] = []
+
+    async def deaf() -> int:
+        loop = asyncio.get_running_loop()
+        while len(told) < 2 and not (told and loop.time() > ends):
+            try:
+                await asyncio.sleep(0.02)
+            except asyncio.CancelledError:
+                told.append(1)
+                # Others end meanwhile, and the timer comes by again.
+                await asyncio.gather(*others, return_exceptions=True)
+        return len(told)
+
+    ends = asyncio.get_running_loop().time() + 0.2
+    others: list[asyncio.Task[None]] = []
+    task = asyncio.create_task(patience.wait(deaf()))
+    for _ in range(3):
+        await asyncio.sleep(0.02)
+        others.append(asyncio.create_task(patience.wait(asyncio.sleep(60))))
+    # It gave something after all, and nothing of it is left with the task.
+    assert await task == 1
+    assert task.cancelling() == 0
+    assert not len(patience)
+
+
+async def test_a_task_that_is_cancelled_already_is_told_of_what_takes_too_long() -> None:
+    patience = Patience(0.02)
+
+    async def ending() -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.sleep(60)
+        assert task.cancelling() == 1
+        with pytest.raises(TimeoutError):
+            await patience.wait(asyncio.sleep(60))
+        assert task.cancelling() == 1
+
+    waiting = asyncio.create_task(ending())
     await asyncio.sleep(0)
-    patience.seconds = ENOUGH
-    second = asyncio.create_task(patience.wait(answer))
-    with pytest.raises(TimeoutError):
-        await first_one
-    answer.set_result(5)
-    assert await second == 5
+    waiting.cancel()
+    await waiting
+
+
+async def test_a_task_has_patience_for_one_thing_at_a_time() -> None:
+    patience = Patience(ENOUGH)
+    answer = asyncio.get_running_loop().create_future()
+    with pytest.raises(RuntimeError, match="already"):
+        await patience.wait(patience.wait(answer))
+    assert not len(patience)
 
 
 async def test_who_is_cancelled_while_it_waits_is_cancelled() -> None:

@@ -44,43 +44,49 @@ class Patience:
     them, and hardly any work for one that does not come to its end. For one event loop."""
 
     def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-        # In the order in which they end.
-        self._ends: dict[asyncio.Task[Any], float] = {}
-        self._ended: set[asyncio.Task[Any]] = set()
+        self._seconds = seconds
+        # In the order in which they end; None for those that were told.
+        self._ends: dict[asyncio.Task[Any], float | None] = {}
         self._timer: asyncio.TimerHandle | None = None
 
     def __len__(self) -> int:
         return len(self._ends)
 
+    @property
+    def seconds(self) -> float:
+        """How long it lasts."""
+        return self._seconds
+
     async def wait(self, awaitable: Awaitable[T]) -> T:
-        """What it gives. Raises `TimeoutError`, with the wait cancelled, after `seconds`;
-        its task waits for nothing else here meanwhile."""
+        """What it gives. Raises `TimeoutError`, with the wait cancelled, after `seconds`.
+        A task waits here for one thing at a time."""
         loop = asyncio.get_running_loop()
         task = asyncio.current_task(loop)
-        if task is None:
-            raise RuntimeError("patience without a task")
+        if task is None or task in self._ends:
+            raise RuntimeError("patience without a task, or with one that waits already")
         cancelling = task.cancelling()
-        end = self._ends[task] = loop.time() + self.seconds
+        end = self._ends[task] = loop.time() + self._seconds
         if self._timer is None:
             self._timer = loop.call_at(end, self._end, loop)
+        cancelled: asyncio.CancelledError | None = None
         try:
             return await awaitable
-        except asyncio.CancelledError as cancelled:
-            if task in self._ended and task.uncancel() <= cancelling:
-                raise TimeoutError from cancelled
+        except asyncio.CancelledError as error:
+            cancelled = error
             raise
         finally:
-            del self._ends[task]
-            self._ended.discard(task)
+            told = self._ends.pop(task) is None
+            if told and task.uncancel() <= cancelling and cancelled is not None:
+                raise TimeoutError from cancelled
 
     def _end(self, loop: asyncio.AbstractEventLoop) -> None:
         self._timer = None
         now = loop.time()
         for task, end in self._ends.items():
+            if end is None:
+                continue
             if end > now:
                 self._timer = loop.call_at(end, self._end, loop)
                 return
-            if task not in self._ended:
-                self._ended.add(task)
-                task.cancel()
+            self._ends[task] = None
+            task.cancel()

@@ -50,6 +50,7 @@ _READ = Prepared(sa.text("BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY"))
 _CLOCK = Prepared(
     sa.text("SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint")
 )
+_COMMIT = Prepared(sa.text("COMMIT"))
 _NOTIFY = "SELECT pg_notify(%s, piece) FROM unnest(%s::text[]) AS piece"
 _TAKEOVER = """SELECT claimed.*, EXISTS (
     SELECT FROM tasks WHERE task_id = claimed.o_task_id AND state = 'leased'
@@ -155,6 +156,7 @@ class PostgresDatabase:
 
     reads_at_a_time = 3
     """They wait for the network, and leave connections to those who write."""
+    is_far = True
 
     def __init__(
         self,
@@ -300,7 +302,7 @@ class PostgresDatabase:
         tx = _LateTransaction(lane, begin, self._dialect, self._clock, self._max_attempts)
         try:
             yield tx
-            tx.connection.commit()
+            tx.commit()
         except BaseException:
             # What cannot be undone for want of a connection the server undoes.
             tx.undo()
@@ -337,7 +339,7 @@ class PostgresDatabase:
 class _LateTransaction(Transaction):
     """Begins with its first statements, as one round trip with them."""
 
-    __slots__ = ("_begin", "_clock", "_lane", "_now")
+    __slots__ = ("_begin", "_clock", "_ended", "_lane", "_now")
 
     def __init__(
         self,
@@ -350,12 +352,13 @@ class _LateTransaction(Transaction):
         self._lane = lane
         self._begin = begin
         self._clock = clock
+        self._ended = False
         super().__init__(None, dialect, 0, max_attempts)
 
     @property
     def now(self) -> int:
         """The moment at which it began, or that was set since."""
-        if self._open is None:
+        if self._open is None and not self._ended:
             self.flush()
         return self._now
 
@@ -363,17 +366,36 @@ class _LateTransaction(Transaction):
     def now(self, now: int) -> None:
         self._now = now
 
+    def last(self, *calls: Call) -> list[list[Any]]:
+        """See `Transaction`. All of it is one round trip, if it has not begun before."""
+        if self._open is not None or self._late:
+            return super().last(*calls)
+        *rows, _ = self._begun([*calls, (_COMMIT, {})])
+        self._ended = True
+        self.close()
+        return rows
+
     def _run(self, calls: Sequence[Call]) -> list[list[Any]]:
+        if self._ended:
+            raise RuntimeError("the transaction has ended")
         if self._open is not None:
             return super()._run(calls)
-        connection, found = self._lane.begin([self._begin, _CLOCK], calls)
-        self._open = connection
+        rows = self._begun(calls)
         # By the library, too: it commits only what it has begun, and does not see what
         # goes to the driver.
-        connection.begin()
+        self._opened().begin()
+        return rows
+
+    def _begun(self, calls: Sequence[Call]) -> list[list[Any]]:
+        self._open, found = self._lane.begin([self._begin, _CLOCK], calls)
         _, ((now,),), *rows = found
         self._now = now if self._clock is None else codec.to_micros(self._clock.now())
         return rows
+
+    def commit(self) -> None:
+        """Commit what it did, unless it has ended."""
+        if not self._ended:
+            self.connection.commit()
 
     def undo(self) -> None:
         """Undo what it did, if it has begun, and give its connection back."""
@@ -384,6 +406,7 @@ class _LateTransaction(Transaction):
         """Give its connection back."""
         if self._open is not None:
             self._lane.give_back(self._open)
+            self._open = None
 
 
 def _state(error: BaseException) -> str:

@@ -11,13 +11,15 @@ _Asked = tuple[str, str]
 
 
 class RecentJobs:
-    """Jobs by tenant and id, all of one version of the ledger; a few MiB at most."""
+    """Jobs by tenant and id, all of one version of the ledger. What takes up much memory
+    is not to be kept here, but for parts, which are looked at."""
 
-    MOST = 256
+    MOST = 128
     MOST_PARTS = 16
 
     def __init__(self) -> None:
         self._version: object = None
+        # In the order in which they were last asked for.
         self._jobs: dict[_Asked, Job] = {}
 
     def __len__(self) -> int:
@@ -26,17 +28,23 @@ class RecentJobs:
     def find(self, asked: _Asked, version: object, now: datetime) -> Job | None:
         """The job as it would be read at the ledger's `version` and the moment `now`;
         None when it has to be read."""
-        if version != self._version or (job := self._jobs.get(asked)) is None:
+        if version != self._version or (job := self._jobs.pop(asked, None)) is None:
             return None
-        # The only thing about it that time alone changes.
-        if not job.expired and job.expire_time is not None and job.expire_time <= now:
+        # The only thing about it that time alone changes. A clock may be set back.
+        if job.expired != (job.expire_time is not None and job.expire_time <= now):
             return None
+        self._jobs[asked] = job
         return job.read_at(now)
 
     def keep(self, asked: _Asked, version: object, job: Job) -> None:
-        """Keep what was read at this version or later, unless it is large."""
-        if version != self._version or len(self._jobs) >= self.MOST:
+        """Keep what was read at this version or later."""
+        if version != self._version:
             self._jobs.clear()
             self._version = version
-        if job.progress.parts_done + job.progress.error_parts <= self.MOST_PARTS:
-            self._jobs[asked] = job
+        if job.manifest is not None:
+            parts = len(job.manifest.parts) + len(job.manifest.error_parts)
+            if parts > self.MOST_PARTS:
+                return
+        self._jobs[asked] = job
+        if len(self._jobs) > self.MOST:
+            del self._jobs[next(iter(self._jobs))]

@@ -121,7 +121,15 @@ class SqlLedger:
     async def _get_jobs(
         self, asked: Sequence[tuple[str, str]]
     ) -> dict[tuple[str, str], Job | None]:
-        return await self._database.read(lambda tx: reading.get_jobs(tx, asked))
+        found: dict[tuple[str, str], Job | None] = {}
+        if self._database.is_far:
+            found = await self._database.read(lambda tx: reading.get_plain_jobs(tx, asked))
+        if rest := [each for each in asked if each not in found]:
+            alone = len(asked) == 1
+            found |= await self._database.read(
+                lambda tx: reading.get_jobs(tx, rest, large=alone)
+            )
+        return found
 
     async def list_jobs(
         self,
@@ -547,7 +555,7 @@ class SqlLedger:
             news, since = ticket
         else:
             news = signals.news()
-            since = await self._database.read(lambda tx: tx.now)
+            since = await self._database.read(reading.moment)
         with signals.idle(news) as told:
             while not told.is_set():
                 pause = await self._database.read(lambda tx: reading.next_due(tx, since))

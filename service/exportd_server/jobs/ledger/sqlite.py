@@ -118,6 +118,7 @@ class SqliteDatabase:
 
     reads_at_a_time = 1
     """What they read is in memory: more would wait for the interpreter's lock instead."""
+    is_far = False
 
     def __init__(self, path: Path, clock: Clock, max_attempts: int) -> None:
         self.signals = Signals()
@@ -164,8 +165,10 @@ class SqliteDatabase:
 
     def version_here(self) -> tuple[object, datetime] | None:
         """See `Database`."""
+        # Before it looks: what is told to be of this moment must not be older.
+        now = self._clock.now()
         version = self._do_here(_version)
-        return None if version is None else (version, self._clock.now())
+        return None if version is None else (version, now)
 
     def read_here(self, work: Callable[[Transaction], T]) -> T | None:
         """See `Database`. Writers do not lock readers out."""
@@ -189,11 +192,14 @@ class SqliteDatabase:
                 connection = self._reader_here.connect()
             result = work(connection)
             self._here = connection
-        except (sa.exc.DBAPIError, sqlite3.Error):
-            # A thread is told what is wrong, or waits.
-            self._here_from = time.monotonic() + _NOT_HERE
+        except BaseException as error:
+            # There is one, for which the loop must never wait.
             if connection is not None:
                 connection.close()
+            if not isinstance(error, sa.exc.DBAPIError | sqlite3.Error):
+                raise
+            # A thread is told what is wrong, or waits.
+            self._here_from = time.monotonic() + _NOT_HERE
             return None
         if (now := time.monotonic()) - begun > _SLOW:
             self._here_from = now + _NOT_HERE

@@ -111,6 +111,12 @@ class Transaction:
         row = self.first(statement, **values)
         return None if row is None else row[0]
 
+    def last(self, *calls: Call) -> list[list[Any]]:
+        """Run the last statements of a transaction that writes nothing, which a server
+        then has ended as well; the rows of each. Raises as `rows`."""
+        self.flush()
+        return run_all(self._opened(), calls)
+
     def run(self, work: Callable[[Transaction], T]) -> T:
         """Do all of a piece of work, with what it puts off."""
         result = work(self)
@@ -145,6 +151,8 @@ class Database(Protocol):
     signals: Signals
     reads_at_a_time: int
     """How many reads gain by not waiting for each other."""
+    is_far: bool
+    """Whether asking again costs more than asking for what may not be needed."""
 
     async def write(self, work: Callable[[Transaction], T], *, line: str = "") -> T:
         """Run `work` in a transaction that may write. Those of one `line`, say of a job,
@@ -163,9 +171,9 @@ class Database(Protocol):
         ...
 
     def version_here(self) -> tuple[object, datetime] | None:
-        """What is the same again as long as nothing was committed, whoever's; and the
-        moment at which it was read, in microseconds since 1970. On the event loop's own
-        thread; None where that cannot be had, as of `read_here`."""
+        """What is the same again as long as nothing was committed, by whoever; and the
+        ledger's time before it was looked at. On the event loop's own thread; None where
+        that cannot be had, as of `read_here`."""
         ...
 
     async def write_apart(self, work: Callable[[Transaction], T]) -> T:

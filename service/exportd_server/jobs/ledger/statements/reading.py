@@ -47,6 +47,10 @@ _MOST_VARIABLES = 10_000
 _FEW_PARTS = 100
 """Read in about a millisecond."""
 
+_SHORT_TEXTS = 16_384
+"""Characters, of all that is JSON in a job's row. Read, they take up some six times that
+in memory."""
+
 _PART_COLUMNS = tuple(
     parts.c[name]
     for name in (
@@ -115,6 +119,16 @@ _OF_VISIBLE = (
 _VISIBLE_JOB_WITH_SUMS = Prepared(sa.select(jobs, _OF_VISIBLE).where(*_VISIBLE))
 """In one statement what is asked for all the time."""
 _SUMS_OF_MANY = _SUMS.where(tasks.c.job_id.in_(sa.bindparam("job_ids", expanding=True)))
+_FEW_PUBLISHED_PARTS = Prepared(
+    _PARTS.where(
+        parts.c.job_id == sa.bindparam("job_id"),
+        parts.c.generation
+        == sa.select(jobs.c.generation)
+        .where(*_VISIBLE, jobs.c.state == JobState.SUCCEEDED.value)
+        .scalar_subquery(),
+    ).limit(_FEW_PARTS)
+)
+"""Of a job that has succeeded: its first parts."""
 
 _SENT = (
     sa.select(
@@ -197,19 +211,46 @@ def visible_job(tx: Transaction, tenant: str, job_id: str) -> Row[Any] | None:
 
 
 def get_jobs(
-    tx: Transaction, asked: Sequence[tuple[str, str]]
+    tx: Transaction, asked: Sequence[tuple[str, str]], *, large: bool
 ) -> dict[tuple[str, str], Job | None]:
-    """Jobs as they stand, with their manifests, by tenant and id. Of several those are
+    """Jobs as they stand, with their manifests, by tenant and id. Unless `large` those are
     left out whose many parts would keep the others waiting."""
-    return _get_jobs(tx, asked, _any if len(asked) == 1 else _is_small)
+    return _get_jobs(tx, asked, _any if large else _is_small)
 
 
 def get_quick_jobs(
     tx: Transaction, asked: Sequence[tuple[str, str]]
 ) -> dict[tuple[str, str], Job | None]:
-    """The same without those that take longer than a few rows: of many parts, or with a
-    place among those that wait."""
+    """The same without those that take longer than a few rows: of many parts, with a
+    place among those that wait, or whose request is long."""
     return _get_jobs(tx, asked, _is_quick)
+
+
+def get_plain_jobs(
+    tx: Transaction, asked: Sequence[tuple[str, str]]
+) -> dict[tuple[str, str], Job | None]:
+    """The same at one go, with nothing more to be asked of the transaction. Those are left
+    out of which more would have to be asked: of many parts, with a place among those that
+    wait, or with deliveries."""
+    calls = [
+        (statement, {"job_id": job_id, "tenant": tenant})
+        for tenant, job_id in asked
+        for statement in (_VISIBLE_JOB_WITH_SUMS, _FEW_PUBLISHED_PARTS)
+    ]
+    rows = iter(tx.last(*calls))
+    found: dict[tuple[str, str], Job | None] = {}
+    for key, jobs_found, parts_found in zip(asked, rows, rows, strict=True):
+        if not jobs_found:
+            found[key] = None
+            continue
+        (row,) = jobs_found
+        if _is_plain(row):
+            manifest = None
+            if row.state == JobState.SUCCEEDED:
+                published = _part_records(parts_found)
+                manifest = Manifest.of(codec.load_columns(row.columns), published)
+            found[key] = _to_job(tx.now, row, row, None, manifest, [])
+    return found
 
 
 def _get_jobs(
@@ -235,7 +276,15 @@ def _is_small(row: Row[Any]) -> bool:
 
 
 def _is_quick(row: Row[Any]) -> bool:
-    return row.state != JobState.PENDING and _has_few_parts(row)
+    if row.state == JobState.PENDING or not _has_few_parts(row):
+        return False
+    # A caller may send a MiB of filters.
+    texts = len(row.spec) + len(row.columns or "") + len(row.error or "")
+    return texts <= _SHORT_TEXTS
+
+
+def _is_plain(row: Row[Any]) -> bool:
+    return row.state != JobState.PENDING and _has_few_parts(row) and not row.sinks
 
 
 def _has_few_parts(row: Row[Any]) -> bool:
@@ -244,7 +293,7 @@ def _has_few_parts(row: Row[Any]) -> bool:
 
 def get_job(tx: Transaction, tenant: str, job_id: str) -> Job | None:
     """The job as it stands, with its manifest."""
-    return get_jobs(tx, [(tenant, job_id)])[tenant, job_id]
+    return get_jobs(tx, [(tenant, job_id)], large=True)[tenant, job_id]
 
 
 def to_job(tx: Transaction, row: Row[Any]) -> Job:
@@ -563,13 +612,19 @@ def ledger_id(tx: Transaction) -> str:
 
 def revision_of(tx: Transaction, job_id: str) -> int | None:
     """The job's revision; None when it is missing or hidden."""
-    found: int | None = tx.scalar(_REVISION, job_id=job_id)
-    return found
+    (rows,) = tx.last((_REVISION, {"job_id": job_id}))
+    return rows[0].revision if rows else None
+
+
+def moment(tx: Transaction) -> int:
+    """What the ledger's clock says."""
+    tx.last()
+    return tx.now
 
 
 def next_due(tx: Transaction, since: int) -> int | None:
     """Microseconds until the first task comes due after `since`, by its time or because
     its lease runs out; None when there is none."""
-    moments = tx.first(_NEXT_DUE, since=since)
+    ((moments,),) = tx.last((_NEXT_DUE, {"since": since}))
     found = [moment for moment in moments if moment is not None]
     return min(found) - tx.now if found else None
