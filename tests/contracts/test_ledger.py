@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import cast
@@ -35,6 +36,7 @@ from exportd_server.jobs.model import (
     Progress,
 )
 from exportd_server.sources.base import FilterOperator
+from exportd_server.store.key import OutputKind
 from tests.support.deliveries import Deliveries, sink
 from tests.support.ledger import BACKENDS, CLEANUP, COLUMNS, Backend, World, part, spec
 
@@ -185,31 +187,34 @@ async def test_finished_jobs_do_not_count_towards_the_quota(world: World) -> Non
 
 
 async def test_what_is_read_of_jobs_at_one_go_is_what_is_read_one_by_one(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    world: World,
 ) -> None:
-    monkeypatch.setattr(reading, "_FEW_PARTS", 2)
-    done = await world.succeeded()
+    async def made(parts: int, shards: int = 1) -> Job:
+        job, lease = await world.running(shards)
+        for sequence in range(parts - shards):
+            await world.ledger.add_part(lease, part(lease, sequence))
+        for other in [await world.lease() for _ in range(shards - 1)]:
+            await world.finish(other)
+        assert await world.finish(lease, parts - shards)
+        return job
+
+    few, many = await made(reading._FEW_PARTS, 3), await made(reading._FEW_PARTS + 1)
+    with_errors, lease = await world.running()
+    error = replace(part(lease), kind=OutputKind.ERROR)
+    await world.ledger.add_part(lease, part(lease), error)
+    await world.ledger.complete_shard(lease)
     failed, lease = await world.running()
+    await world.ledger.add_part(lease, part(lease))
     await world.ledger.fail_attempt(lease, SOURCE_DOWN, retry_in=None)
-    two, lease = await world.running()
-    await world.ledger.add_part(lease, part(lease, 0))
-    await world.finish(lease, 1)
-    many, lease = await world.running()
-    for sequence in range(2):
-        await world.ledger.add_part(lease, part(lease, sequence))
-    await world.finish(lease, 2)
     deleted = await world.succeeded()
     await world.ledger.delete_job(deleted.tenant, deleted.job_id)
     others = await world.succeeded("another")
     running, lease = await world.running(2)
-    await world.ledger.add_part(lease, part(lease, 0))
+    await world.ledger.add_part(lease, part(lease))
     waiting = await world.create()
-    deliveries = Deliveries(world)
-    sent = await deliveries.create(sink("s"))
-    asked = [
-        ("acme", job.job_id)
-        for job in (done, failed, two, many, deleted, others, running, waiting, sent)
-    ]
+    sent = await Deliveries(world).create(sink("s"))
+    every = few, many, with_errors, failed, deleted, others, running, waiting, sent
+    asked = [("acme", job.job_id) for job in every]
 
     database = cast("SqlLedger", world.ledger)._database
     plain = await database.read(lambda tx: reading.get_plain_jobs(tx, asked))
@@ -219,11 +224,13 @@ async def test_what_is_read_of_jobs_at_one_go_is_what_is_read_one_by_one(
     assert plain == {key: job for key, job in whole.items() if key not in left}
     assert whole["acme", others.job_id] is whole["acme", deleted.job_id] is None
     for key in asked:
-        job = whole[key]
-        assert await world.ledger.get_job(*key) == job
-        if job is not None and job.state is JobState.SUCCEEDED:
-            assert job.manifest is not None
-            assert len(job.manifest.parts) == job.progress.parts_done
+        assert await world.ledger.get_job(*key) == whole[key]
+    for job, parts, errors in ((few, 100, 0), (many, 101, 0), (with_errors, 1, 1)):
+        found = whole["acme", job.job_id]
+        assert found is not None
+        assert found.manifest is not None
+        assert len(found.manifest.parts) == parts
+        assert len(found.manifest.error_parts) == errors
 
 
 async def test_lists_are_newest_first_and_pages_neither_skip_nor_repeat(

@@ -61,6 +61,7 @@ from tests.support.ledger import (
     spec,
 )
 from tests.support.postgres import PostgresServer, running_postgres
+from tests.support.server import until
 from tests.support.waits import ENOUGH
 
 LONG = 600.0
@@ -1101,7 +1102,10 @@ async def test_what_a_job_asks_takes_few_round_trips(
         assert await claim(ledger) is None
         nonlocal round_trips
         round_trips = 0
-        await ledger.wait_for_work(0.5)
+        waiting = asyncio.create_task(ledger.wait_for_work(ENOUGH))
+        await until(lambda: round_trips)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
 
     async def of(name: str, call: Awaitable[T]) -> T:
         nonlocal round_trips
@@ -1223,9 +1227,18 @@ async def test_an_error_in_a_read_that_ends_with_it_leaves_a_good_connection(
             assert rows == [(1,), (1,)]
             assert now > 0
             assert database._pool._engine.pool.checkedout() == 0
-        if not begun:
+        for more in (
+            lambda tx: tx.scalar(_ONE),
+            lambda tx: tx.last((_ONE, {})),
+            lambda tx: tx.connection,
+            lambda tx: (tx.later(_ONE), tx.flush()),
+            lambda tx: tx.later(_ONE),
+        ):
             with pytest.raises(RuntimeError, match="ended"):
-                await database.read(work(1, lambda tx: tx.scalar(_ONE)))
+                await database.read(work(1, more))
+        with pytest.raises(RuntimeError, match="commits"):
+            await database.write(work(1, lambda _: None))
+        assert database._pool._engine.pool.checkedout() == 0
     finally:
         await ledger.close()
 

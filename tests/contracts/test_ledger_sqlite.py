@@ -46,11 +46,13 @@ from exportd_server.jobs.ledger.tables import METADATA, deliveries, jobs, tasks
 from exportd_server.jobs.ledger.transaction import Transaction
 from exportd_server.jobs.model import (
     DeliveryState,
+    DeliveryStatus,
     Job,
     JobState,
     Manifest,
     OnFull,
     PartRecord,
+    SinkDelivery,
 )
 from exportd_server.store.key import OutputKind
 from tests.support.deliveries import DOWN, SOON, Deliveries, sink, whole
@@ -803,8 +805,12 @@ async def test_after_a_failed_read_threads_do_the_reading_for_a_while(
 
 
 @pytest.fixture
-async def read_again(tmp_path: Path) -> AsyncIterator[tuple[World, list[str]]]:
+async def read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[tuple[World, list[str]]]:
     """A world, and a list that grows whenever a job's rows are read."""
+    # However busy the machine is.
+    monkeypatch.setattr(sqlite_ledger, "_SLOW", ENOUGH)
     async with sqlite_world(tmp_path) as world:
         database = database_of(world)
         reads: list[str] = []
@@ -967,6 +973,21 @@ async def test_a_long_request_is_read_in_a_thread_and_not_kept(
         assert not len(ledger._recent)
 
 
+async def test_a_read_that_has_ended_is_asked_nothing_more(tmp_path: Path) -> None:
+    one = Prepared(sa.text("SELECT 1 AS one"))
+    async with sqlite_world(tmp_path) as world:
+        database = database_of(world)
+        assert await database.read(lambda tx: tx.last((one, {}))) == [[(1,)]]
+
+        def more(tx: Transaction) -> None:
+            tx.last()
+            assert tx.now > 0
+            tx.rows(one)
+
+        with pytest.raises(RuntimeError, match="ended"):
+            await database.read(more)
+
+
 def test_few_and_small_jobs_are_kept() -> None:
     recent = RecentJobs()
     now = FakeClock().now()
@@ -988,6 +1009,9 @@ def test_few_and_small_jobs_are_kept() -> None:
         many = replace(job, manifest=Manifest.of((column,), records))
         recent.keep(("acme", "many"), 1, many)
         assert recent.find(("acme", "many"), 1, now) is None
+    delivery = SinkDelivery("s", DeliveryStatus.PENDING)
+    recent.keep(("acme", "sent"), 1, replace(job, deliveries=(delivery,)))
+    assert recent.find(("acme", "sent"), 1, now) is None
     # What is of another version is of no use any more.
     recent.keep(first, 2, job)
     assert len(recent) == 1

@@ -31,7 +31,7 @@ from exportd_server.jobs.ledger.counting import count
 from exportd_server.jobs.ledger.lanes import Lane, Lines
 from exportd_server.jobs.ledger.listener import Listener
 from exportd_server.jobs.ledger.postgres_server import Address
-from exportd_server.jobs.ledger.prepared import Call, Prepared
+from exportd_server.jobs.ledger.prepared import Call, Prepared, run_all
 from exportd_server.jobs.ledger.signals import Signals
 from exportd_server.jobs.ledger.sql import SqlLedger
 from exportd_server.jobs.ledger.statements import claiming, lifecycle
@@ -368,16 +368,19 @@ class _LateTransaction(Transaction):
 
     def last(self, *calls: Call) -> list[list[Any]]:
         """See `Transaction`. All of it is one round trip, if it has not begun before."""
-        if self._open is not None or self._late:
-            return super().last(*calls)
-        *rows, _ = self._begun([*calls, (_COMMIT, {})])
+        if self._begin is not _READ:
+            raise RuntimeError("what a transaction wrote is told when it commits")
+        if self._open is None and not self._late:
+            *rows, _ = self._begun([*calls, (_COMMIT, {})])
+        else:
+            self.flush()
+            rows = run_all(self._opened(), calls)
+            self._opened().commit()
         self._ended = True
         self.close()
         return rows
 
     def _run(self, calls: Sequence[Call]) -> list[list[Any]]:
-        if self._ended:
-            raise RuntimeError("the transaction has ended")
         if self._open is not None:
             return super()._run(calls)
         rows = self._begun(calls)
@@ -387,6 +390,8 @@ class _LateTransaction(Transaction):
         return rows
 
     def _begun(self, calls: Sequence[Call]) -> list[list[Any]]:
+        if self._ended:
+            raise RuntimeError("the transaction has ended")
         self._open, found = self._lane.begin([self._begin, _CLOCK], calls)
         _, ((now,),), *rows = found
         self._now = now if self._clock is None else codec.to_micros(self._clock.now())

@@ -11,8 +11,8 @@ _Asked = tuple[str, str]
 
 
 class RecentJobs:
-    """Jobs by tenant and id, all of one version of the ledger. What takes up much memory
-    is not to be kept here, but for parts, which are looked at."""
+    """Jobs by tenant and id, all of one version of the ledger. None has many parts, or
+    deliveries, whose texts are the sinks'; long requests are not to be kept either."""
 
     MOST = 128
     MOST_PARTS = 16
@@ -41,6 +41,8 @@ class RecentJobs:
         if version != self._version:
             self._jobs.clear()
             self._version = version
+        if job.deliveries:
+            return
         if job.manifest is not None:
             parts = len(job.manifest.parts) + len(job.manifest.error_parts)
             if parts > self.MOST_PARTS:

@@ -112,10 +112,12 @@ class Transaction:
         return None if row is None else row[0]
 
     def last(self, *calls: Call) -> list[list[Any]]:
-        """Run the last statements of a transaction that writes nothing, which a server
-        then has ended as well; the rows of each. Raises as `rows`."""
+        """Run the last statements of a transaction that writes nothing; the rows of each.
+        It has ended then, also for the server. Raises as `rows`."""
         self.flush()
-        return run_all(self._opened(), calls)
+        found = run_all(self._opened(), calls)
+        self._open = None
+        return found
 
     def run(self, work: Callable[[Transaction], T]) -> T:
         """Do all of a piece of work, with what it puts off."""
@@ -140,7 +142,7 @@ class Transaction:
 
     def _opened(self) -> Connection:
         if self._open is None:
-            raise RuntimeError("the transaction has not begun")
+            raise RuntimeError("the transaction has not begun, or has ended")
         return self._open
 
 

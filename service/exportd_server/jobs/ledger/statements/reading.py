@@ -48,8 +48,8 @@ _FEW_PARTS = 100
 """Read in about a millisecond."""
 
 _SHORT_TEXTS = 16_384
-"""Characters, of all that is JSON in a job's row. Read, they take up some six times that
-in memory."""
+"""Characters, of all that is JSON in a job's row. Read, they take up several times that in
+memory."""
 
 _PART_COLUMNS = tuple(
     parts.c[name]
@@ -244,12 +244,15 @@ def get_plain_jobs(
             found[key] = None
             continue
         (row,) = jobs_found
-        if _is_plain(row):
-            manifest = None
-            if row.state == JobState.SUCCEEDED:
-                published = _part_records(parts_found)
-                manifest = Manifest.of(codec.load_columns(row.columns), published)
-            found[key] = _to_job(tx.now, row, row, None, manifest, [])
+        if row.state == JobState.PENDING or row.sinks:
+            continue
+        manifest = None
+        if row.state == JobState.SUCCEEDED:
+            if len(parts_found) != row.parts + row.error_parts:
+                continue  # there are more
+            published = _part_records(parts_found)
+            manifest = Manifest.of(codec.load_columns(row.columns), published)
+        found[key] = _to_job(tx.now, row, row, None, manifest, [])
     return found
 
 
@@ -281,10 +284,6 @@ def _is_quick(row: Row[Any]) -> bool:
     # A caller may send a MiB of filters.
     texts = len(row.spec) + len(row.columns or "") + len(row.error or "")
     return texts <= _SHORT_TEXTS
-
-
-def _is_plain(row: Row[Any]) -> bool:
-    return row.state != JobState.PENDING and _has_few_parts(row) and not row.sinks
 
 
 def _has_few_parts(row: Row[Any]) -> bool:
