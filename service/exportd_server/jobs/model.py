@@ -341,7 +341,7 @@ class Job:
 
     def read_at(self, moment: datetime) -> Job:
         """The same job, read at another moment."""
-        # `replace` takes some twenty times as long, which callers who poll would notice.
+        # `replace` takes some ten times as long, which callers who poll would notice.
         job = object.__new__(Job)
         job.__dict__.update(self.__dict__, read_time=moment)
         return job

@@ -165,7 +165,7 @@ class SqliteDatabase:
 
     def version_here(self) -> tuple[object, datetime] | None:
         """See `Database`."""
-        # Before it looks: what is told to be of this moment must not be older.
+        # As of a transaction: its moment is before what it sees.
         now = self._clock.now()
         version = self._do_here(_version)
         return None if version is None else (version, now)
