@@ -169,6 +169,10 @@ async def test_what_comes_in_time_is_given_and_leaves_nothing_behind() -> None:
     assert not len(patience)
 
 
+async def _for_ever() -> None:
+    await asyncio.Event().wait()
+
+
 async def _raise(error: Exception) -> None:
     await asyncio.sleep(0)
     raise error
@@ -179,7 +183,7 @@ async def test_each_that_waits_too_long_is_told_so() -> None:
     loop = asyncio.get_running_loop()
     begun = loop.time()
     for _ in range(3):
-        late = [asyncio.create_task(patience.wait(asyncio.sleep(60))) for _ in range(3)]
+        late = [asyncio.create_task(patience.wait(_for_ever())) for _ in range(3)]
         found = await asyncio.gather(*late, return_exceptions=True)
         assert [type(each) for each in found] == [TimeoutError] * 3
         # They may wait for other things.
@@ -194,7 +198,7 @@ async def test_those_who_came_later_are_told_later() -> None:
 
     async def late() -> float:
         with pytest.raises(TimeoutError):
-            await patience.wait(asyncio.sleep(60))
+            await patience.wait(_for_ever())
         return loop.time()
 
     async with asyncio.timeout(ENOUGH):
@@ -226,7 +230,7 @@ async def test_what_does_not_end_when_it_is_cancelled_is_cancelled_once() -> Non
     task = asyncio.create_task(patience.wait(deaf()))
     for _ in range(3):
         await asyncio.sleep(0.02)
-        others.append(asyncio.create_task(patience.wait(asyncio.sleep(60))))
+        others.append(asyncio.create_task(patience.wait(_for_ever())))
     # It gave something after all, and nothing of it is left with the task.
     assert await task == 1
     assert task.cancelling() == 0
@@ -241,10 +245,10 @@ async def test_a_task_that_is_cancelled_already_is_told_of_what_takes_too_long()
         task = asyncio.current_task()
         assert task is not None
         with pytest.raises(asyncio.CancelledError):
-            await asyncio.sleep(60)
+            await _for_ever()
         assert task.cancelling() == 1
         with pytest.raises(TimeoutError):
-            await patience.wait(asyncio.sleep(60))
+            await patience.wait(_for_ever())
         assert task.cancelling() == 1
 
     waiting = asyncio.create_task(ending())
@@ -263,7 +267,7 @@ async def test_a_task_has_patience_for_one_thing_at_a_time() -> None:
 
 async def test_who_is_cancelled_while_it_waits_is_cancelled() -> None:
     patience = Patience(ENOUGH)
-    waiting = asyncio.create_task(patience.wait(asyncio.sleep(60)))
+    waiting = asyncio.create_task(patience.wait(_for_ever()))
     await asyncio.sleep(0)
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -274,7 +278,7 @@ async def test_who_is_cancelled_while_it_waits_is_cancelled() -> None:
 async def test_who_is_cancelled_in_the_moment_that_patience_ends_is_cancelled() -> None:
     patience = Patience(0.05)
     ends = asyncio.get_running_loop().time() + 0.05
-    waiting = asyncio.create_task(patience.wait(asyncio.sleep(60)))
+    waiting = asyncio.create_task(patience.wait(_for_ever()))
     await asyncio.sleep(0)
     # Both before the task gets to run again.
     asyncio.get_running_loop().call_at(ends, waiting.cancel)

@@ -33,6 +33,7 @@ from exportd_server.errors import (
     FieldViolation,
     InvalidRequest,
 )
+from exportd_server.jobs.audit import uuid_or_nothing
 from exportd_server.jobs.ledger.base import JobQuery
 from exportd_server.jobs.lower import MAX_FILTERS
 from exportd_server.jobs.manager import MAX_LABELS
@@ -59,8 +60,6 @@ E = TypeVar(
     RowErrorPolicy,
 )
 
-_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-
 
 class Reader:
     """Reads one request; `violations` grows as fields turn out bad."""
@@ -83,12 +82,11 @@ class Reader:
             if required:
                 self.complain(field, "is required: a UUID")
             return ""
-        canonical = text.lower()
-        if _UUID.fullmatch(canonical) is None:
+        canonical = uuid_or_nothing(text)
+        if not canonical:
             self.complain(
                 field, "must be a UUID such as 01890a5d-ac96-774b-bcce-b302099a8057"
             )
-            return ""
         return canonical
 
     def moment(
