@@ -207,7 +207,7 @@ async def test_a_chunk_takes_no_more_calls_than_it_needs(service: Service) -> No
     assert max(full) <= CALLS_OF_A_CHUNK, full
 
 
-async def test_a_chunk_is_copied_into_its_message_and_nowhere_else(
+async def test_a_chunk_is_read_into_its_message_and_copied_nowhere(
     service: Service,
 ) -> None:
     each: list[int] = []
@@ -224,8 +224,10 @@ async def test_a_chunk_is_copied_into_its_message_and_nowhere_else(
         await _download(service, between)
     finally:
         tracemalloc.stop()
-    # The message before is gone by the time that the next one is made.
-    assert max(each[1 + GROWING : -1]) < CHUNK // 4, each
+    # The message before is gone by the time that the next one is read into its memory;
+    # once it takes new memory, as the offset in the head takes a byte more.
+    assert each[-2] < CHUNK // 64, each
+    assert sorted(each[1 + GROWING : -1])[-2] < CHUNK // 64, each
 
 
 @pytest.mark.usefixtures("page_cache_tells")

@@ -2,18 +2,16 @@
 
 A chunk on its way is there twice: as it was written, and in what sends it, until the
 reader takes it. A reader that takes nothing keeps it there. So chunks begin small, grow as
-they are taken, and are the smaller the more downloads there are; and memory to read into
-is lent only for as long as it is read into.
+they are taken, and are the smaller the more downloads there are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import BytesIO
 
 _FIRST = 64 * 1024
-_SPARE = 8
-"""Pieces of memory that are kept for the next read."""
 
 
 class ChunkMemory:
@@ -27,57 +25,62 @@ class ChunkMemory:
         self.most = most
         self._in_flight = in_flight
         self._downloads = 0
-        self._spare: list[bytearray] = []
 
     @contextmanager
     def download(self) -> Iterator[ChunkBuffer]:
         """The buffer of a download, for as long as it runs."""
         self._downloads += 1
-        buffer = ChunkBuffer(self)
         try:
-            yield buffer
+            yield ChunkBuffer(self)
         finally:
             self._downloads -= 1
-            buffer.release()
 
     def size(self, grown: int) -> int:
         """How large a chunk may be now, for a download whose last one allows `grown`."""
         share = max(_FIRST, self._in_flight // max(1, self._downloads))
         return min(self.most, grown, share)
 
-    def lend(self, size: int) -> bytearray:
-        """Memory of at least that size."""
-        if self._spare and len(self._spare[-1]) >= size:
-            return self._spare.pop()
-        return bytearray(size)
 
-    def give_back(self, memory: bytearray) -> None:
-        """Take memory back that is not read into any more."""
-        self._spare.append(memory)
-        # The largest last, which fits whoever asks next.
-        self._spare.sort(key=len)
-        del self._spare[:-_SPARE]
+def _no_head(_: int) -> int:
+    return 0
 
 
 class ChunkBuffer:
-    """Memory that one download reads into."""
+    """Memory that one download reads into, and that is its chunks then.
+
+    What was read is a chunk without being copied: `BytesIO` lends its memory to be read
+    into, and gives the same memory away as `bytes`. It has it again once nobody has that
+    chunk any more; should somebody have it still, it takes other memory by itself. So
+    between two chunks a download has none of its own beside the chunk it waits for.
+    """
 
     def __init__(self, shared: ChunkMemory) -> None:
         self._shared = shared
-        self._memory: bytearray | None = None
+        self._memory = BytesIO()
+        self._size = 0
+        self._head = 0
         self._grown = _FIRST
 
-    def room(self, wanted: int) -> memoryview:
-        """Where to read the next bytes into, `wanted` at most; for until `release`. The
-        chunk before was taken."""
-        self.release()
-        size = min(wanted, self._shared.size(self._grown))
+    def room(self, wanted: int, head: Callable[[int], int] = _no_head) -> memoryview:
+        """Where to read the next bytes into, `wanted` at most, behind a head of the length
+        that `head` says for so many bytes. What was given before is void."""
+        count = min(wanted, self._shared.size(self._grown))
         self._grown = min(2 * self._grown, self._shared.most)
-        self._memory = self._shared.lend(size)
-        return memoryview(self._memory)[:size]
+        self._head = head(count)
+        size = self._head + count
+        if size != self._size:
+            self._memory, self._size = BytesIO(bytes(size)), size
+        return self._memory.getbuffer()[self._head :]
 
-    def release(self) -> None:
-        """What was read has been copied. Idempotent."""
-        memory, self._memory = self._memory, None
-        if memory is not None:
-            self._shared.give_back(memory)
+    def chunk(self, data: memoryview, head: bytes = b"") -> bytes:
+        """`head` and then `data`, which is what was read into the room from its start and
+        is void afterwards. They are copied only where they do not fill it."""
+        if len(head) != self._head or len(head) + len(data) != self._size:
+            chunk = b"".join((head, data))
+            data.release()
+            return chunk
+        # It gives its memory away only when nobody can write to it.
+        data.release()
+        with self._memory.getbuffer() as memory:
+            memory[: self._head] = head
+        return self._memory.getvalue()

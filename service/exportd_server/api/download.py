@@ -6,12 +6,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 
 import grpc
 
 from exportd.v1 import export_service_pb2
 from exportd_server.api.chunks import ChunkBuffer, ChunkMemory
-from exportd_server.api.framing import data_message
+from exportd_server.api.framing import data_head, usual_head_length
 from exportd_server.api.reading import (
     OutputReader,
     Piece,
@@ -191,9 +192,12 @@ class _Sender:
     def __init__(self, context: Context, buffer: ChunkBuffer, stall_timeout: float) -> None:
         self._messages = Messages(context, stall_timeout)
         self._buffer = buffer
-        self.room = buffer.room
         self.before_each: Callable[[], None] = _nothing
         """Raises when no more data is to be sent."""
+
+    def room(self, position: int, wanted: int) -> memoryview:
+        """Where to read the data of the next message into."""
+        return self._buffer.room(wanted, partial(usual_head_length, position))
 
     async def metadata(self, message: export_service_pb2.DownloadMetadata) -> None:
         """Send what the bytes are."""
@@ -204,11 +208,11 @@ class _Sender:
     async def data(self, piece: Piece) -> None:
         """Send a chunk."""
         self.before_each()
-        message = data_message(piece.position, piece.crc32c, piece.data)
-        self._buffer.release()
-        await self._messages.send(message)
-        metrics.grpc_bytes.inc(len(piece.data))
-        audit.note_sent(len(piece.data))
+        count = len(piece.data)
+        head = data_head(piece.position, piece.crc32c, count)
+        await self._messages.send(self._buffer.chunk(piece.data, head))
+        metrics.grpc_bytes.inc(count)
+        audit.note_sent(count)
 
 
 def _checked_job_id(request: export_service_pb2.StreamDownloadRequest) -> str:

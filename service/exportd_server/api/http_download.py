@@ -167,7 +167,9 @@ class HttpDownloads:
         request[ABOUT].update(first=first, bytes=end - first)
         with self._options.memory.download() as buffer:
             async with aclosing(
-                self._output.pieces(job, layout.segments, first, end, buffer.room)
+                self._output.pieces(
+                    job, layout.segments, first, end, lambda _, wanted: buffer.room(wanted)
+                )
             ) as pieces:
                 await self._stream(request, response, pieces, buffer)
         return response
@@ -195,13 +197,11 @@ class HttpDownloads:
         await response.prepare(request)
         audit.note_sent(0)
         while piece is not None:
-            # A copy, for the transport may hold on to it while the memory is read into.
-            # Nobody else does.
-            writing = _write(request, response, bytes(piece.data))
-            buffer.release()
+            count = len(piece.data)
+            writing = _write(request, response, buffer.chunk(piece.data))
             await self._taken(request, writing)
-            metrics.http_bytes.inc(len(piece.data))
-            audit.note_sent(len(piece.data))
+            metrics.http_bytes.inc(count)
+            audit.note_sent(count)
             piece = await anext(pieces, None)
         await response.write_eof()
 

@@ -27,8 +27,9 @@ from exportd_server.store.key import JobPrefix, OutputKey
 
 log = structlog.get_logger(__name__)
 
-Room = Callable[[int], memoryview]
-"""Gives memory for at most so many bytes, at least one."""
+Room = Callable[[int, int], memoryview]
+"""Gives memory for what stands at a position of the output: for at most so many bytes, at
+least one."""
 
 
 class Piece(NamedTuple):
@@ -104,7 +105,8 @@ class OutputReader:
         base: int = 0,
     ) -> AsyncGenerator[Piece]:
         """The bytes from `offset` to `end` of segments that begin at `base`, in pieces, in
-        the memory that `room` gave for each.
+        the memory that `room` gave for each, which may be taken back when the next piece is
+        asked for.
 
         The last piece of a segment read whole comes only when the segment's checksum is
         right. Raises CHECKSUM_MISMATCH, or why the output is gone meanwhile. Close it.
@@ -121,9 +123,9 @@ class OutputReader:
                 try:
                     position = first
                     while position < last:
-                        data, checksum = await checked.next(room)
-                        yield Piece(position, data, checksum)
-                        position += len(data)
+                        piece = await checked.next(room, position)
+                        position += len(piece.data)
+                        yield piece
                 finally:
                     await reader.close()
             base = after
@@ -152,24 +154,24 @@ class _Checked:
         self._expected = expected
         self._checksum = 0
 
-    async def next(self, room: Room) -> tuple[memoryview, int]:
-        """The next bytes and their CRC32C; for as long as some are left."""
-        view = room(self._left)
+    async def next(self, room: Room, position: int) -> Piece:
+        """The next bytes, which stand there; for as long as some are left."""
+        view = room(position, self._left)
         count = await self._reader.readinto(view)
         if count == 0:
             log.error("a part is shorter than recorded", key=str(self._key))
             raise ExportdError(ErrorReason.CHECKSUM_MISMATCH)
-        piece = view[:count]
+        data = view[:count]
         self._left -= count
-        checksum = crc32c(piece)
+        checksum = crc32c(data)
         if self._expected is not None:
             # Where that is cheaper than to read the bytes a second time.
             self._checksum = (
                 crc32c_combine(self._checksum, checksum, count)
                 if count.bit_count() == 1
-                else crc32c(piece, self._checksum)
+                else crc32c(data, self._checksum)
             )
             if not self._left and self._checksum != self._expected:
                 log.error("stored bytes do not match their checksum", key=str(self._key))
                 raise ExportdError(ErrorReason.CHECKSUM_MISMATCH)
-        return piece, checksum
+        return Piece(position, data, checksum)
