@@ -104,7 +104,9 @@ class PlainRows:
                 groups.at_once,
                 row_groups=groups.indexes,
                 columns=self._names,
-                use_threads=False,
+                # Of many steps one is decoded while the one before is used; for the only
+                # one everybody waits.
+                use_threads=skip + left <= groups.at_once,
             ):
                 stop.check()
                 wanted = batch.slice(min(skip, batch.num_rows), left)
