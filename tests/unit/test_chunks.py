@@ -7,6 +7,7 @@ import tracemalloc
 import pytest
 
 from exportd_server.api.chunks import ChunkBuffer, ChunkMemory
+from tests.support.lent import nothing_lent
 
 MIB = 2**20
 
@@ -85,3 +86,27 @@ def test_two_downloads_read_into_memory_of_their_own() -> None:
         mine[:] = b"mine"
         other.room(4)[:] = b"your"
         assert one.chunk(mine) == b"mine"
+
+
+def test_what_was_read_in_vain_is_kept_by_nobody_who_keeps_the_error() -> None:
+    def read(room: memoryview) -> None:
+        part = room[1:]
+        try:
+            bytes(part).index(b"nowhere")
+        except ValueError as error:
+            raise LookupError from error
+
+    def download() -> None:
+        with ChunkMemory().download() as buffer:
+            read(buffer.room(MIB))
+
+    with nothing_lent():
+        with pytest.raises(LookupError) as failed:
+            download()
+        assert isinstance(failed.value.__cause__, ValueError)
+
+
+def test_memory_that_is_released_is_had_again(buffer: ChunkBuffer) -> None:
+    _read(buffer, b"a")
+    buffer.release()
+    assert _read(buffer, b"b") == b"b" * MIB

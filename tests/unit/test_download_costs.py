@@ -29,6 +29,7 @@ from exportd.v1 import export_service_pb2 as pb
 from exportd_server.api.chunks import ChunkMemory
 from exportd_server.api.download import Context, DownloadOptions, Downloads
 from exportd_server.api.servicer import ExportService
+from exportd_server.errors import ErrorReason, ExportdError
 from exportd_server.jobs.housekeeping import part_key
 from exportd_server.jobs.ledger.base import NewJob
 from exportd_server.jobs.ledger.sqlite import open_sqlite_ledger
@@ -40,6 +41,7 @@ from exportd_server.platform.clock import SystemClock
 from exportd_server.store.key import JobPrefix
 from exportd_server.store.local import LocalStore
 from tests.support.ledger import COLUMNS, EXPORT, World, part, shards, spec
+from tests.support.lent import nothing_lent
 from tests.support.samples import catalogue_of
 from tests.support.sinks import no_sinks
 
@@ -228,6 +230,19 @@ async def test_a_chunk_is_read_into_its_message_and_copied_nowhere(
     # once it takes new memory, as the offset in the head takes a byte more.
     assert each[-2] < CHUNK // 64, each
     assert sorted(each[1 + GROWING : -1])[-2] < CHUNK // 64, each
+
+
+async def test_a_download_that_fails_leaves_nothing_lent_in_its_error(
+    service: Service, tmp_path: Path
+) -> None:
+    (path,) = (
+        path for path in (tmp_path / "out").rglob("*") if path.stat().st_size > CHUNK
+    )
+    os.truncate(path, CHUNK * 3)
+    with nothing_lent():
+        with pytest.raises(ExportdError) as failed:
+            await _download(service, lambda: None)
+        assert failed.value.reason is ErrorReason.CHECKSUM_MISMATCH
 
 
 @pytest.mark.usefixtures("page_cache_tells")

@@ -135,6 +135,7 @@ class Downloads:
         ) as pieces:
             async for piece in pieces:
                 await sender.data(piece)
+        sender.release()
         return base + sum(segment.length for segment in segments)
 
     async def _follow(
@@ -192,6 +193,7 @@ class _Sender:
     def __init__(self, context: Context, buffer: ChunkBuffer, stall_timeout: float) -> None:
         self._messages = Messages(context, stall_timeout)
         self._buffer = buffer
+        self.release = buffer.release
         self.before_each: Callable[[], None] = _nothing
         """Raises when no more data is to be sent."""
 

@@ -104,7 +104,7 @@ class PlainRows:
                 groups.at_once,
                 row_groups=groups.indexes,
                 columns=self._names,
-                # Of many steps one is decoded while the one before is used; for the only
+                # Of many steps one is decoded while the one before is used; for a single
                 # one everybody waits.
                 use_threads=skip + left <= groups.at_once,
             ):

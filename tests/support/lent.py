@@ -1,0 +1,28 @@
+"""What of the memory of chunks is lent to somebody."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def nothing_lent() -> Iterator[None]:
+    """Nobody has a view of the memory of a `BytesIO` in the end who had none before."""
+    before = _lent()
+    yield
+    known = {id(view) for view in before}
+    assert not [view for view in _lent() if id(view) not in known]
+
+
+def _lent() -> list[memoryview]:
+    views = [each for each in gc.get_objects() if type(each) is memoryview]
+    return [view for view in views if "BytesIO" in _owner(view)]
+
+
+def _owner(view: memoryview) -> str:
+    try:
+        return type(view.obj).__name__
+    except ValueError:
+        return "released"
