@@ -106,7 +106,17 @@ def test_what_was_read_in_vain_is_kept_by_nobody_who_keeps_the_error() -> None:
         assert isinstance(failed.value.__cause__, ValueError)
 
 
-def test_memory_that_is_released_is_had_again(buffer: ChunkBuffer) -> None:
-    _read(buffer, b"a")
-    buffer.release()
+@pytest.mark.parametrize("short", [False, True])
+def test_who_waits_for_more_keeps_no_memory(buffer: ChunkBuffer, *, short: bool) -> None:
+    tracemalloc.start()
+    try:
+        buffer.release()
+        before, _ = tracemalloc.get_traced_memory()
+        _read(buffer, b"a", 1 if short else MIB, head=b"takes new memory")
+        if not short:
+            buffer.release()
+        after, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert after - before < MIB // 64
     assert _read(buffer, b"b") == b"b" * MIB

@@ -60,8 +60,6 @@ def _forget_rooms(error: BaseException) -> None:
             seen.add(id(one))
             traceback.clear_frames(one.__traceback__)
             errors += one.__cause__, one.__context__
-            if isinstance(one, BaseExceptionGroup):
-                errors += one.exceptions
 
 
 def _no_head(_: int) -> int:
