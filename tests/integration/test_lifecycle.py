@@ -24,6 +24,7 @@ from exportd_server.jobs.readers import Readers
 from exportd_server.sources.base import Plan, Query, Shard, SourceChanged
 from tests.support import rpc
 from tests.support.gate import BATCH_ROWS, GateSource
+from tests.support.lent import kept_for_chunks
 from tests.support.readers import Downloads
 from tests.support.samples import catalogue_of
 from tests.support.server import Server, serve, server_process, settings, until
@@ -441,6 +442,27 @@ async def test_following_a_running_job_gives_the_same_file(
                 data += last.data
             assert last.metadata.total_bytes == len(data)
             assert bytes(data) == await rpc.download(server.stub, job.job_id)
+
+
+async def test_who_follows_keeps_no_memory_of_chunks_while_waiting_for_parts(
+    tmp_path: Path, gate: GateSource
+) -> None:
+    async with serving(tmp_path, gate) as server:
+        job = await rpc.create(server.stub, "gated", max_part_rows=BATCH_ROWS)
+        call: Any = aiter(
+            server.stub.StreamDownload(
+                pb.StreamDownloadRequest(job_id=job.job_id, follow=True)
+            )
+        )
+        await anext(call)
+        # The last finished part waits for the next one: two of the three are sent.
+        gate.allow(3)
+        for _ in range(2):
+            assert (await asyncio.wait_for(anext(call), ENOUGH)).data
+        await until(lambda: kept_for_chunks() == [0])
+        gate.allow(7)
+        async for _ in call:
+            pass
 
 
 async def test_following_a_job_that_fails_fails_too(

@@ -863,29 +863,33 @@ async def test_one_connection_does_not_take_all_calls_that_need_no_credentials(
 async def test_a_call_whose_request_has_not_come_is_a_call_under_way(
     tmp_path: Path, gate: GateSource
 ) -> None:
-    async with serving(tmp_path, gate, limits={"max_calls": 2}) as server:
-        async with connected(server.running.port) as connection:
-            await connection.begin_call(1, LIST)
-            await connection.begin_call(3, LIST)
-            await until(lambda: _calls_under_way(LIST) == 2)
-            check(await refusal(datasets(server)), "server/calls")
+    async with (
+        serving(tmp_path, gate, limits={"max_calls": 2}) as server,
+        connected(server.running.port) as connection,
+    ):
+        await connection.begin_call(1, LIST)
+        await connection.begin_call(3, LIST)
+        await until(lambda: _calls_under_way(LIST) == 2)
+        check(await refusal(datasets(server)), "server/calls")
 
 
 async def test_a_call_whose_request_never_comes_is_ended(
     tmp_path: Path, gate: GateSource
 ) -> None:
     limits = {"max_calls": 2, "request_timeout": 1}
-    async with serving(tmp_path, gate, limits=limits) as server:
-        async with connected(server.running.port) as connection:
-            await connection.begin_call(1, LIST)
-            await connection.begin_call(3, LIST)
-            for stream in (1, 3):
-                ended = await _next(connection, HEADERS)
-                assert (ended.stream, ended.flags & END_STREAM) == (stream, END_STREAM)
-                assert b"INVALID_REQUEST" in ended.body
-            # And they are calls under way no more, while the connection stays.
-            await until(lambda: _calls_under_way(LIST) == 0)
-            await datasets(server)
+    async with (
+        serving(tmp_path, gate, limits=limits) as server,
+        connected(server.running.port) as connection,
+    ):
+        await connection.begin_call(1, LIST)
+        await connection.begin_call(3, LIST)
+        for stream in (1, 3):
+            ended = await _next(connection, HEADERS)
+            assert (ended.stream, ended.flags & END_STREAM) == (stream, END_STREAM)
+            assert b"INVALID_REQUEST" in ended.body
+        # And they are calls under way no more, while the connection stays.
+        await until(lambda: _calls_under_way(LIST) == 0)
+        await datasets(server)
 
 
 def _calls_under_way(method: str) -> int:
@@ -978,6 +982,7 @@ def test_chunks_begin_small_grow_and_shrink_when_there_are_many() -> None:
         assert len(one.room(2**30)) == 2**20
 
 
+@pytest.mark.minutes
 async def test_a_reader_that_takes_nothing_costs_little(tmp_path: Path) -> None:
     figures = await measure(tmp_path, readers=60, idle=30, asks=100, rows=100_000)
     # 3 MiB when each held its own read buffer and 1 MiB messages.

@@ -1,10 +1,12 @@
-"""What of the memory of chunks is lent to somebody."""
+"""What of the memory of chunks is kept, and what is lent to somebody."""
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from exportd_server.api.chunks import ChunkBuffer
 
 
 @contextmanager
@@ -14,6 +16,12 @@ def nothing_lent() -> Iterator[None]:
     yield
     known = {id(view) for view in before}
     assert not [view for view in _lent() if id(view) not in known]
+
+
+def kept_for_chunks() -> list[int]:
+    """The bytes that each download of this process keeps to read into."""
+    buffers = [each for each in gc.get_objects() if type(each) is ChunkBuffer]
+    return [each._memory.getbuffer().nbytes for each in buffers]
 
 
 def _lent() -> list[memoryview]:
