@@ -20,6 +20,7 @@ def test_something_was_released() -> None:
     assert releases()[0].name == "v0.1.0"
 
 
+@pytest.mark.minutes
 @pytest.mark.parametrize("release", releases(), ids=lambda release: release.name)
 def test_a_released_client_does_all_it_could(
     release: Path, sample_catalogue: Path, tmp_path: Path

@@ -355,6 +355,7 @@ async def test_one_column_alone_keeps_empty_and_missing_apart(
     ].to_pylist()
 
 
+@pytest.mark.minutes
 @pytest.mark.parametrize("output", [CSV, PARQUET, ARROW], ids=name_of)
 async def test_every_type_of_arrow_goes_into_text_as_the_formats_say(
     database: Database, output: OutputFormat, tmp_path: Path
@@ -911,6 +912,7 @@ def child(database: Database, delivery: Delivery, stops: str) -> Iterator[Any]:
             process.kill()
 
 
+@pytest.mark.minutes
 async def test_a_process_that_is_stopped_holds_up_nobody_and_killed_leaves_nothing(
     database: Database,
 ) -> None:
@@ -1351,6 +1353,7 @@ NAMES = [
 ]
 
 
+@pytest.mark.minutes
 async def test_names_are_only_names(database: Database) -> None:
     database.run("CREATE TABLE victim (id bigint)", "INSERT INTO victim VALUES (1)")
     for name in NAMES:
@@ -1554,6 +1557,7 @@ MADE_TYPES = {
 """All others are made of text."""
 
 
+@pytest.mark.minutes
 @every_output
 async def test_every_kind_of_column_comes_back_through_a_driver_as_documented(
     duck: Duck, output: OutputFormat
@@ -1589,6 +1593,7 @@ DUCK_FITTING: list[tuple[str, pa.Array, Any]] = [
 ]
 
 
+@pytest.mark.minutes
 @pytest.mark.parametrize(("kind", "values", "value"), DUCK_FITTING)
 async def test_a_column_that_holds_the_values_takes_them_through_a_driver_exactly(
     duck: Duck, kind: str, values: pa.Array, value: Any
@@ -1616,6 +1621,7 @@ DUCK_NOT_FITTING: list[tuple[str, pa.Array]] = [
 ]
 
 
+@pytest.mark.minutes
 @pytest.mark.parametrize(("kind", "values"), DUCK_NOT_FITTING)
 async def test_a_column_that_would_change_values_is_refused_before_a_driver_sees_them(
     duck: Duck, kind: str, values: pa.Array
@@ -1647,6 +1653,7 @@ DUCK_REFUSED: list[tuple[str, pa.Array, str]] = [
 ]
 
 
+@pytest.mark.minutes
 @pytest.mark.parametrize(("kind", "values", "told"), DUCK_REFUSED)
 async def test_a_value_that_does_not_fit_is_refused_through_a_driver_and_never_shown(
     duck: Duck, kind: str, values: pa.Array, told: str
@@ -1671,6 +1678,7 @@ DUCK_PROBED = [
 ]
 
 
+@pytest.mark.minutes
 @pytest.mark.parametrize(("made", "told"), DUCK_PROBED)
 async def test_a_table_that_does_not_fit_is_told_through_a_driver_before_the_job_runs(
     duck: Duck, made: str, told: str
@@ -2139,6 +2147,7 @@ asyncio.run(main(sys.argv[1]))
 """
 
 
+@pytest.mark.minutes
 @pytest.mark.parametrize("copies", [1, 2])
 def test_duckdb_serves_sources_and_a_sink_in_one_process(
     duck: Duck, tmp_path: Path, copies: int

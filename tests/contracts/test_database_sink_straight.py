@@ -182,6 +182,7 @@ WAYS: dict[str, tuple[list[str], dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.minutes
 @pytest.mark.parametrize(("statements", "request_", "schema"), WAYS.values(), ids=WAYS)
 async def test_rows_go_straight_into_a_table_where_that_makes_no_difference_but_in_time(
     database: Postgres,

@@ -122,6 +122,7 @@ def test_every_type_comes_back_as_it_went_in(output: OutputFormat, tmp_path: Pat
     assert_same(output, table, part.data, tmp_path / "part")
 
 
+@pytest.mark.minutes
 @every_format
 @settings(
     deadline=None,
@@ -155,6 +156,7 @@ def test_joined_parts_are_one_valid_file_and_each_is_valid_alone(
 TOOLS = {Compression.GZIP: "gzip", Compression.ZSTD: "zstd"}
 
 
+@pytest.mark.minutes
 @pytest.mark.parametrize("form", [Format.CSV, Format.JSONL])
 @pytest.mark.parametrize("compression", list(TOOLS))
 def test_the_command_line_tool_unpacks_joined_parts(

@@ -93,6 +93,7 @@ _QUESTIONS = {
 """What metrics ask every few seconds, and `exportd-server status`."""
 
 
+@pytest.mark.minutes
 @pytest.mark.parametrize("question", _QUESTIONS)
 async def test_how_the_ledger_stands_costs_nothing_for_what_has_ended(
     ledger_database: LedgerDatabase, question: str

@@ -1238,6 +1238,7 @@ async def test_what_has_no_output_any_more_is_not_redriven(on: Deliveries) -> No
     assert await on.states(job) == [DEAD, DEAD]
 
 
+@pytest.mark.minutes
 async def test_a_thousand_deliveries_of_three_hundred_jobs_are_redriven(
     on: Deliveries,
 ) -> None:

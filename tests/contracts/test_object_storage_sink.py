@@ -129,6 +129,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.minutes
 @pytest.mark.parametrize("times", [1, None], ids=["once", "always"])
 @pytest.mark.parametrize(
     ("operation", "fault"),

@@ -134,6 +134,7 @@ def test_a_query_without_conditions_needs_no_engine(
     assert found["n"].to_pylist() == some_rows(500)["n"].to_pylist()
 
 
+@pytest.mark.minutes
 @settings(max_examples=25, deadline=None)
 @given(
     files=st.lists(

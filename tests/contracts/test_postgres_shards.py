@@ -339,6 +339,7 @@ ANALYZE;
 KEYED_ROWS = [*range(-4, 0), *range(1, ROWS + 1)]
 
 
+@pytest.mark.minutes
 @pytest.mark.parametrize("key", ["i", "id", "day", "at", "plain"])
 def test_what_has_no_blocks_is_cut_by_its_partition_key(
     run: Run, postgres_url: str, key: str

@@ -114,6 +114,7 @@ FAULTS = {
 WRITING = ("create", "part", "complete")
 
 
+@pytest.mark.minutes
 @pytest.mark.parametrize("times", [1, None], ids=["once", "always"])
 @pytest.mark.parametrize("operation", WRITING)
 @pytest.mark.parametrize("fault", FAULTS)

@@ -240,6 +240,7 @@ def growth_of_a_delivery(
     return asyncio.run(deliver())
 
 
+@pytest.mark.minutes
 async def test_memory_does_not_grow_with_the_part(case: SinkCase) -> None:
     block = b'123456789,"a name that is long enough to fill some space"\n' * 4096
     part = GeneratedContent(HEAD, block, 100 * MIB // len(block)).part()

@@ -380,6 +380,7 @@ async def test_deleting_a_job_touches_no_other_tenant_and_no_other_job(
         assert await read(store, part_key(prefix)) == str(prefix).encode()
 
 
+@pytest.mark.minutes
 async def test_a_job_of_very_many_parts_is_listed_and_deleted_whole(
     case: StoreCase,
 ) -> None:

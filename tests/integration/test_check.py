@@ -209,6 +209,7 @@ async def test_one_that_breaks_is_told_without_its_text_and_the_others_go_on() -
     assert found[1].text == "two lines"
 
 
+@pytest.mark.minutes
 def test_the_command_says_all_in_lines_and_by_its_exit_code(site: Site) -> None:
     good = run(site.write())
     assert good.returncode == 0, good.stdout + good.stderr
@@ -1193,6 +1194,7 @@ async def test_a_worker_needs_no_ports_of_callers(fleet: Site) -> None:
 # --- secrets
 
 
+@pytest.mark.minutes
 def test_no_secret_is_shown_whatever_is_wrong(site: Site) -> None:
     canaries = Canaries()
     word = canaries.word

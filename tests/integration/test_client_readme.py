@@ -70,6 +70,7 @@ def test_the_python_examples_export_and_deliver_rows_of_the_sample_data(
     assert_delivered(tmp_path)
 
 
+@pytest.mark.minutes
 def test_the_command_line_examples_export_and_deliver_rows_of_the_sample_data(
     server: Process, tmp_path: Path
 ) -> None:

@@ -16,7 +16,7 @@ from tests.support.browser import MISSING, Browser, chromium
 from tests.support.gate import BATCH_ROWS
 from tests.support.waits import ENOUGH
 
-pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
+pytestmark = [pytest.mark.minutes, pytest.mark.skipif(bool(MISSING), reason=MISSING)]
 
 TAB, ENTER = "\ue004", "\ue007"
 ROWS = "document.querySelector('#rows')?.textContent ?? ''"

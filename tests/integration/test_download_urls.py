@@ -396,6 +396,7 @@ async def test_deleting_a_job_cuts_a_download_of_it_so_that_the_client_notices(
         await until(lambda: not server.files())
 
 
+@pytest.mark.minutes
 async def test_expiry_refuses_new_downloads_and_cuts_none_that_has_begun(
     tmp_path: Path, http: aiohttp.ClientSession
 ) -> None:
@@ -579,6 +580,7 @@ async def test_damaged_bytes_never_make_a_complete_download(
                     await fetch(http, url)
 
 
+@pytest.mark.minutes
 async def test_a_reader_that_takes_nothing_is_dropped(
     tmp_path: Path, downloads: Downloads
 ) -> None:
@@ -593,6 +595,7 @@ async def test_a_reader_that_takes_nothing_is_dropped(
             assert 0 < received < url.bytes
 
 
+@pytest.mark.minutes
 async def test_a_reader_that_is_slow_is_not_dropped(tmp_path: Path) -> None:
     async with serving(tmp_path, large(), download={"stall_timeout": 2.0}) as server:
         job = await rpc.export(server.stub, "gated")
@@ -656,6 +659,7 @@ async def test_a_connection_that_asks_for_nothing_is_closed(
             await writer.wait_closed()
 
 
+@pytest.mark.minutes
 async def test_a_drain_lets_downloads_end_and_drops_those_that_do_not(
     tmp_path: Path, http: aiohttp.ClientSession
 ) -> None:
@@ -697,6 +701,7 @@ async def test_urls_begin_with_what_callers_reach_the_server_by(tmp_path: Path) 
         assert url.startswith("https://exports.example.com/data/v1/download/")
 
 
+@pytest.mark.minutes
 async def test_no_token_reaches_the_log(
     tmp_path: Path, sample_catalogue: Path, http: aiohttp.ClientSession
 ) -> None:
@@ -811,6 +816,7 @@ def fleet(postgres_url: str, tmp_path: Path, sample_catalogue: Path) -> Iterator
         yield fleet
 
 
+@pytest.mark.minutes
 async def test_a_fleet_needs_a_key_and_then_accepts_each_others_urls(
     fleet: Processes, http: aiohttp.ClientSession
 ) -> None:

@@ -71,6 +71,7 @@ async def numbers_of(stub: object, job_id: str) -> list[int]:
     return [int(row["n"]) for row in csv.DictReader(io.StringIO(data.decode()))]
 
 
+@pytest.mark.minutes
 async def test_any_process_takes_any_call(standing: Standing) -> None:
     fleet = standing.fleet
     async with fleet.calling(standing.here) as one, fleet.calling(standing.there) as other:
@@ -144,6 +145,7 @@ async def test_the_work_of_a_killed_process_is_taken_over_where_it_stood(
         )
 
 
+@pytest.mark.minutes
 async def test_a_process_that_is_told_to_stop_gives_its_work_to_the_others(
     fleet: Processes,
 ) -> None:
@@ -164,6 +166,7 @@ async def test_a_process_that_is_told_to_stop_gives_its_work_to_the_others(
         assert await numbers_of(stub, job.job_id) == list(range(ROWS))
 
 
+@pytest.mark.minutes
 def test_nothing_starts_before_the_ledger_is_migrated(
     postgres_url: str, tmp_path: Path, numbers: Path
 ) -> None:
@@ -181,6 +184,7 @@ def test_nothing_starts_before_the_ledger_is_migrated(
         fleet.worker()
 
 
+@pytest.mark.minutes
 @pytest.mark.parametrize(
     ("changes", "told"),
     [

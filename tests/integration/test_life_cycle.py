@@ -461,6 +461,7 @@ async def begun(server: Server, job_id: str, **fields: Any) -> SlowDownload:
     return download
 
 
+@pytest.mark.minutes
 async def test_a_download_goes_on_although_its_job_expires_and_another_process_reaps(
     postgres_url: str, tmp_path: Path
 ) -> None:
@@ -500,6 +501,7 @@ async def test_a_download_far_from_its_jobs_expiry_costs_the_ledger_no_pin(
         assert len(await slow.rest()) == job.manifest.bytes
 
 
+@pytest.mark.minutes
 @pytest.mark.parametrize("stalled", [False, True], ids=["reading", "stalled"])
 async def test_a_delete_through_one_process_cuts_the_downloads_of_the_others_at_once(
     postgres_url: str, tmp_path: Path, downloads: Downloads, *, stalled: bool
@@ -591,6 +593,7 @@ class NotingStore(MemoryStore):
         return await super().delete_job(prefix)
 
 
+@pytest.mark.minutes
 async def test_the_reaper_runs_once_for_a_whole_fleet_and_spares_what_has_not_expired(
     postgres_url: str,
 ) -> None:

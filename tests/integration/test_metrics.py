@@ -93,6 +93,7 @@ async def measured(
         yield Measured(server, address, await scrape(address))
 
 
+@pytest.mark.minutes
 async def test_a_job_moves_what_it_touches(tmp_path: Path, unused_tcp_port: int) -> None:
     sources = {"plain": GateSource(BATCHES, wide=True)}
     async with measured(tmp_path, unused_tcp_port, sources=sources) as it:

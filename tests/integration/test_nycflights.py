@@ -91,6 +91,7 @@ def test_every_flight_comes_back(catalogue_path: Path, flights: pd.DataFrame) ->
         assert same.all(), name
 
 
+@pytest.mark.minutes
 def test_filters_find_the_flights_that_pandas_finds(
     catalogue_path: Path, flights: pd.DataFrame
 ) -> None:

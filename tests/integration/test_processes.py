@@ -101,6 +101,7 @@ def process(*command: str) -> Iterator[subprocess.Popen[str]]:
         running.communicate()
 
 
+@pytest.mark.minutes
 @pytest.mark.parametrize("arguments", [["worker"], ["serve", "--no-workers"]])
 def test_the_embedded_ledger_is_for_one_process_that_does_both(
     tmp_path: Path, sample_catalogue: Path, arguments: list[str]
@@ -124,6 +125,7 @@ SHARED = "from exportd_server import app; app.refuse_embedded = lambda *_: None;
 MAIN = "from exportd_server.cli import main; main()"
 
 
+@pytest.mark.minutes
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_worker_process_says_when_it_works_and_ends_cleanly(
     tmp_path: Path, sample_catalogue: Path, number: signal.Signals
@@ -184,6 +186,7 @@ async def test_a_second_signal_ends_the_process_at_once(tmp_path: Path) -> None:
         assert server.returncode == 128 + signal.SIGTERM
 
 
+@pytest.mark.minutes
 @pytest.mark.parametrize("method", ["plan", "open", "count"])
 async def test_a_process_whose_source_blocks_ends_within_its_bound(
     tmp_path: Path, method: str
@@ -235,6 +238,7 @@ async def to_be_drained(
         await (ending[0] if ending else end())
 
 
+@pytest.mark.minutes
 async def test_a_drain_sends_those_who_watch_elsewhere_and_lets_downloads_end(
     tmp_path: Path,
 ) -> None:

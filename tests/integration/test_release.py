@@ -210,6 +210,7 @@ def make_release(directory: Path, version: str) -> subprocess.CompletedProcess[s
     )
 
 
+@pytest.mark.minutes
 def test_a_release_is_made_once_and_of_what_is_committed(repository: Path) -> None:
     last = release.releases()[-1].name.removeprefix("v")
     new = f"{int(last.split('.')[0]) + 1}.0.0"

@@ -263,6 +263,7 @@ async def test_deleting_the_job_deletes_its_error_parts(server: Server) -> None:
 # --- a crash in the middle
 
 
+@pytest.mark.minutes
 async def test_a_crash_in_the_middle_loses_and_doubles_no_row(
     tmp_path: Path, catalogue: Path
 ) -> None:
@@ -345,6 +346,7 @@ async def test_the_asyncio_client_does_too(server: Server, tmp_path: Path) -> No
         assert len(lines(done.path.read_bytes())) == job.row_errors == len(BAD)
 
 
+@pytest.mark.minutes
 async def test_the_command_line_shows_what_was_left_out(
     server: Server, tmp_path: Path
 ) -> None:

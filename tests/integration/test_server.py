@@ -115,6 +115,7 @@ def start(
     )
 
 
+@pytest.mark.minutes
 @pytest.mark.parametrize(
     ("arguments", "env", "config", "expected"),
     [

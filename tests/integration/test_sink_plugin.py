@@ -35,6 +35,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
+@pytest.mark.minutes
 async def test_a_sink_of_another_package_is_found_configured_and_delivered_to(
     installed: Path, tmp_path: Path, sample_catalogue: Path
 ) -> None:

@@ -194,6 +194,7 @@ async def test_a_ledger_is_written_to_while_somebody_looks_at_it(tmp_path: Path)
             assert found == {"PENDING": 1, "RUNNING": 1}
 
 
+@pytest.mark.minutes
 def test_a_running_embedded_server_is_looked_at_and_serves_on(tmp_path: Path) -> None:
     with server_process(tmp_path, "--sample-rows", "1000") as server:
         client = [sys.executable, "-m", "exportd.cli", "--server", server.address]

@@ -261,6 +261,7 @@ ONCE_MORE = {
 STEPS = ("create", "write", "finalize")
 
 
+@pytest.mark.minutes
 @pytest.mark.parametrize("kind", [OUTPUT, MANIFEST], ids=str)
 async def test_a_write_that_fails_once_costs_an_attempt_and_for_good_the_job(
     tmp_path: Path, place: Place, kind: OutputKind
@@ -406,6 +407,7 @@ DELETES = {
 }
 
 
+@pytest.mark.minutes
 @pytest.mark.parametrize("end", ["delete", "cancel"])
 async def test_a_deletion_that_fails_is_done_again_until_nothing_is_left(
     tmp_path: Path, place: Place, end: str

@@ -101,6 +101,7 @@ def resolved(traces: TraceReceiver) -> None:
     assert {span.parent for span in spans} <= known
 
 
+@pytest.mark.minutes
 async def test_one_trace_leads_from_the_call_through_all_processes_to_each_sink(
     fleet: Processes, traces: TraceReceiver, tmp_path: Path
 ) -> None:
@@ -449,6 +450,7 @@ async def test_the_python_client_passes_on_the_trace_that_its_program_is_in(
     assert {s.trace for s in traces.spans} == {TRACE}
 
 
+@pytest.mark.minutes
 @pytest.mark.parametrize(
     ("there", "level", "told"),
     [

@@ -113,6 +113,7 @@ def test_tables_that_say_nothing_of_it_are_refused(fleet: Processes) -> None:
     assert "does not know" in fleet.command("worker").stderr
 
 
+@pytest.mark.minutes
 def test_tables_of_before_tell_whether_the_migration_needs_a_pause(
     postgres_url: str, tmp_path: Path, fleet: Processes
 ) -> None:

@@ -245,6 +245,7 @@ def opened(folder: Path, text: str) -> list[ET.Element]:
     return list(sheet.iter(f"{space}table-cell"))
 
 
+@pytest.mark.minutes
 @pytest.mark.skipif(office() is None, reason="needs LibreOffice: there is no soffice")
 async def test_a_spreadsheet_runs_nothing_of_the_safe_dialect(
     server: Server, tmp_path: Path

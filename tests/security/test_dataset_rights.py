@@ -436,6 +436,7 @@ def pieces(dataset: Dataset, query: Query, rows: int = 10) -> list[list[dict[str
             plan.anchor.close()
 
 
+@pytest.mark.minutes
 def test_each_shard_has_the_tenants_rows_and_the_masks(catalogue: Path) -> None:
     for tenant in ("acme", "beta", "ghost"):
         dataset = get(catalogue, "rows", tenant)
@@ -462,6 +463,7 @@ def test_what_has_been_read_is_skipped_among_the_tenants_own_rows(catalogue: Pat
     ]
 
 
+@pytest.mark.minutes
 @pytest.mark.parametrize("change", ["key", "kind", "none"])
 def test_output_begins_anew_when_the_masks_have_changed(
     catalogue: Path, monkeypatch: pytest.MonkeyPatch, change: str

@@ -188,6 +188,7 @@ def holds_for(operator: FilterOperator, text: str, value: str) -> bool:
     return COMPARED[operator](value, text)
 
 
+@pytest.mark.minutes
 def test_every_operator_takes_a_payload_for_what_it_is(catalogue: Path) -> None:
     dataset = load_catalogue(catalogue).get("people")
     assert dataset is not None

@@ -216,6 +216,7 @@ def command(*arguments: str, token: str = "") -> subprocess.CompletedProcess[str
     )
 
 
+@pytest.mark.minutes
 def test_the_command_speaks_tls_shows_a_certificate_and_sends_its_token(
     tmp_path: Path, authority: Authority, shown: Pair
 ) -> None:
