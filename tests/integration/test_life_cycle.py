@@ -300,7 +300,9 @@ async def test_exports_cancelled_at_random_moments_leave_nothing(
 async def test_the_manifest_is_stored_before_the_job_says_that_it_succeeded(
     tmp_path: Path, place: Place, stores: list[HoldingStore]
 ) -> None:
-    async with standing(tmp_path, place, stores) as stand:
+    # Who was taken over may leave a part that is cleaned up later: nobody is, here.
+    worker = {"lease": 60.0, "concurrency": 2}
+    async with standing(tmp_path, place, stores, worker=worker) as stand:
         stand.source.open_wide()
         with stand.store.holding("before finalize", OutputKind.MANIFEST) as hold:
             job = await rpc.create(stand.stub, "gated", max_part_rows=3 * BATCH_ROWS)
