@@ -24,7 +24,7 @@ from exportd_server.jobs.readers import Readers
 from exportd_server.sources.base import Plan, Query, Shard, SourceChanged
 from tests.support import rpc
 from tests.support.gate import BATCH_ROWS, GateSource
-from tests.support.lent import kept_for_chunks
+from tests.support.lent import chunk_buffers, kept_for_chunks
 from tests.support.readers import Downloads
 from tests.support.samples import catalogue_of
 from tests.support.server import Server, serve, server_process, settings, until
@@ -447,6 +447,7 @@ async def test_following_a_running_job_gives_the_same_file(
 async def test_who_follows_keeps_no_memory_of_chunks_while_waiting_for_parts(
     tmp_path: Path, gate: GateSource
 ) -> None:
+    before = chunk_buffers()
     async with serving(tmp_path, gate) as server:
         job = await rpc.create(server.stub, "gated", max_part_rows=BATCH_ROWS)
         call: Any = aiter(
@@ -459,7 +460,7 @@ async def test_who_follows_keeps_no_memory_of_chunks_while_waiting_for_parts(
         gate.allow(3)
         for _ in range(2):
             assert (await asyncio.wait_for(anext(call), ENOUGH)).data
-        await until(lambda: kept_for_chunks() == [0])
+        await until(lambda: kept_for_chunks(besides=before) == [0])
         gate.allow(7)
         async for _ in call:
             pass

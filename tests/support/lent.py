@@ -18,10 +18,16 @@ def nothing_lent() -> Iterator[None]:
     assert not [view for view in _lent() if id(view) not in known]
 
 
-def kept_for_chunks() -> list[int]:
-    """The bytes that each download of this process keeps to read into."""
-    buffers = [each for each in gc.get_objects() if type(each) is ChunkBuffer]
-    return [each._memory.getbuffer().nbytes for each in buffers]
+def chunk_buffers() -> list[ChunkBuffer]:
+    """Those of downloads that are under way in this process, or not yet forgotten."""
+    return [each for each in gc.get_objects() if type(each) is ChunkBuffer]
+
+
+def kept_for_chunks(besides: list[ChunkBuffer]) -> list[int]:
+    """The bytes that each other download keeps to read into."""
+    known = {id(each) for each in besides}
+    new = (each for each in chunk_buffers() if id(each) not in known)
+    return [each._memory.getbuffer().nbytes for each in new]
 
 
 def _lent() -> list[memoryview]:
