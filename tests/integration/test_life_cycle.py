@@ -149,12 +149,16 @@ def stores(monkeypatch: pytest.MonkeyPatch) -> list[HoldingStore]:
 
 @asynccontextmanager
 async def standing(
-    directory: Path, place: Place, stores: list[HoldingStore], **values: Any
+    directory: Path,
+    place: Place,
+    stores: list[HoldingStore],
+    lease: float = LEASE,
+    **values: Any,
 ) -> AsyncIterator[Stand]:
     """A server whose late writers are reckoned with for a short time only."""
     source = StandingSource()
-    values = {"worker": {"lease": LEASE, "concurrency": 2}} | values
-    options = settings(directory / "data", store=place.settings, **values)
+    worker = {"lease": lease, "concurrency": 2}
+    options = settings(directory / "data", store=place.settings, worker=worker, **values)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lifecycle, "LATE_WRITER_GRACE", int(GRACE * 1e6))
         async with serve(options, catalogue_of(gated=source)) as server:
@@ -301,8 +305,7 @@ async def test_the_manifest_is_stored_before_the_job_says_that_it_succeeded(
     tmp_path: Path, place: Place, stores: list[HoldingStore]
 ) -> None:
     # Who was taken over may leave a part that is cleaned up later: nobody is, here.
-    worker = {"lease": 60.0, "concurrency": 2}
-    async with standing(tmp_path, place, stores, worker=worker) as stand:
+    async with standing(tmp_path, place, stores, lease=60.0) as stand:
         stand.source.open_wide()
         with stand.store.holding("before finalize", OutputKind.MANIFEST) as hold:
             job = await rpc.create(stand.stub, "gated", max_part_rows=3 * BATCH_ROWS)
