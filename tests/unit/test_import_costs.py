@@ -3,6 +3,7 @@ is first needed."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -10,6 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from exportd_server.platform.imports import without
 
 _CLIENT = (
     "aiohttp",
@@ -66,6 +69,40 @@ def test_an_import_does_without(statement: str, unwanted: tuple[str, ...]) -> No
     loaded = set(json.loads(done.stdout))
     assert statement.split()[1].rstrip(",") in loaded
     assert not loaded.intersection(unwanted)
+
+
+def test_the_servers_command_does_without_tracebacks_in_colour() -> None:
+    """And rich is there all the same for whoever imports it after the start."""
+    program = """
+import json, sys
+from exportd_server.__main__ import main
+sys.argv = ["exportd-server", "--version"]
+try:
+    main()
+except SystemExit:
+    pass
+loaded = sorted({"attr", "pygments", "rich", "structlog"}.intersection(sys.modules))
+import rich
+print(json.dumps([loaded, rich.__name__]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True
+    )
+    assert json.loads(done.stdout.splitlines()[-1]) == [["structlog"], "rich"]
+
+
+def test_a_package_that_is_there_already_stays() -> None:
+    """Whoever has it may go on with it."""
+    with without("json"):
+        assert sys.modules["json"] is json
+    assert sys.modules["json"] is json
+
+
+def test_a_package_is_found_again_after_an_import_that_failed() -> None:
+    sys.modules.pop("this", None)
+    with pytest.raises(ModuleNotFoundError, match="this"), without("this"):
+        import this  # noqa: F401, PLC0415
+    assert importlib.util.find_spec("this") is not None
 
 
 def test_what_comes_later_is_there_all_the_same() -> None:
