@@ -214,10 +214,17 @@ async def at_stage(stand: Stand, stage: str) -> AsyncIterator[job_pb2.Job]:
             await until(lambda: source.planning)
             await until(lambda: source.opened or stage == "planning")
         elif stage in PARTS:
-            source.allow(3)
-            await until(lambda: source.given == 3)
+            opened = 0
             async with asyncio.timeout(ENOUGH):
-                while (await rpc.get(stub, job.job_id)).progress.parts_done < PARTS[stage]:
+                while (
+                    source.given < 3
+                    or (await rpc.get(stub, job.job_id)).progress.parts_done < PARTS[stage]
+                ):
+                    if source.opened > opened:
+                        # Who is taken over, as on a machine that stood still, was given
+                        # in vain what it had not recorded.
+                        opened = source.opened
+                        source.allow(3)
                     await asyncio.sleep(0.01)
         yield job
         source.let_plan()
